@@ -1,0 +1,63 @@
+# nano-functiongemma.  `make help` lists the targets; everything sets itself up in .venv first.
+# With PYTHON=python3 (or any interpreter that has the packages) nothing is installed.
+
+PYTHON ?= .venv/bin/python
+MODEL  ?= build/demo/model
+DATA   ?= build/demo/rows.jsonl
+OUT    ?= runs/$(if $(filter build/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
+FLAGS  ?= $(if $(filter build/demo/model,$(MODEL)),$(DEMO_FLAGS))
+SHARED := ../shared
+export REAL_MODEL ?= $(HOME)/.cache/nano-functiongemma/gemma-3-270m
+
+# The demo trains a small model from nothing: every parameter, a high learning rate, many small steps.
+DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 3e-3 --beta2 0.98 --batch-rows 16 --steps 1600 --eval-fraction 0.01 \
+              --eval-rows 200 --eval-every 400 --save-every 400 --eval-calls 200 --log-every 100
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev test test-gpu lint finetune bench clean
+
+help:                    ## this list
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s'|'
+
+setup: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)       ## .venv with what training needs
+
+.venv/ready: requirements.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+setup-dev: setup $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready-dev)      ## … and what tests and benchmarks need
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+finetune: setup          ## train: the embedded demo, or MODEL=name-or-folder DATA=name-or-file [OUT=…] [FLAGS="…"]
+	$(if $(filter build/demo/model,$(MODEL)),$(PYTHON) demo.py build/demo)
+	$(PYTHON) train.py --model $(MODEL) --data $(DATA) --out $(OUT) --overwrite $(FLAGS)
+
+test: setup-dev real-model lint     ## all tests that this machine can run
+	$(PYTHON) -m pytest
+
+test-gpu:                ## the tests that need a CUDA device
+	$(PYTHON) -m pytest -m gpu
+
+lint: setup-dev          ## ruff
+	$(PYTHON) -m ruff check .
+
+bench: setup-dev         ## side by side with the peers; JSON in benchmarks/results
+	$(PYTHON) benchmarks/cpu_vs_peft.py --json benchmarks/results/cpu_vs_peft.json
+
+# Real weights for the tests that compare with them. Built once, where the means are there; without them those tests skip.
+.PHONY: real-model
+real-model:
+	@if [ -e "$(REAL_MODEL)/config.json" ]; then :; \
+	elif [ -x $(SHARED)/real_model/build ]; then \
+		echo "building real weights in $(REAL_MODEL) (one minute)"; rm -rf "$(REAL_MODEL).part"; \
+		python3 $(SHARED)/real_model/build "$(REAL_MODEL).part" && mv "$(REAL_MODEL).part" "$(REAL_MODEL)" || \
+		echo "*** NO REAL WEIGHTS: building them failed; the tests that need them are SKIPPED ***"; \
+	else echo "*** no real weights in $(REAL_MODEL): the tests that need them are skipped ***"; fi
+
+clean:                   ## remove what was built: .venv, build, runs
+	rm -rf .venv build runs

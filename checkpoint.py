@@ -1,0 +1,230 @@
+"""Load a base model; save and resume a run; write adapters and models that other tools read.
+
+Everything on disk is safetensors and JSON: no pickle, and no code from a model's folder is ever run. Whatever is
+written appears whole or not at all: it is written under a temporary name, flushed to the disk and then renamed.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora import LoRAConfig, adapters, wrap
+from model import GemmaConfig, Gemma3
+
+WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole or not at all
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it takes `path`'s name only when the block has ended well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.rename(path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder that does not exist yet."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        _flush(temporary)
+        temporary.rename(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch or write the folder again") from None
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with whole_file(path) as temporary:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary,
+                  metadata={"format": "pt"})
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Base models
+
+
+def fetch_model(name: str) -> Path:
+    """The folder behind `--model`: a local one, or a model's name on the Hugging Face Hub."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
+               master_dtype: torch.dtype | None = None) -> Gemma3:
+    """The model in a folder of the published layout (config.json and model*.safetensors).
+
+    dtype: what it computes in. master_dtype: what its parameters are kept in, `dtype` by default; fp32 masters with
+    bf16 compute are what full fine-tuning wants. Raises FileNotFoundError or ValueError naming the file.
+    """
+    folder = Path(folder)
+    config = GemmaConfig.from_dict(read_json(folder / "config.json"))
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")
+    weights = {name: tensor.to(device=device, dtype=master_dtype or dtype)
+               for file in files for name, tensor in _read_tensors(file).items()}
+    weights.pop("lm_head.weight", None)                   # tied: a copy of the embedding, where a tool has written one
+    with torch.device("meta"):
+        model = Gemma3(config, compute_dtype=dtype)
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: weights and config.json do not belong together: {str(error)[:600]}") from None
+    return model.eval()
+
+
+def save_model(model: Gemma3, base: Path, folder: Path) -> None:
+    """Write `folder` in the published layout: the weights in bf16, and the base's config and tokenizer files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in MODEL_FILES:
+        if (base / name).exists() and base.resolve() != folder.resolve():
+            with whole_file(folder / name) as temporary:
+                shutil.copyfile(base / name, temporary)
+    _write_tensors(folder / WEIGHTS, {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters, in PEFT's layout
+
+_PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, config: LoRAConfig, base: str, folder: Path) -> None:
+    """Write the adapters of a wrapped model as PEFT does: adapter_config.json and adapter_model.safetensors (fp32)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / ADAPTER_CONFIG, {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank,
+        "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": list(config.targets),
+        "use_rslora": config.rslora, "bias": "none", "fan_in_fan_out": False, "inference_mode": True})
+    tensors = {}
+    for name, adapter in adapters(model):
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.lora_a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.lora_b
+    _write_tensors(folder / ADAPTER, tensors)
+
+
+def load_adapter(model: Gemma3, folder: str | Path) -> None:
+    """Wrap `model` in the adapters of a folder that `save_adapter` or PEFT wrote, in place."""
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).exists() and (folder / "adapter" / ADAPTER_CONFIG).exists():
+        folder = folder / "adapter"                       # a run's folder was given
+    stored = read_json(folder / ADAPTER_CONFIG)
+    wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0),
+                           tuple(stored["target_modules"]), stored.get("use_rslora", False)))
+    tensors = _read_tensors(folder / ADAPTER)
+    for name, adapter in adapters(model):
+        for part, parameter in (("lora_A", adapter.lora_a), ("lora_B", adapter.lora_b)):
+            key = f"{_PREFIX}{name}.{part}.weight"
+            if key not in tensors or tensors[key].shape != parameter.shape:
+                raise ValueError(f"{folder / ADAPTER}: {key} is missing or not of shape {tuple(parameter.shape)}; "
+                                 "the adapter was made for another model")
+            parameter.data.copy_(tensors.pop(key))
+    if tensors:
+        raise ValueError(f"{folder / ADAPTER}: {next(iter(tensors))} has no place in this model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def save_run(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> Path:
+    """Write checkpoints/step-NNNNNN with all that a resumed run needs, then remove the older ones.
+
+    What is trained and the optimizer's moments go to safetensors files, `state` (JSON values) to state.json.
+    """
+    path = folder / "checkpoints" / f"step-{step:06d}"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not path.exists():
+        with whole_folder(path) as temporary:
+            _write_tensors(temporary / "trained.safetensors", trained)
+            moments = {f"{key}.{name}": optimizer.state[p][key] for name, p in trained.items()
+                       for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
+            _write_tensors(temporary / "optimizer.safetensors", moments)
+            write_json(temporary / "state.json", {"step": step, **state})
+    for older in find_checkpoints(folder)[:-1]:
+        shutil.rmtree(older, ignore_errors=True)
+    return path
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").exists())
+
+
+@torch.no_grad()
+def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Put a checkpoint back into model and optimizer, in place; returns the state that `save_run` was given."""
+    state = read_json(path / "state.json")
+    tensors, moments = _read_tensors(path / "trained.safetensors"), _read_tensors(path / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
+        parameter.copy_(tensors.pop(name))
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(state["step"])),
+            "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
+            "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device)}
+    if tensors:
+        raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
+    return state

@@ -1,0 +1,449 @@
+"""Rows → conversations → token ids → packed batches.
+
+    dict ──read_rows──▶ Conversation ──tokenize──▶ Example(ids, trained) ──pack──▶ Batch(tokens, targets, positions, documents)
+
+Rows come as JSONL or as a JSON array, gzipped or not, in one of two shapes:
+    xLAM       {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}
+    messages   {"messages": […], "tools": […]}   OpenAI's chat format; every assistant turn is trained
+A tool is xLAM's {name, description, parameters: {p: {type, description, default?}}}, the same with a JSON Schema as its
+parameters, or OpenAI's envelope {"type": "function", "function": …}.
+
+A row that cannot be right is an error that names file:line and the remedy; nothing is cut or guessed silently.
+"""
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loss_kernels import IGNORE
+from tokenizer import Segment, Tokenizer, render_segments
+
+# Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
+DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on. `cause` is a short name to count by; the message says where, what and what to do."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row: `tools` in OpenAI's envelope, `messages` in OpenAI's format with arguments as dicts."""
+
+    tools: list[dict]
+    messages: list[dict]
+    source: str                 # "file:line"
+
+    @property
+    def query(self) -> str:
+        """What the user asks first."""
+        return next((m["content"] for m in self.messages if m["role"] == "user" and isinstance(m["content"], str)), "")
+
+    @property
+    def calls(self) -> list[dict]:
+        """The calls of the first assistant turn, [{"name", "arguments"}]."""
+        first = next(m for m in self.messages if m["role"] == "assistant")
+        return [call["function"] for call in first.get("tool_calls", ())]
+
+    def segments(self) -> list[Segment]:
+        return render_segments(self.messages, self.tools)
+
+    def prompt(self) -> list[Segment]:
+        """What the model sees before its first turn."""
+        before = next(i for i, m in enumerate(self.messages) if m["role"] == "assistant")
+        return render_segments(self.messages[:before], self.tools, add_generation_prompt=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> Iterator[Conversation]:
+    """The conversations of each file (or of each .json, .jsonl and .gz file in a folder), in order.
+
+    Raises RowError at the first bad row; with `skipped` it counts the row there, by cause, and goes on.
+    """
+    for file in files:
+        for path in _files_of(Path(file)):
+            for line, text_or_row in _raw_rows(path):
+                source = f"{path.name}:{line}"
+                try:
+                    yield parse_row(text_or_row, source)
+                except RowError as error:
+                    if skipped is None:
+                        raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
+                    skipped[error.cause] += 1
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")))
+        if not found:
+            raise FileNotFoundError(f"{path}: no .json, .jsonl or .gz file in this folder")
+        return found
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return [path]
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON text) of each row of a JSONL file, (line number, decoded row) of each in a JSON array."""
+    with open(path, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(path, "rt", encoding="utf-8") if packed else open(path, encoding="utf-8") as file:
+        try:
+            first = file.readline()
+            while first.isspace():
+                first = file.readline()
+            if not first.lstrip("\ufeff \t").startswith("["):
+                file.seek(0)
+                for number, line in enumerate(file, start=1):
+                    if line := line.strip("\ufeff \t\r\n"):
+                        yield number, line
+                return
+            file.seek(0)
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise RowError("not UTF-8", f"{path.name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise RowError("broken gzip", f"{path.name}: {error}; fetch or compress the file again") from None
+    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
+    space = re.compile(r"[\s,]*")
+    counted = 0
+    while True:
+        at = space.match(text, at).end()
+        line += text.count("\n", counted, at)
+        counted = at
+        if text.startswith("]", at):
+            return
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RowError("not JSON", f"{path.name}:{line}: the array's next row is not valid JSON ({error}); "
+                                       "a broken array cannot be skipped over: mend the file") from None
+        yield line, row
+        at = end
+
+
+def parse_row(row: Any, source: str) -> Conversation:
+    """One row, as decoded JSON or as its text.  Raises RowError saying what is wrong with it."""
+    row = _decoded(row, "the row")
+    if not isinstance(row, dict):
+        raise RowError("not an object", f"the row is {_kind(row)}, not an object with \"query\", \"tools\" and \"answers\"")
+    if "messages" in row:
+        return _parse_messages(row, source)
+    missing = [key for key in ("query", "tools", "answers") if key not in row]
+    if missing:
+        raise RowError("missing column", f"no column {', '.join(map(repr, missing))}; a row has \"query\", \"tools\" and "
+                                         "\"answers\", or \"messages\" and \"tools\"")
+    if not isinstance(row["query"], str) or not row["query"].strip():
+        raise RowError("empty query", f"query is {row['query']!r:.60}; it must be a text")
+    tools = _tools(row["tools"])
+    answers = _decoded(row["answers"], "answers")
+    if not isinstance(answers, list):
+        raise RowError("bad answers", f"answers is {_kind(answers)}, not a list of {{\"name\", \"arguments\"}}")
+    turn = {"role": "assistant", "content": None if answers else "",        # no call: the model is to stay silent
+            "tool_calls": [{"type": "function", "function": _call(answer, tools)} for answer in answers]}
+    messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user", "content": row["query"]}, turn]
+    return _checked(Conversation(tools, messages, source))
+
+
+def _parse_messages(row: dict, source: str) -> Conversation:
+    tools = _tools(row.get("tools") or [])
+    messages = _decoded(row["messages"], "messages")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+        raise RowError("bad messages", "messages must be a list of objects, each with a \"role\"")
+    names: dict[str, str] = {}              # tool_call_id → function name, for responses that give the id alone
+    out: list[dict] = []
+    if tools and (not messages or messages[0]["role"] not in ("system", "developer")):
+        out.append({"role": "developer", "content": DEVELOPER_TEXT})
+    for message in messages:
+        message = {"content": None, **message}
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise RowError("bad messages", f"tool_calls is {_kind(calls)}, not a list")
+        if calls:
+            functions = [_call(call.get("function", call) if isinstance(call, dict) else call, tools) for call in calls]
+            names |= {call["id"]: f["name"] for call, f in zip(calls, functions, strict=True) if isinstance(call.get("id"), str)}
+            message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+        if message["role"] == "tool" and "name" not in message and message.get("tool_call_id") in names:
+            message["name"] = names[message["tool_call_id"]]
+        out.append(message)
+    if not any(message["role"] == "assistant" for message in out):
+        raise RowError("nothing to train", "no assistant message: there is nothing to learn from this row")
+    return _checked(Conversation(tools, out, source))
+
+
+def _checked(conversation: Conversation) -> Conversation:
+    """Render once, so that what the template refuses is found here, with the row's name."""
+    try:
+        conversation.segments()
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RowError("not renderable", f"the template cannot render this row: {error}") from None
+    return conversation
+
+
+def _call(answer: Any, tools: list[dict]) -> dict:
+    if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
+        raise RowError("bad call", f"a call is {answer!r:.80}, not {{\"name\": …, \"arguments\": {{…}}}}")
+    name, arguments = answer["name"], _decoded(answer.get("arguments") or {}, f"the arguments of {answer['name']!r:.60}")
+    if not isinstance(arguments, dict):
+        raise RowError("bad arguments", f"the arguments of {name!r:.60} are {_kind(arguments)}, not an object")
+    known = [tool["function"]["name"] for tool in tools]
+    if name not in known:
+        listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
+        raise RowError("unknown function", f"call to \"{name:.80}\" is not one of its {len(known)} tools ({listed})")
+    return {"name": name, "arguments": arguments}
+
+
+def _decoded(value: Any, what: str) -> Any:
+    """`value`, or what it says if it is JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RowError("not JSON", f"{what} is not valid JSON ({error})") from None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools and their types
+
+
+def _tools(value: Any) -> list[dict]:
+    tools = _decoded(value, "tools")
+    if not isinstance(tools, list):
+        raise RowError("bad tools", f"tools is {_kind(tools)}, not a list")
+    return [{"type": "function", "function": _function(tool)} for tool in tools]
+
+
+def _function(tool: Any) -> dict:
+    function = tool.get("function", tool) if isinstance(tool, dict) else tool
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError("bad tool", f"a tool is {tool!r:.80}, not an object with a \"name\"")
+    parameters = _decoded(function.get("parameters") or {}, f"the parameters of {function['name']!r:.60}")
+    if not isinstance(parameters, dict):
+        raise RowError("bad tool", f"the parameters of {function['name']!r:.60} are {_kind(parameters)}, not an object")
+    made = {"name": function["name"], "description": function.get("description") or ""}
+    if _is_json_schema(parameters):
+        made["parameters"] = _with_json_types(parameters)
+    else:
+        properties, required = {}, []
+        for name, parameter in parameters.items():
+            if not isinstance(parameter, dict):
+                raise RowError("bad tool", f"parameter {name!r:.60} of {made['name']!r:.60} is {_kind(parameter)}, not an object")
+            schema, optional = json_type(parameter.get("type", "string"))
+            extra = {key: parameter[key] for key in ("enum", "items", "properties") if parameter.get(key)}
+            properties[name] = {**schema, "description": parameter.get("description") or "", **_with_json_types(extra)}
+            if not optional and "default" not in parameter:
+                required.append(name)
+        made["parameters"] = {"type": "object", "properties": properties, "required": required}
+    return made
+
+
+def _is_json_schema(parameters: dict) -> bool:
+    """xLAM maps parameter names to objects; a JSON Schema has a type in words, or properties that are parameters."""
+    return isinstance(parameters.get("type"), (str, list)) or (
+        isinstance(parameters.get("properties"), dict) and "type" not in parameters
+        and all(isinstance(value, dict) for value in parameters["properties"].values()))
+
+
+JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
+_TYPE_OF = {"str": "string", "string": "string", "int": "integer", "integer": "integer",
+            "float": "number", "number": "number", "double": "number", "bool": "boolean", "boolean": "boolean",
+            "list": "array", "array": "array", "tuple": "array", "set": "array", "dict": "object", "object": "object"}
+
+
+def json_type(text: Any) -> tuple[dict, bool]:
+    """A type as people write it → (JSON Schema, whether it is optional).
+
+    >>> json_type("int, optional"), json_type("Optional[List[str]]")
+    (({'type': 'integer'}, True), ({'type': 'array', 'items': {'type': 'string'}}, True))
+
+    Union[…] and whatever is unknown become string.
+    """
+    text = text.strip() if isinstance(text, str) else ""
+    bare = re.sub(r"\s*,\s*optional\b.*$", "", text, flags=re.IGNORECASE | re.DOTALL)
+    optional, text = bare != text, bare.removeprefix("typing.")
+    outer, bracket, inner = text.partition("[")
+    outer, inner = outer.strip().lower(), inner.rstrip().removesuffix("]")
+    if bracket and outer == "optional":
+        return json_type(inner)[0], True
+    kind = _TYPE_OF.get(outer, "string")
+    if bracket and kind == "array":
+        first = _first_argument(inner)
+        return {"type": "array", "items": json_type(first)[0]} if first else {"type": "array"}, optional
+    return {"type": kind if not bracket or kind == "object" else "string"}, optional
+
+
+def _first_argument(text: str) -> str:
+    """The text before the first comma that is not inside brackets: "Dict[str, int], …" → "Dict[str, int]"."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            return text[:i].strip()
+    return text.strip()
+
+
+def _with_json_types(schema: Any) -> Any:
+    """A JSON Schema with Python's type names, if it has any, replaced by JSON's; the rest as it was."""
+    if isinstance(schema, list):
+        return [_with_json_types(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for key, value in schema.items():
+        if key == "type" and isinstance(value, str):
+            made.update({"type": value} if value.lower() in JSON_TYPES else json_type(value)[0])
+        elif key == "properties" and isinstance(value, dict):
+            made[key] = {name: _with_json_types(property_) for name, property_ in value.items()}
+        elif key == "items":
+            made[key] = _with_json_types(value)
+        else:
+            made[key] = value
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples, and the held-out split
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row: ids (n) int32, trained (n) bool."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        """Positions that the model computes: the last id is only ever a target."""
+        return len(self.ids) - 1
+
+
+def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Example:
+    ids, trained = tokenizer.encode_segments(conversation.segments())
+    return Example(np.array(ids, np.int32), np.array(trained, bool), conversation.source)
+
+
+def is_held_out(query: str, fraction: float) -> bool:
+    """Whether a query belongs to the held-out rows: decided by its words alone.
+
+    A row stays on its side whatever rows are added, and the same question never stands on both sides.
+    """
+    words = " ".join(query.casefold().split())
+    return int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps and batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents."""
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    documents: Tensor
+    trained_tokens: int
+    sources: tuple[str, ...]
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(tokens, targets, positions) on the device; documents stay on the CPU, where their borders are read."""
+        return (*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.positions)), self.documents)
+
+
+def pack(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
+    """Put the examples, in order, into as few batches of at most `max_tokens` tokens as that order allows.
+
+    No example is cut: one that is longer than `max_tokens` gets a batch of its own.
+    """
+    batches, room = [], 0
+    groups: list[list[Example]] = []
+    for example in examples:
+        if len(example) > room or not groups:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(example)
+        room -= len(example)
+    for group in groups:
+        ids = [torch.from_numpy(example.ids.astype(np.int64)) for example in group]
+        lengths = torch.tensor([len(example) for example in group])
+        targets = torch.cat([row[1:] for row in ids])
+        trained = torch.from_numpy(np.concatenate([example.trained[1:] for example in group]))
+        batches.append(Batch(
+            tokens=torch.cat([row[:-1] for row in ids]),
+            targets=torch.where(trained, targets, IGNORE),
+            positions=torch.cat([torch.arange(n) for n in lengths]),
+            documents=torch.arange(len(group), dtype=torch.int32).repeat_interleave(lengths),
+            trained_tokens=int(trained.sum()),
+            sources=tuple(example.source for example in group)))
+    return batches
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's rows: a permutation that depends on the seed and the epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, batch_tokens: int | None = None,
+          epochs: float | None = None, start: int = 0) -> Iterator[tuple[list[int], int]]:
+    """Cut the endless stream of shuffled epochs into optimizer steps.
+
+    lengths: tokens of each row. A step is `batch_rows` rows, or as many as fit into `batch_tokens` tokens (one at
+    least). `start` is the position to go on from: the rows consumed so far, as yielded. Every row comes exactly once an
+    epoch; the stream ends after `epochs` of them, or never. Yields (row indices of the step, rows consumed after it).
+    """
+    end = None if epochs is None else round(epochs * len(lengths))
+    position = start
+    while end is None or position < end:
+        rows: list[int] = []
+        tokens = 0
+        while end is None or position < end:
+            epoch, offset = divmod(position, len(lengths))
+            if offset == 0 or not rows:
+                order = epoch_order(len(lengths), seed, epoch)
+            row = int(order[offset])
+            tokens += lengths[row]
+            if rows and (len(rows) == batch_rows if batch_rows else tokens > batch_tokens):
+                break
+            rows.append(row)
+            position += 1
+        yield rows, position
+
+
+def fetch(source: str) -> list[Path]:
+    """The files behind one `--data` source: a local path, or a dataset's name on the Hugging Face Hub."""
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return [Path(source)]
+    from huggingface_hub import snapshot_download
+    folder = snapshot_download(source, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.gz"])
+    return _files_of(Path(folder))
+
+
+def read_sources(sources: Iterable[str], skipped: Counter | None = None) -> list[Conversation]:
+    """Every conversation of a list of `--data` sources."""
+    return [row for source in sources for row in read_rows(fetch(source), skipped)]

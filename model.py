@@ -1,0 +1,268 @@
+"""Gemma 3, text only, from scratch: the model behind FunctionGemma (270M), and its larger siblings by their config.
+
+Rows of any length are packed one after another into a single sequence of T tokens; `documents` says which row each
+token belongs to, and attention never leaves a row. There is no padding and no (T, T) mask.
+
+Letters for shapes, here and in every other file:
+    B batch   T tokens of all documents   D width   N query heads   K key/value heads   H head dim
+    F MLP width   V vocabulary   R LoRA rank
+
+Parameter names equal the published checkpoint's, so loading is a strict `load_state_dict` (checkpoint.py). LoRA is
+wrapped around the linears from outside (lora.py); nothing here knows of it.
+
+Source: "Gemma 3 Technical Report" (arXiv 2503.19786) and the published config.json; tests/test_model.py compares with
+transformers, and `python tests/compare_layers.py MODEL` does so layer by layer.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """What of config.json decides the computation. Defaults are Gemma 3 270M's."""
+
+    vocab_size: int = 262_144               # V
+    hidden_size: int = 640                  # D
+    intermediate_size: int = 2_048          # F
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 4            # N
+    num_key_value_heads: int = 1            # K
+    head_dim: int = 256                     # H
+    rms_norm_eps: float = 1e-6
+    query_pre_attn_scalar: float = 256.0    # attention scores are scaled by its -1/2 power
+    sliding_window: int = 512               # tokens a local layer sees, itself included
+    rope_theta: float = 1e6                 # of global layers
+    rope_local_base_freq: float = 1e4       # of local layers
+    rope_factor: float = 1.0                # positions of global layers are divided by it (8 for Gemma 3 4B and up)
+    layer_types: tuple[str, ...] = field(default=())    # "sliding_attention" or "full_attention", one a layer
+
+    def __post_init__(self) -> None:
+        if not self.layer_types:
+            types = ("full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(self.num_hidden_layers))
+            object.__setattr__(self, "layer_types", tuple(types))
+
+    @classmethod
+    def from_dict(cls, config: dict) -> GemmaConfig:
+        """From the contents of a published config.json.  Raises ValueError for a model that is not Gemma 3 text."""
+        config = config.get("text_config", config)          # the larger models nest it beside a vision part
+        if config.get("model_type") != "gemma3_text":
+            raise ValueError(f"model_type is {config.get('model_type')!r}; this file implements \"gemma3_text\" alone")
+        for key, supported in (("hidden_activation", "gelu_pytorch_tanh"), ("attn_logit_softcapping", None),
+                               ("final_logit_softcapping", None), ("attention_bias", False),
+                               ("use_bidirectional_attention", False), ("tie_word_embeddings", True)):
+            if config.get(key, supported) not in (supported, supported or None):
+                raise ValueError(f"{key} is {config[key]!r}; only {supported!r} is supported")
+        known = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
+        if "layer_types" not in known and pattern:
+            known["layer_types"] = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention"
+                                    for i in range(known.get("num_hidden_layers", cls.num_hidden_layers))]
+        rope = config.get("rope_parameters") or {}          # transformers 5 writes both rotations here
+        scaling = rope.get("full_attention") or config.get("rope_scaling") or {}
+        if scaling.get("rope_type", "default") not in ("default", "linear"):
+            raise ValueError(f"rope_type is {scaling['rope_type']!r}; \"default\" and \"linear\" are supported")
+        known["rope_factor"] = scaling.get("factor", 1.0)
+        if rope:
+            known["rope_theta"] = rope["full_attention"]["rope_theta"]
+            known["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        known["layer_types"] = tuple(known.get("layer_types", ()))
+        made = cls(**known)
+        if len(made.layer_types) != made.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(made.layer_types)} layers, num_hidden_layers is {made.num_hidden_layers}")
+        if made.num_attention_heads % made.num_key_value_heads:
+            raise ValueError(f"{made.num_attention_heads} query heads do not divide among {made.num_key_value_heads} kv heads")
+        return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaves: what a layer is made of, as plain functions
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · (1 + weight) over the last axis, in fp32, rounded once to x's dtype.  x (..., D), weight (D)."""
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * (1.0 + weight.float())).to(x.dtype)
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's rotation angles, (T, 1, H) each: H/2 frequencies, twice.  positions (T)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float()[:, None] * (theta ** -exponents / factor)       # (T, H/2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: pairs (x[i], x[i + H/2]) turned by their angle.  x (T, heads, H)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) · up, (T, F) each."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+@dataclass(frozen=True)
+class Document:
+    """Where one row lies in the packed sequence, and the mask its local layers need (None where causal is enough)."""
+
+    start: int
+    stop: int
+    window_mask: Tensor | None      # (t, t), 0 where row i may see column j, else -inf
+
+
+def find_documents(documents: Tensor, window: int, dtype: torch.dtype, device: torch.device) -> list[Document]:
+    """The borders of each run of equal values in `documents` (T); one mask for each length beyond the window."""
+    lengths = torch.unique_consecutive(documents, return_counts=True)[1].tolist()
+    masks: dict[int, Tensor] = {}
+    found, start = [], 0
+    for length in lengths:
+        if length > window and length not in masks:
+            i = torch.arange(length, device=device)
+            seen = (i[:, None] >= i) & (i[:, None] - i < window)
+            masks[length] = torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
+        found.append(Document(start, start + length, masks.get(length)))
+        start += length
+    return found
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: list[Document], local: bool, scale: float) -> Tensor:
+    """Causal attention inside each document, over the last `window` tokens in local layers.
+
+    q (T, N, H); k and v (T, K, H), each kv head serving N/K query heads; returns (T, N, H).
+    One call of PyTorch's fused attention for each document: no padding, and no mask over more than one document.
+    """
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                     # (1, heads, T, H)
+    if groups > 1:
+        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+    outs = []
+    for document in documents:
+        rows = slice(document.start, document.stop)
+        mask = document.window_mask if local else None
+        outs.append(F.scaled_dot_product_attention(q[:, :, rows], k[:, :, rows], v[:, :, rows], attn_mask=mask,
+                                                   is_causal=mask is None, scale=scale))
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ without bias, computed in x's dtype whatever the dtype W is kept in (fp32 masters, bf16 compute)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GemmaConfig, layer: int) -> None:
+        super().__init__()
+        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim, self.scale = H, config.query_pre_attn_scalar ** -0.5
+        self.local = config.layer_types[layer] == "sliding_attention"
+        self.q_proj, self.k_proj, self.v_proj = Linear(D, N * H), Linear(D, K * H), Linear(D, K * H)
+        self.o_proj = Linear(N * H, D)
+        self.q_norm, self.k_norm = RMSNorm(H, config.rms_norm_eps), RMSNorm(H, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: list[Document]) -> Tensor:
+        T, H = len(x), self.head_dim
+        q = rotate(self.q_norm(self.q_proj(x).view(T, -1, H)), *rope)           # (T, N, H)
+        k = rotate(self.k_norm(self.k_proj(x).view(T, -1, H)), *rope)           # (T, K, H)
+        v = self.v_proj(x).view(T, -1, H)
+        return self.o_proj(attention(q, k, v, documents, self.local, self.scale).reshape(T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = Linear(D, F_), Linear(D, F_), Linear(F_, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each with a norm before and after it, each added to the residual stream."""
+
+    def __init__(self, config: GemmaConfig, layer: int) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn, self.mlp = Attention(config, layer), MLP(config)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: list[Document]) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, documents))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Gemma3(nn.Module):
+    """The language model. `forward` ends at the hidden states; the loss projects the few rows it needs."""
+
+    def __init__(self, config: GemmaConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    @property
+    def head(self) -> Tensor:
+        """The last projection, tied to the embedding: (V, D), in the dtype it is kept in."""
+        return self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
+        """Hidden states after the last norm.
+
+        tokens (T) int64; positions (T), each document counting from 0; documents (T), one value for each document,
+        its tokens side by side (kept on the CPU it costs no device synchronisation). Returns (T, D) in `compute_dtype`.
+        """
+        config, dtype = self.config, self.compute_dtype
+        x = F.embedding(tokens, self.head).to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
+        rope = {"full_attention": rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype),
+                "sliding_attention": rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype)}
+        found = find_documents(documents, config.sliding_window, dtype, x.device)
+        for block, layer_type in zip(self.model.layers, config.layer_types, strict=True):
+            x = block(x, rope[layer_type], found)
+        return self.model.norm(x)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Next-token scores for every position, (B, T, V): for looking at, not for training.  ids (B, T), no padding."""
+        rows, length = ids.shape
+        positions = torch.arange(length, device=ids.device).repeat(rows)
+        documents = torch.arange(rows).repeat_interleave(length)
+        hidden = self(ids.reshape(-1), positions, documents)
+        return F.linear(hidden, self.head.to(hidden.dtype)).view(rows, length, -1)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Random weights for training from nothing: normal, 1/√fan-in for linears, so that activations start near 1."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.zero_()                    # norms scale by 1 + weight
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)

@@ -1,0 +1,40 @@
+"""Fixtures that several tests share. What is absent on a machine is skipped, and said so."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Golden files and real rows, beside the checkout where the project is developed."""
+    if not SHARED.is_dir():
+        pytest.skip("SKIPPED: ../shared (golden files and real rows) is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """A folder with the real Gemma 3 270M in the published layout."""
+    if not (REAL_MODEL / "config.json").exists():
+        pytest.skip(f"SKIPPED: no real weights in {REAL_MODEL} (set REAL_MODEL to a folder that has them)")
+    return REAL_MODEL
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """The embedded demo, small: a random model of every branch, its vocabulary, and 600 rows."""
+    from demo import write
+    folder = tmp_path_factory.mktemp("demo")
+    write(folder, rows=600)
+    return folder
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

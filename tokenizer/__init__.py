@@ -1,0 +1,8 @@
+"""Text ↔ ids and messages ↔ text, written by hand: no torch, no sentencepiece at run time.
+
+In reading order: `chat.py` (FunctionGemma's format), `bpe.py` (SentencePiece BPE), `model_file.py` (tokenizer.model).
+"""
+from tokenizer.bpe import Tokenizer
+from tokenizer.chat import Calls, Control, Segment, parse_calls, render, render_segments
+
+__all__ = ["Calls", "Control", "Segment", "Tokenizer", "parse_calls", "render", "render_segments"]

@@ -1,0 +1,245 @@
+"""Text ↔ ids: SentencePiece's BPE with Gemma's rules, from scratch.
+
+    "I need 2!" → "I▁need▁2!" → I ▁need ▁ 2 ! → [236777, 1202, 236743, 236778, 236888]
+
+1. A space becomes "▁". Nothing else is normalised, no space is added in front.
+2. The frozen pieces (runs of spaces, tabs or newlines, HTML tags) are cut out where they stand, the longest first.
+3. Every other character starts as a piece of its own. Of all neighbours whose joint text is a piece too, those with
+   the highest score are joined (the leftmost among equals), until no two can be.
+4. A character that is no piece becomes its UTF-8 bytes, the pieces <0x00> to <0xFF>.
+
+No piece of Gemma's crosses the border before a space, those around a digit or, but for "> </", that between a letter
+and a punctuation mark. So a text is cut there and the ids of each part are remembered: nearly all of the work is one
+lookup a word. Each vocabulary is checked when it is loaded for the pieces that do cross.
+
+Control tokens (<start_of_turn>, <escape>, …) are no text. Only `control=True` and `encode_segments` give their ids;
+elsewhere the same characters are ordinary text, whoever typed them.
+
+Source: github.com/google/sentencepiece, src/bpe_model.cc; the tests ask for the same ids.
+To try it: `Tokenizer.load("FOLDER").encode("I need 2!")`.
+"""
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush
+from itertools import chain, groupby
+from pathlib import Path
+
+from tokenizer.chat import Control, Segment
+from tokenizer.model_file import BYTE, BYTE_PIECES, NORMAL, USER_DEFINED, ModelFile, read_model_file
+
+HTML_TAGS = frozenset(f"<{slash}{name}>" for slash in ("", "/") for name in (
+    "table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote",
+    "strong", "em", "b", "i", "u", "s", "sub", "sup", "code",
+    "a", "html", "body", "img", "span", "bbox", "ul", "li", "div", "iframe", "footer"))
+CONTROL_NAME = re.compile(r"<\w+>")     # two matches never overlap, and none is the beginning of another
+
+# SentencePiece writes one replacement character for each byte that is not UTF-8; Python's own "replace" writes fewer.
+codecs.register_error("replace_each_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+
+
+def is_text(piece: str) -> bool:
+    """Whether an added token is text that has an id of its own wherever it stands, and no control token."""
+    return piece in HTML_TAGS or piece == "[multimodal]" or not piece.strip("▁\n\t")
+
+
+class Memory(dict):
+    """{text: its ids}, computed when first asked for; bounded, and forgotten as a whole when full."""
+
+    MAX_TEXTS, MAX_CHARACTERS = 1 << 17, 64
+
+    def __init__(self, compute: Callable[[str], list[int]]):
+        self.compute = compute
+
+    def __missing__(self, text: str) -> list[int]:
+        ids = self.compute(text)
+        if len(text) <= self.MAX_CHARACTERS:
+            if len(self) >= self.MAX_TEXTS:
+                self.clear()
+            self[text] = ids
+        return ids
+
+
+class Tokenizer:
+    """Text ↔ ids in one vocabulary.
+
+    vocab_size: V, the pieces in tokenizer.model and the rows of the embedding
+    pieces: the text of each id; "▁" stands for a space
+    control: {name: id}; FunctionGemma's <image_soft_token> and <end_of_image> are V and V + 1, ids without a row
+    """
+
+    def __init__(self, model: ModelFile, added_tokens: dict[int, str] | None = None):
+        """added_tokens: {id: name} as in tokenizer_config.json; they overrule the names in tokenizer.model
+
+        Raises ValueError for a control token with a gap before its id, an unusual name, or one that is taken.
+        """
+        self.vocab_size = len(model.pieces)
+        self.pieces = list(model.pieces)
+        self.control: dict[str, int] = {}
+        named = {i: self.pieces[i] for i, type in enumerate(model.types) if type not in (NORMAL, BYTE)}
+        for i, name in sorted((named | (added_tokens or {})).items()):
+            if is_text(name):
+                continue
+            if not CONTROL_NAME.fullmatch(name) or name in self.control or not 0 <= i <= len(self.pieces):
+                raise ValueError(f"control token {name!r} has id {i}: expected a name like <name> that no other id "
+                                 f"has, and an id from 0 to {len(self.pieces)}")
+            self.pieces[i : i + 1] = [name]     # or append it, after the last
+            self.control[name] = i
+
+        reserved = set(self.control.values())
+        self.frozen = {piece for i, piece in enumerate(model.pieces)
+                       if model.types[i] == USER_DEFINED and i not in reserved}
+        self.ids = {piece: i for i, piece in enumerate(model.pieces)
+                    if (model.types[i] == NORMAL and i not in reserved) or piece in self.frozen}
+        self.costs = {piece: -model.scores[i] for piece, i in self.ids.items()}     # the cheapest merge goes first
+        byte_ids = {piece: i for i, piece in enumerate(model.pieces) if model.types[i] == BYTE}
+        self.byte_ids = [byte_ids[piece] for piece in BYTE_PIECES]
+        self.bytes_of = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
+
+        # In groups of one first character: `re` then sees from a character or two that nothing in a group matches.
+        groups = groupby(sorted(self.frozen, key=lambda piece: (piece[0], -len(piece))), key=lambda piece: piece[0])
+        group = {first: "|".join(map(re.escape, group)) for first, group in groups}
+        frozen = "|".join(f"(?:{alternatives})" for alternatives in group.values()) or "(?!)"
+        self.typed_spaces = re.compile(f"({group.get('▁', '(?!)')})")
+        self.stretch = re.compile(f"{frozen}|(?:(?!{frozen}).)+", re.DOTALL)
+        self.chunk = re.compile(rf"""
+              {frozen}
+              # letters or punctuation; not if é, “ or \x1b comes next, which can join either
+            | ▁? (?: [A-Za-z]++ | (?: (?!{frozen}) [!-/:-@\[-`{{-~] )++ ) (?![^!-~▁\n])
+              # otherwise everything up to a space or digit
+            | ▁? (?: (?!{frozen}) [^▁0-9] )+
+              # a digit, or a space before one
+            | .""", re.DOTALL | re.VERBOSE)
+        crossing = [piece for piece in self.ids if self.chunk.match(piece).end() < len(piece)]
+        self.crossing = crossing if len(crossing) <= 32 else [""]     # every text holds "", so none is cut into chunks
+        self.chunks = Memory(self._merge)
+        self.words = Memory(lambda word: self._cut("▁" + word))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read folder/tokenizer.model and, if it is there, the control tokens' names in folder/tokenizer_config.json.
+
+        Raises ValueError for a damaged or unsupported file, FileNotFoundError without a tokenizer.model.
+        """
+        model = read_model_file(Path(folder) / "tokenizer.model")
+        config = Path(folder) / "tokenizer_config.json"
+        if not config.exists():
+            return cls(model)
+        try:
+            added = json.loads(config.read_bytes()).get("added_tokens_decoder", {})
+            return cls(model, {int(i): token["content"] for i, token in added.items()})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{config}: {type(error).__name__}: {error}; expected JSON with added_tokens_decoder: "
+                             "{id: {\"content\": name}} that fits tokenizer.model; download both again") from None
+
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        """The ids of a text, without a <bos> in front.
+
+        control: where the text names a control token give its id, as Hugging Face does. Not for text of others.
+        Raises ValueError for half a surrogate pair, which is no character.
+        """
+        ids: list[int] = []
+        start = 0
+        try:
+            for match in CONTROL_NAME.finditer(text) if control else ():
+                if match[0] in self.control:
+                    ids += self._plain(text[start : match.start()])
+                    ids.append(self.control[match[0]])
+                    start = match.end()
+            return ids + self._plain(text[start:])
+        except UnicodeEncodeError:
+            at = re.search("[\ud800-\udfff]", text).start()
+            raise ValueError(f"character {at} of the text is {text[at]!r}, half a surrogate pair: UTF-8 cannot "
+                             "hold it; repair the text where it was read") from None
+
+    def encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[bool]]:
+        """The ids of a rendered conversation and, for each of them, whether it is trained.
+
+        A `Control` becomes its id; all else is plain text, which runs on from one segment to the next. Where it turns
+        from untrained to trained or back it is cut, so that has to be where no piece crosses, as after "model\n".
+        Raises ValueError for a `Control` that is not in the vocabulary, and as `encode` does.
+        """
+        ids: list[int] = []
+        trained: list[bool] = []
+        for (is_control, is_trained), run in groupby(segments, key=lambda s: (isinstance(s.text, Control), s.trained)):
+            texts = [segment.text for segment in run]
+            if is_control and (missing := set(texts) - self.control.keys()):
+                raise ValueError(f"the vocabulary has no control token {min(missing)}; "
+                                 "take tokenizer.model and tokenizer_config.json from FunctionGemma")
+            new = [self.control[text] for text in texts] if is_control else self.encode("".join(texts))
+            ids += new
+            trained += [is_trained] * len(new)
+        return ids, trained
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids: control tokens by name, U+FFFD for each byte that is not UTF-8, a space for "▁".
+
+        Raises ValueError for an id that is not in the vocabulary.
+        """
+        parts = []
+        for i in ids:
+            if not 0 <= i < len(self.pieces):
+                raise ValueError(f"id {i} is not in the vocabulary: expected 0 to {len(self.pieces) - 1}")
+            parts.append(self.bytes_of.get(i) or self.pieces[i].replace("▁", " ").encode())
+        return b"".join(parts).decode(errors="replace_each_byte")
+
+    def _plain(self, text: str) -> list[int]:
+        """The ids of a text in which nothing is a control token."""
+        if "▁▁" in text:      # Hugging Face keeps typed "▁▁" apart from spaces beside it; SentencePiece alone does not
+            return [i for part in self.typed_spaces.split(text) for i in self._spaced(part.replace(" ", "▁"))]
+        return self._spaced(text.replace(" ", "▁"))
+
+    def _spaced(self, text: str) -> list[int]:
+        if any(map(text.__contains__, self.crossing)):
+            return list(chain.from_iterable(map(self._merge, self.stretch.findall(text))))
+        if "▁▁" in text:
+            return self._cut(text)
+        first, *words = text.split("▁")
+        return self._cut(first) + list(chain.from_iterable(map(self.words.__getitem__, words)))
+
+    def _cut(self, text: str) -> list[int]:
+        return list(chain.from_iterable(map(self.chunks.__getitem__, self.chunk.findall(text))))
+
+    def _merge(self, text: str) -> list[int]:
+        """BPE, of a frozen piece or of a text with none in it.
+
+        Pieces form a linked list: right[i] is where the piece after piece i starts, "" stands at places that a merge
+        has used up. A possible merge waits in the heap as (cost, place, length); if by its turn one of its two pieces
+        has been merged otherwise, the length tells.
+        """
+        if text in self.frozen:
+            return [self.ids[text]]
+        cost_of = self.costs.get
+        pieces, size = list(text), len(text)
+        left, right = list(range(-1, size - 1)), list(range(1, size + 1))
+        pairs = map(str.__add__, pieces, pieces[1:])
+        heap = [(cost, i, 2) for i, pair in enumerate(pairs) if (cost := cost_of(pair)) is not None]
+        heapify(heap)
+        while heap:
+            _, i, length = heappop(heap)
+            j = right[i]
+            if not pieces[i] or j == size or len(pieces[i]) + len(pieces[j]) != length:
+                continue
+            pieces[i] += pieces[j]
+            pieces[j] = ""
+            h, k = left[i], right[j]
+            right[i] = k
+            if k < size:
+                left[k] = i
+                pair = pieces[i] + pieces[k]
+                if (cost := cost_of(pair)) is not None:
+                    heappush(heap, (cost, i, len(pair)))
+            if h >= 0:
+                pair = pieces[h] + pieces[i]
+                if (cost := cost_of(pair)) is not None:
+                    heappush(heap, (cost, h, len(pair)))
+        out: list[int] = []
+        for piece in filter(None, pieces):
+            if piece in self.ids:
+                out.append(self.ids[piece])
+            else:
+                out += [self.byte_ids[byte] for byte in piece.encode()]
+        return out

@@ -1,0 +1,440 @@
+"""Fine-tune FunctionGemma, or any Gemma 3, to call your functions: LoRA or full, on one process or many.
+
+    python train.py --model google/functiongemma-270m-it --data rows.jsonl --out runs/mine
+    python train.py --model DIR --data rows.jsonl --preview 3      # look at what would be trained, and stop
+    torchrun --nproc-per-node 8 train.py …                         # the same flags on eight processes
+
+The file reads as the algorithm: flags, then `main` from rows to a trained model. A step's gradient is that of the mean
+loss over all its trained tokens, however many rows, batches and processes share the work.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import data
+import evaluate
+from lora import TARGETS, LoRAConfig, wrap
+from loss_kernels import linear_cross_entropy
+from model import Gemma3
+from tokenizer import Tokenizer
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a flag's default, unless its own text speaks of it or it has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False) and "default" not in action.help
+        return super()._get_help_string(action) if shown else action.help
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], formatter_class=Help)
+    add = parser.add_argument_group("what to train on").add_argument
+    add("--model", required=True, help="folder in the published layout, or a name on the Hugging Face Hub")
+    add("--data", required=True, metavar="A,B,…", help="files or folders of rows (JSONL, JSON, .gz), or dataset names on the Hub")
+    add("--eval-data", default=None, metavar="A,B,…", help="held-out rows; without it a share of --data is held out")
+    add("--eval-fraction", type=float, default=0.05, help="share of queries to hold out, chosen by a hash of the query")
+    add("--eval-rows", type=int, default=200, help="evaluate on at most this many held-out rows")
+    add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and counted, never cut")
+    add("--skip-invalid", action="store_true", help="drop rows that cannot be right and count them, instead of stopping")
+    add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, trained tokens in green, and stop")
+
+    add = parser.add_argument_group("how long").add_argument
+    add("--steps", type=int, default=None, help="optimizer steps; 0 prepares and checks everything and stops")
+    add("--epochs", type=float, default=None, help="passes over the training rows (default 1, unless --steps is given)")
+    add("--batch-rows", type=int, default=None, help="rows a step, over all processes (default 32)")
+    add("--batch-tokens", type=int, default=None, help="size a step in tokens instead, over all processes, e.g. 16896")
+    add("--micro-tokens", type=int, default=None, help="tokens in one forward pass; a larger step accumulates "
+        "(default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
+
+    add = parser.add_argument_group("optimizer (AdamW)").add_argument
+    add("--lr", type=float, default=None, help="highest learning rate (default 3e-4 for LoRA, 2e-5 for --full)")
+    add("--min-lr", type=float, default=0.0, help="learning rate at the last step of a decaying schedule")
+    add("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate after warm-up")
+    add("--warmup-steps", type=int, default=None, help="steps of linear warm-up (default a tenth of all, at most 50)")
+    add("--beta2", type=float, default=0.999, help="decay of the second moment")
+    add("--weight-decay", type=float, default=0.0, help="decoupled, on all that is trained")
+    add("--clip", type=float, default=1.0, help="clip the gradient's norm to this; 0 does not clip")
+    add("--max-grad-norm", type=float, default=1e4, help="stop, with the rows' names, when the norm before clipping exceeds this")
+    add("--seed", type=int, default=0, help="of the order of rows, the adapters' start and dropout")
+
+    add = parser.add_argument_group("LoRA, or everything").add_argument
+    add("--full", action="store_true", help="train every parameter (fp32 masters), not adapters")
+    add("--lora-rank", type=int, default=16, help="width of the adapters")
+    add("--lora-alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank")
+    add("--lora-dropout", type=float, default=0.0, help="on the adapter's input")
+    add("--lora-targets", default=",".join(TARGETS), metavar="A,B,…", help="linears that get an adapter")
+    add("--rslora", action="store_true", help="scale by alpha / √rank instead")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="runs/last", help="the run's folder")
+    add("--overwrite", action="store_true", help="start anew where --out holds an earlier run")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out; the losses are those of an unbroken run")
+    add("--save-every", type=int, default=100, help="steps between checkpoints; 0 saves at the end alone")
+    add("--eval-every", type=int, default=100, help="steps between held-out losses; 0 takes them at the start and the end alone")
+    add("--log-every", type=int, default=1, help="steps between lines on the console; log.jsonl has every step")
+    add("--eval-calls", type=int, default=0, metavar="N", help="before and after training, let the model answer N held-out queries "
+        "and count exact calls (without a key-value cache yet: slow for long prompts)")
+    args = parser.parse_args(argv)
+
+    if args.batch_rows and args.batch_tokens:
+        parser.error("--batch-rows and --batch-tokens both size a step: give one of them")
+    if not args.batch_tokens:
+        args.batch_rows = args.batch_rows or 32
+    if args.steps is None and args.epochs is None:
+        args.epochs = 1.0
+    for name, least in (("steps", 0), ("batch_rows", 1), ("batch_tokens", 1), ("micro_tokens", 1), ("max_tokens", 2), ("preview", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 3e-4
+    args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
+    return args
+
+
+# Flags that may differ between a run and its resumption; all others decide the losses.
+FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview"}
+
+
+def main(args: argparse.Namespace) -> int:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    say = print if rank == 0 else lambda *_, **__: None
+    out = Path(args.out)
+
+    # Rows → examples, some of them held out.
+    model_folder = checkpoint.fetch_model(args.model)
+    tokenizer = Tokenizer.load(model_folder)
+    train_rows, eval_rows = read_conversations(args, say)
+    if args.preview:
+        for row in train_rows[:args.preview]:
+            say(colored(data.tokenize(row, tokenizer), tokenizer), end="\n\n")
+        return 0
+    train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say)
+    held_out = data.pack(tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say), args.micro_tokens)
+    if not train:
+        raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
+    lengths = [len(example) for example in train]
+
+    # Model, optimizer, schedule.
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = checkpoint.load_model(model_folder, dtype, device, master_dtype=torch.float32 if args.full else dtype)
+    lora = None
+    if not args.full:
+        lora = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets.split(",")), args.rslora)
+        wrap(model, lora, torch.Generator().manual_seed(args.seed))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs}
+    total = args.steps if args.steps is not None else sum(1 for _ in data.steps(lengths, **plan))
+    warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
+    say(f"model  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained"
+        f" ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), {args.dtype} on {device_name(device)}")
+
+    # A new run, or an old one from its last checkpoint.
+    state = {"position": 0, "best_loss": None}
+    step = 0
+    found = checkpoint.find_checkpoints(out)
+    flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
+    if args.resume and found:
+        check_same_run(out, flags)
+        state = checkpoint.load_run(found[-1], model, optimizer)
+        step = state.pop("step")
+        say(f"resume {found[-1]} at step {step}")
+    elif (out / "log.jsonl").exists() and not (args.overwrite or args.resume):
+        raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
+    log = None
+    if rank == 0 and args.steps != 0:
+        log = open_log(out, step, flags, device)
+
+    def held_out_loss() -> float | None:
+        """Mean nats a trained token over the held-out rows, shared among the processes."""
+        if not held_out:
+            return None
+        with torch.no_grad():
+            model.eval()
+            nats = torch.zeros((), device=device)
+            for batch in held_out[rank::world]:
+                tokens, targets, positions, documents = batch.to(device)
+                nats += linear_cross_entropy(model(tokens, positions, documents), model.head, targets)
+        if world > 1:
+            dist.all_reduce(nats)
+        return nats.item() / sum(batch.trained_tokens for batch in held_out)
+
+    def evaluate_and_keep_best() -> None:
+        loss = held_out_loss()
+        if loss is None:
+            return
+        say(f"step {step:5d}/{total} | held-out loss {loss:.4f}")
+        write(log, {"step": step, "eval_loss": loss})
+        if step and (state["best_loss"] is None or loss < state["best_loss"]):
+            state["best_loss"] = loss
+            if rank == 0:
+                save_result(model, lora, args, model_folder, out)
+
+    def count_calls(when: str) -> None:
+        if not args.eval_calls or rank:
+            return
+        model.eval()
+        answers = evaluate.answer(model, tokenizer, eval_rows[:args.eval_calls])
+        exact = sum(answer.exact for answer in answers)
+        say(f"\n{when} training: {exact} of {len(answers)} held-out queries answered with exactly the right calls"
+            f" ({exact / max(1, len(answers)):.1%})")
+        for answer in answers[:3]:
+            say(f"  query   {answer.conversation.query}\n  expect  {json.dumps(answer.conversation.calls, ensure_ascii=False)}"
+                f"\n  {'answer' if answer.exact else 'WRONG '}  {answer.text[:300]!r}")
+        say("", flush=True)
+        write(log, {"step": step, "exact_match": exact / max(1, len(answers)), "rows": len(answers)})
+
+    # Ctrl-C and SIGTERM let the step finish, save and leave.
+    stop_signal: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop_signal.append(number))
+
+    if args.steps == 0:
+        batch = data.pack(train[:1], args.micro_tokens)[0]
+        tokens, targets, positions, documents = batch.to(device)
+        with torch.no_grad():
+            loss = linear_cross_entropy(model(tokens, positions, documents), model.head, targets).item() / batch.trained_tokens
+        say(f"ready  first row's loss {loss:.4f}; --steps 0 stops here")
+        return 0
+    if step == 0:
+        count_calls("before")
+        evaluate_and_keep_best()
+
+    # The loop.
+    started = time.perf_counter()
+    first_step = step
+    for rows, position in data.steps(lengths, start=state["position"], **plan):
+        if step >= total or stop_signal:
+            break
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, warmup, args)
+        batches = data.pack([train[row] for row in rows], args.micro_tokens)
+        trained_tokens = sum(batch.trained_tokens for batch in batches)
+
+        model.train()
+        loss = torch.zeros((), device=device)
+        for i, batch in enumerate(batches[rank::world]):
+            torch.manual_seed(hash_seed(args.seed, step, rank + i * world))        # dropout: the same after a resume
+            tokens, targets, positions, documents = batch.to(device)
+            share = linear_cross_entropy(model(tokens, positions, documents), model.head, targets) / trained_tokens
+            share.backward()
+            loss += share.detach()
+        if world > 1:
+            loss = sum_over_processes(loss, parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        if not (math.isfinite(loss.item()) and norm <= args.max_grad_norm):       # a NaN fails both
+            raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, loss.item(), norm, out, device))
+        if args.clip and norm > args.clip:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], args.clip / norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, state["position"] = step + 1, position
+
+        now = time.perf_counter()
+        tokens_done = sum(lengths[row] for row in rows)
+        record = {"step": step, "loss": loss.item(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens_done,
+                  "trained_tokens": trained_tokens, "seconds": now - began, "tokens_per_second": tokens_done / (now - began),
+                  "peak_gib": peak_gib(device)}
+        write(log, record)
+        last = step == total or bool(stop_signal)
+        if last or step == 1 or step % args.log_every == 0:
+            say(console_line(record, total, (now - started) / (step - first_step) * (total - step)), flush=True)
+        if step == total or args.eval_every and step % args.eval_every == 0:
+            evaluate_and_keep_best()
+        if rank == 0 and (last or args.save_every and step % args.save_every == 0):
+            checkpoint.save_run(out, step, model, optimizer, state)
+
+    if stop_signal:
+        say(f"stopped by {signal.Signals(stop_signal[0]).name} after step {step}; the checkpoint is saved, go on with --resume")
+        return 128 + stop_signal[0]
+    if rank == 0 and state["best_loss"] is None:                                    # nothing held out: the last is the best
+        save_result(model, lora, args, model_folder, out)
+    count_calls("after")
+    best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
+    say(f"done   {step} steps{best}; {'model' if args.full else 'adapter'} in {out / ('model' if args.full else 'adapter')}")
+    if world > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pieces of `main`, in its order
+
+
+def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Conversation], list[data.Conversation]]:
+    """The training rows and the held-out rows."""
+    skipped = Counter() if args.skip_invalid else None
+    rows = data.read_sources(args.data.split(","), skipped)
+    if args.eval_data:
+        train, held_out = rows, data.read_sources(args.eval_data.split(","), skipped)
+        queries = {" ".join(row.query.casefold().split()) for row in held_out}
+        train = [row for row in train if " ".join(row.query.casefold().split()) not in queries]
+        if len(train) < len(rows):
+            say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
+    else:
+        train = [row for row in rows if not data.is_held_out(row.query, args.eval_fraction)]
+        held_out = [row for row in rows if data.is_held_out(row.query, args.eval_fraction)]
+    say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
+        + (f", of which {args.eval_rows} are evaluated" if len(held_out) > args.eval_rows else ""))
+    for cause, count in (skipped or {}).items():
+        say(f"data   {count} rows skipped: {cause}")
+    return train, held_out[:args.eval_rows]
+
+
+def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str, say) -> list[data.Example]:
+    examples = [data.tokenize(row, tokenizer) for row in rows]
+    kept = [example for example in examples if len(example.ids) <= max_tokens]
+    if len(kept) < len(examples):
+        say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens)")
+    if kept:
+        tokens, trained = sum(map(len, kept)), sum(int(example.trained.sum()) for example in kept)
+        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {trained / tokens:.1%} of them trained")
+    return kept
+
+
+def colored(example: data.Example, tokenizer: Tokenizer) -> str:
+    """The row's text, trained tokens in green (ANSI)."""
+    borders = [0, *(i for i in range(1, len(example.ids)) if example.trained[i] != example.trained[i - 1]), len(example.ids)]
+    return "".join(f"\033[32m{text}\033[0m" if example.trained[start] else text for start, stop in zip(borders, borders[1:], strict=False)
+                   for text in [tokenizer.decode(example.ids[start:stop].tolist())])
+
+
+def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) -> float:
+    """Of step 0, 1, …: linear warm-up to `--lr`, then down to `--min-lr` by cosine or straight, or constant."""
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "constant":
+        return args.lr
+    progress = (step - warmup) / max(1, total - warmup)
+    height = 1 - progress if args.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return args.min_lr + (args.lr - args.min_lr) * height
+
+
+def hash_seed(*numbers: int) -> int:
+    """One seed out of several numbers, the same on every machine."""
+    return int(data.np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def sum_over_processes(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """Add up gradients and loss over all processes, in one all-reduce; a process without a batch adds zeros."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), loss[None]])
+    dist.all_reduce(flat)
+    for parameter, grad in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = grad.view_as(parameter)
+    return flat[-1]
+
+
+@torch.no_grad()
+def describe_failure(model: Gemma3, examples: list[data.Example], step: int, loss: float, norm: float, out: Path,
+                     device: torch.device) -> str:
+    """What to tell the user about a step with a NaN or an exploding gradient: the rows, worst first."""
+    losses = {}
+    for example in examples:
+        batch = data.pack([example], len(example))[0]
+        tokens, targets, positions, documents = batch.to(device)
+        losses[example.source] = linear_cross_entropy(model(tokens, positions, documents), model.head, targets).item() / batch.trained_tokens
+    worst = sorted(losses, key=lambda source: (math.isfinite(losses[source]), -losses[source]))[:5]
+    rows = ", ".join(f"{source} (loss {losses[source]:.3g})" for source in worst)
+    return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "
+            f"Its worst rows: {rows}. Look at them, lower --lr, or raise --max-grad-norm; then --resume from {out}")
+
+
+def save_result(model: Gemma3, lora: LoRAConfig | None, args: argparse.Namespace, base: Path, out: Path) -> None:
+    """The run's result, for other tools to load: out/adapter in PEFT's layout, or out/model in the published one."""
+    if lora:
+        checkpoint.save_adapter(model, lora, args.model, out / "adapter")
+    else:
+        checkpoint.save_model(model, base, out / "model")
+
+
+def check_same_run(out: Path, flags: dict) -> None:
+    """Refuse to resume with flags under which the losses would differ."""
+    stored = checkpoint.read_json(out / "config.json")
+    changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items() if stored.get(key) != value]
+    if changed:
+        raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
+
+
+def open_log(out: Path, step: int, flags: dict, device: torch.device):
+    """out/config.json and out/log.jsonl, cut back to the records up to `step`; the first line says what ran on what."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    if step:
+        for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue                                  # the line that a kill tore
+            if record.get("step", 0) <= step:
+                lines.append(line)
+    else:
+        for older in checkpoint.find_checkpoints(out):
+            checkpoint.shutil.rmtree(older)
+    checkpoint.write_json(out / "config.json", flags)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    lines.append(json.dumps({"flags": flags, "commit": commit.stdout.strip() or None, "python": platform.python_version(),
+                             "torch": torch.__version__, "device": device_name(device), "resumed_at": step or None}))
+    with checkpoint.whole_file(out / "log.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return open(out / "log.jsonl", "a", encoding="utf-8")
+
+
+def write(log, record: dict) -> None:
+    if log:
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+
+
+def console_line(record: dict, total: int, seconds_left: float) -> str:
+    speed = record["tokens_per_second"]
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return (f"step {record['step']:5d}/{total} | loss {record['loss']:.4f} | grad {record['grad_norm']:.2f} | lr {record['lr']:.1e} | "
+            f"{f'{speed / 1e3:.1f}k' if speed >= 1e4 else f'{speed:.0f}'} tok/s | {record['peak_gib']:.1f} GiB | {left} left")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def peak_gib(device: torch.device) -> float:
+    """Highest memory so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_args()))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
