@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ import torch
 import checkpoint
 import data
 from model import GemmaConfig, Gemma3
+from tokenizer import Control, Segment
 from tokenizer.model_file import train_model_file
 
-ROWS, TOOLS_A_ROW, VOCABULARY = 40_000, 3, 1_400
+ROWS, VOCABULARY = 40_000, 1_200
 
 NAMES = ("Ada Alan Alice Amara Anna Ben Boris Carla Chen Clara Diego Elena Emma Farid Felix Grace Hana Hugo Ines Ivan Jack Jana "
          "Kenji Lara Leo Lina Luca Maria Marta Max Maya Mila Nadia Nina Noah Olga Omar Oscar Paul Priya Rosa Sam Sofia Tariq "
@@ -157,11 +159,16 @@ def make_row(r: random.Random, number: int) -> dict:
         text, arguments = request(r)
         texts.append(text)
         answers.append({"name": request.__name__, "arguments": arguments})
-    others = r.sample([name for name in TOOLS if name not in {a["name"] for a in answers}], TOOLS_A_ROW - len(answers))
+    others = r.sample([name for name in TOOLS if name not in {a["name"] for a in answers}], 1)
     tools = [TOOLS[name] for name in (*others, *(a["name"] for a in answers))]
     r.shuffle(tools)
     query = r.choice(["", "", "please ", "hey, "]) + r.choice([" and ", ", then "]).join(texts)
     return {"id": number, "query": query, "tools": json.dumps(tools), "answers": json.dumps(answers)}
+
+
+def texts_between_controls(segments: list[Segment]) -> list[str]:
+    return ["".join(segment.text for segment in run) for is_control, run in
+            groupby(segments, key=lambda segment: isinstance(segment.text, Control)) if not is_control]
 
 
 def write(folder: Path, rows: int = ROWS, seed: int = 0) -> None:
@@ -172,8 +179,8 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0) -> None:
     with checkpoint.whole_file(folder / "rows.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
-    texts = {segment.text for row in made[:4_000] for segment in data.parse_row(row, "demo").segments()}
-    train_model_file(sorted(texts), folder / "model", VOCABULARY)
+    texts = [text for row in made[:3_000] for text in texts_between_controls(data.parse_row(row, "demo").segments())]
+    train_model_file(texts, folder / "model", VOCABULARY)
     vocabulary = len(data.Tokenizer.load(folder / "model").pieces)
     config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": vocabulary, "hidden_size": 128,
               "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1,

@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         dhidden, dweight = ctx.saved_tensors
         return (None if dhidden is None else dhidden * grad.to(dhidden.dtype),
-                None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype), None)
+                None if dweight is None else (dweight * grad).to(ctx.weight_dtype), None)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

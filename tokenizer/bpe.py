@@ -10,7 +10,7 @@
 
 No piece of Gemma's crosses the border before a space, those around a digit or, but for "> </", that between a letter
 and a punctuation mark. So a text is cut there and the ids of each part are remembered: nearly all of the work is one
-lookup a word. Each vocabulary is checked when it is loaded for the pieces that do cross.
+lookup a word. Loading looks for the pieces that do cross; a text that holds one of them is not cut.
 
 Control tokens (<start_of_turn>, <escape>, …) are no text. Only `control=True` and `encode_segments` give their ids;
 elsewhere the same characters are ordinary text, whoever typed them.
@@ -42,14 +42,14 @@ codecs.register_error("replace_each_byte", lambda error: ("\ufffd" * (error.end 
 
 
 def is_text(piece: str) -> bool:
-    """Whether an added token is text that has an id of its own wherever it stands, and no control token."""
+    """Whether an added token is text that has this id wherever it stands, and no control token."""
     return piece in HTML_TAGS or piece == "[multimodal]" or not piece.strip("▁\n\t")
 
 
 class Memory(dict):
     """{text: its ids}, computed when first asked for; bounded, and forgotten as a whole when full."""
 
-    MAX_TEXTS, MAX_CHARACTERS = 1 << 17, 64
+    MAX_TEXTS, MAX_CHARACTERS = 1 << 16, 64
 
     def __init__(self, compute: Callable[[str], list[int]]):
         self.compute = compute
@@ -104,19 +104,26 @@ class Tokenizer:
         group = {first: "|".join(map(re.escape, group)) for first, group in groups}
         frozen = "|".join(f"(?:{alternatives})" for alternatives in group.values()) or "(?!)"
         self.typed_spaces = re.compile(f"({group.get('▁', '(?!)')})")
-        self.stretch = re.compile(f"{frozen}|(?:(?!{frozen}).)+", re.DOTALL)
-        self.chunk = re.compile(rf"""
+        self.stretch = re.compile(rf"{frozen} | (?: (?!{frozen}) . )+", re.DOTALL | re.VERBOSE)
+        words = rf"{frozen} | ▁? (?: (?!{frozen}) [^▁] )+ | ▁"
+        parts_of_words = rf"""
               {frozen}
               # letters or punctuation; not if é, “ or \x1b comes next, which can join either
             | ▁? (?: [A-Za-z]++ | (?: (?!{frozen}) [!-/:-@\[-`{{-~] )++ ) (?![^!-~▁\n])
               # otherwise everything up to a space or digit
             | ▁? (?: (?!{frozen}) [^▁0-9] )+
               # a digit, or a space before one
-            | .""", re.DOTALL | re.VERBOSE)
-        crossing = [piece for piece in self.ids if self.chunk.match(piece).end() < len(piece)]
-        self.crossing = crossing if len(crossing) <= 32 else [""]     # every text holds "", so none is cut into chunks
+            | ."""
+        for cut in (parts_of_words, words):
+            self.chunk = re.compile(cut, re.DOTALL | re.VERBOSE)
+            self.crossing = [piece for piece in self.ids if self.chunk.match(piece).end() < len(piece)]
+            if len(self.crossing) <= 32:
+                break
+        else:
+            self.crossing = [""]      # every text holds "": none is cut into chunks
         self.chunks = Memory(self._merge)
-        self.words = Memory(lambda word: self._cut("▁" + word))
+        self.starts = Memory(self._cut)                                 # words at the start of a text
+        self.words = Memory(lambda word: self._cut("▁" + word))         # words after a space
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -138,7 +145,7 @@ class Tokenizer:
     def encode(self, text: str, control: bool = False) -> list[int]:
         """The ids of a text, without a <bos> in front.
 
-        control: where the text names a control token give its id, as Hugging Face does. Not for text of others.
+        control: where the text names a control token give its id, as Hugging Face does; not for text that others wrote
         Raises ValueError for half a surrogate pair, which is no character.
         """
         ids: list[int] = []
@@ -166,10 +173,11 @@ class Tokenizer:
         trained: list[bool] = []
         for (is_control, is_trained), run in groupby(segments, key=lambda s: (isinstance(s.text, Control), s.trained)):
             texts = [segment.text for segment in run]
-            if is_control and (missing := set(texts) - self.control.keys()):
-                raise ValueError(f"the vocabulary has no control token {min(missing)}; "
-                                 "take tokenizer.model and tokenizer_config.json from FunctionGemma")
-            new = [self.control[text] for text in texts] if is_control else self.encode("".join(texts))
+            try:
+                new = [self.control[text] for text in texts] if is_control else self.encode("".join(texts))
+            except KeyError as error:
+                raise ValueError(f"the vocabulary has no control token {error.args[0]}; take tokenizer.model and "
+                                 "tokenizer_config.json from FunctionGemma") from None
             ids += new
             trained += [is_trained] * len(new)
         return ids, trained
@@ -198,7 +206,7 @@ class Tokenizer:
         if "▁▁" in text:
             return self._cut(text)
         first, *words = text.split("▁")
-        return self._cut(first) + list(chain.from_iterable(map(self.words.__getitem__, words)))
+        return self.starts[first] + list(chain.from_iterable(map(self.words.__getitem__, words)))
 
     def _cut(self, text: str) -> list[int]:
         return list(chain.from_iterable(map(self.chunks.__getitem__, self.chunk.findall(text))))

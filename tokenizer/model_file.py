@@ -201,6 +201,7 @@ def train_model_file(texts: Iterable[str], folder: str | Path, vocab_size: int) 
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
         unk_piece="<unk>", control_symbols=names[4:], user_defined_symbols=["\n"], character_coverage=1.0,
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+        split_by_unicode_script=False,      # so that ":{description:" can be one piece
         allow_whitespace_only_pieces=True, max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
     special = {"<pad>", "<eos>", "<bos>", "<unk>", "<start_function_response>", "<start_of_turn>", "<end_of_turn>"}
     added = {str(i): {"content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,

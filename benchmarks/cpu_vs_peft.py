@@ -1,0 +1,197 @@
+"""Our LoRA training beside transformers + PEFT: speed, memory and learning, on the same rows in the same order.
+
+    python benchmarks/cpu_vs_peft.py --json OUT                 # speed and memory: ours and theirs in turn
+    python benchmarks/cpu_vs_peft.py --parity 60 --json OUT     # held-out loss after 60 steps on both sides (long)
+
+Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in bf16 with PEFT adapters (fp32, as
+PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
+take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping. Parity lets
+theirs project trained rows alone (`selected`), which changes its speed and not its result.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+BATCH_ROWS, PADDED_ROWS, WARMUP_STEPS = 8, 4, 1
+
+
+def flags(args: argparse.Namespace, steps: int, out: Path) -> list[str]:
+    """The flags of train.py that both sides follow."""
+    return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", "--lora-rank", "16", "--lr", "3e-4",
+            "--steps", str(steps), "--batch-rows", str(BATCH_ROWS), "--dtype", "bf16", "--device", args.device, "--save-every", "0",
+            "--eval-every", "0", "--eval-rows", str(args.eval_rows), "--seed", "0"]
+
+
+def run_ours(args: argparse.Namespace, steps: int, folder: Path) -> dict:
+    out = folder / "ours"
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(args, steps, out)], check=True, stdout=sys.stderr)
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    taken = [record for record in records if "loss" in record]
+    return {"seconds": [r["seconds"] for r in taken], "tokens": [r["tokens"] for r in taken], "losses": [r["loss"] for r in taken],
+            "peak_gib": max(r["peak_gib"] for r in taken), "held_out": [r["eval_loss"] for r in records if "eval_loss" in r]}
+
+
+def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) -> dict:
+    done = subprocess.run([sys.executable, __file__, "--worker", mode, "--steps", str(steps), "--model", args.model, "--data", args.data,
+                           "--device", args.device, "--eval-rows", str(args.eval_rows), "--folder", str(folder)],
+                          check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def worker(args: argparse.Namespace) -> None:
+    """transformers + PEFT over the same steps; prints one JSON line."""
+    import torch
+    import torch.nn.functional as F
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import data
+    import train
+    from tokenizer import Tokenizer
+
+    ours = train.parse_args(flags(args, args.steps, Path(args.folder)))
+    tokenizer = Tokenizer.load(args.model)
+    train_rows, eval_rows = train.read_conversations(ours, lambda *_: None)
+    examples, held_out = ([data.tokenize(row, tokenizer) for row in rows] for rows in (train_rows, eval_rows))
+
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device)
+    model = PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=ours.lr, betas=(0.9, ours.beta2), weight_decay=0.0)
+
+    def padded(rows: list[data.Example]) -> dict[str, torch.Tensor]:
+        width = max(len(row.ids) for row in rows)
+        ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            row_ids = torch.from_numpy(row.ids).long()
+            ids[i, :len(row_ids)], mask[i, :len(row_ids)] = row_ids, 1
+            labels[i, :len(row_ids)] = torch.where(torch.from_numpy(row.trained), row_ids, -100)
+        return {"input_ids": ids.to(args.device), "attention_mask": mask.to(args.device), "labels": labels.to(args.device)}
+
+    def loss_sum(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Σ of the trained tokens' losses."""
+        if args.worker == "peft":
+            return model(**batch, num_items_in_batch=torch.tensor(1.0)).loss
+        hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
+        labels = batch["labels"][:, 1:]
+        rows = labels >= 0
+        return F.cross_entropy(base.lm_head(hidden[rows]).float(), labels[rows], reduction="sum")
+
+    result: dict = {"seconds": [], "tokens": [], "losses": []}
+    lengths = [len(example) for example in examples]
+    plan = data.steps(lengths, ours.seed, batch_rows=ours.batch_rows)
+    warmup = min(50, args.steps // 10)
+    model.train()
+    for step in range(args.steps):
+        began = time.perf_counter()
+        rows = [examples[i] for i in next(plan)[0]]
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, args.steps, warmup, ours)
+        trained = sum(int(row.trained[1:].sum()) for row in rows)
+        total = 0.0
+        for start in range(0, len(rows), PADDED_ROWS):
+            loss = loss_sum(padded(rows[start:start + PADDED_ROWS])) / trained
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, ours.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        result["seconds"].append(time.perf_counter() - began)
+        result["tokens"].append(sum(len(row) for row in rows))
+        result["losses"].append(total)
+        print(f"{args.worker}: step {step + 1}/{args.steps} loss {total:.4f} {result['tokens'][-1] / result['seconds'][-1]:.0f} tok/s",
+              file=sys.stderr, flush=True)
+    result["peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda"
+                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    if args.worker == "selected":
+        model.eval()
+        with torch.no_grad():
+            nats = sum(loss_sum(padded([row])).item() for row in held_out)
+        result["held_out"] = [nats / sum(int(row.trained[1:].sum()) for row in held_out)]
+    print(json.dumps(result))
+
+
+def write_start(args: argparse.Namespace, folder: Path) -> None:
+    """The adapter that both sides start from, as train.py draws it for seed 0."""
+    import torch
+
+    import checkpoint
+    from lora import LoRAConfig, wrap
+    model = checkpoint.load_model(args.model)
+    wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
+    checkpoint.save_adapter(model, LoRAConfig(), args.model, folder / "start")
+
+
+def speed(result: dict) -> float:
+    return statistics.median(t / s for t, s in list(zip(result["tokens"], result["seconds"], strict=True))[WARMUP_STEPS:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=os.environ.get("REAL_MODEL", str(Path.home() / ".cache/nano-functiongemma/gemma-3-270m")))
+    parser.add_argument("--data", default=",".join(str(ROOT.parent / "shared/data" / f) for f in ("seal.jsonl", "toolrl.jsonl")))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--steps", type=int, default=3, help="steps of each run; the first warms up")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each side, in turn")
+    parser.add_argument("--parity", type=int, default=0, metavar="STEPS", help="compare held-out losses after so many steps instead")
+    parser.add_argument("--eval-rows", type=int, default=50)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", choices=("peft", "selected"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args)
+    missing = [path for path in (f"{args.model}/config.json", *args.data.split(",")) if not Path(path).exists()]
+    if missing:
+        sys.exit(f"cpu_vs_peft: {', '.join(missing)} is not here; give --model and --data")
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_start(args, folder)
+        if args.parity:
+            ours, theirs = run_ours(args, args.parity, folder), run_theirs(args, args.parity, folder, "selected")
+            report = {"what": "held-out loss after the same steps", "steps": args.parity,
+                      "ours": {"held_out_before": ours["held_out"][0], "held_out": ours["held_out"][-1], "losses": ours["losses"]},
+                      "peft": {"held_out": theirs["held_out"][-1], "losses": theirs["losses"]},
+                      "held_out_ratio": ours["held_out"][-1] / theirs["held_out"][-1],
+                      "seconds": {"ours": sum(ours["seconds"]), "peft_selected": sum(theirs["seconds"])},
+                      "peak_gib": {"ours": ours["peak_gib"], "peft_selected": theirs["peak_gib"]}}
+        else:
+            runs: dict[str, list] = {"ours": [], "peft": []}
+            for _ in range(args.repeats):
+                runs["ours"].append(run_ours(args, args.steps, folder))
+                runs["peft"].append(run_theirs(args, args.steps, folder, "peft"))
+            report = {"what": "LoRA rank 16, bf16: real tokens a second and peak memory"}
+            for name, results in runs.items():
+                report[name] = {"tokens_per_second": [round(speed(r), 1) for r in results],
+                                "peak_gib": round(max(r["peak_gib"] for r in results), 2)}
+            report["speed_ratio"] = [a / b for a, b in zip(report["ours"]["tokens_per_second"], report["peft"]["tokens_per_second"], strict=True)]
+            report["memory_ratio"] = report["ours"]["peak_gib"] / report["peft"]["peak_gib"]
+
+    import peft
+    import torch
+    import transformers
+    report |= {"batch_rows": BATCH_ROWS, "data": [Path(f).name for f in args.data.split(",")], "device": args.device,
+               "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "command": " ".join(["python", "benchmarks/cpu_vs_peft.py", *sys.argv[1:]]),
+               "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
+    print(json.dumps({k: v for k, v in report.items() if k != "losses"}, indent=2))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
