@@ -103,9 +103,9 @@ def _files_of(path: Path) -> list[Path]:
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, JSON text) of each row of a JSONL file, (line number, decoded row) of each in a JSON array."""
-    with open(path, "rb") as raw:
+    with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rt", encoding="utf-8") if packed else open(path, encoding="utf-8") as file:
+    with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
         try:
             first = file.readline()
             while first.isspace():

@@ -111,45 +111,66 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Document:
-    """Where one row lies in the packed sequence, and the mask its local layers need (None where causal is enough)."""
+class Tile:
+    """Some queries of one document, and the keys they may see: rows and columns counted from the document's start.
 
-    start: int
-    stop: int
-    window_mask: Tensor | None      # (t, t), 0 where row i may see column j, else -inf
+    A local layer with a window of 4 sees of a document of 10 tokens, cut into tiles of 4 queries:
+
+        keys     0 1 2 3 4 5 6 7 8 9
+        query 0  ■ . . .                   ┐
+              1  ■ ■ . .                   │ tile 0: keys 0 to 3, plainly causal
+              2  ■ ■ ■ .                   │
+              3  ■ ■ ■ ■                   ┘
+              4    ■ ■ ■ ■ . . .           ┐
+              5      ■ ■ ■ ■ . .           │ tile 1: keys 1 to 7, under a mask
+              6        ■ ■ ■ ■ .           │
+              7          ■ ■ ■ ■           ┘
+              8            ■ ■ ■ ■ .       ┐ tile 2: keys 5 to 9
+              9              ■ ■ ■ ■       ┘
+    """
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None         # (queries, keys), 0 where seen, else -inf; None: causal, from the document's start
 
 
-def find_documents(documents: Tensor, window: int, dtype: torch.dtype, device: torch.device) -> list[Document]:
-    """The borders of each run of equal values in `documents` (T); one mask for each length beyond the window."""
+def tile_documents(documents: Tensor, window: int, dtype: torch.dtype, device: torch.device) -> tuple[list[list[Tile]], list[list[Tile]]]:
+    """The tiles of each document, a run of equal values in `documents` (T): for local layers, and for global ones."""
     lengths = torch.unique_consecutive(documents, return_counts=True)[1].tolist()
     masks: dict[int, Tensor] = {}
-    found, start = [], 0
-    for length in lengths:
-        if length > window and length not in masks:
-            i = torch.arange(length, device=device)
-            seen = (i[:, None] >= i) & (i[:, None] - i < window)
-            masks[length] = torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
-        found.append(Document(start, start + length, masks.get(length)))
-        start += length
-    return found
+
+    def local_tiles(length: int) -> list[Tile]:
+        tiles = [Tile(slice(0, min(window, length)), slice(0, min(window, length)), None)]
+        for start in range(window, length, window):
+            size = min(window, length - start)
+            if size not in masks:                            # query i stands at key i + window - 1 and sees back to key i
+                ahead = torch.arange(size + window - 1, device=device) - torch.arange(size, device=device)[:, None]
+                hidden = (ahead < 0) | (ahead >= window)
+                masks[size] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+            tiles.append(Tile(slice(start, start + size), slice(start - window + 1, start + size), masks[size]))
+        return tiles
+
+    return ([local_tiles(length) for length in lengths], [[Tile(slice(0, length), slice(0, length), None)] for length in lengths])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: list[Document], local: bool, scale: float) -> Tensor:
-    """Causal attention inside each document, over the last `window` tokens in local layers.
+def attention(q: Tensor, k: Tensor, v: Tensor, tiles: list[list[Tile]], scale: float) -> Tensor:
+    """Causal attention inside each document.
 
-    q (T, N, H); k and v (T, K, H), each kv head serving N/K query heads; returns (T, N, H).
-    One call of PyTorch's fused attention for each document: no padding, and no mask over more than one document.
+    q (T, N, H); k and v (T, K, H), each kv head serving N/K query heads; tiles: of each document in turn, side by side.
+    Returns (T, N, H). Every tile is one call of PyTorch's fused attention: no padding, and no score outside the
+    document or, past a tile's border, outside the window.
     """
     groups = q.shape[1] // k.shape[1]
+    lengths = [document[-1].queries.stop for document in tiles]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                     # (1, heads, T, H)
     if groups > 1:
         k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
     outs = []
-    for document in documents:
-        rows = slice(document.start, document.stop)
-        mask = document.window_mask if local else None
-        outs.append(F.scaled_dot_product_attention(q[:, :, rows], k[:, :, rows], v[:, :, rows], attn_mask=mask,
-                                                   is_causal=mask is None, scale=scale))
+    for document, *qkv in zip(tiles, *(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
+        for tile in document:
+            rows, columns = tile.queries, tile.keys
+            outs.append(F.scaled_dot_product_attention(qkv[0][:, :, rows], qkv[1][:, :, columns], qkv[2][:, :, columns],
+                                                       attn_mask=tile.mask, is_causal=tile.mask is None, scale=scale))
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
@@ -177,21 +198,20 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GemmaConfig, layer: int) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim, self.scale = H, config.query_pre_attn_scalar ** -0.5
-        self.local = config.layer_types[layer] == "sliding_attention"
         self.q_proj, self.k_proj, self.v_proj = Linear(D, N * H), Linear(D, K * H), Linear(D, K * H)
         self.o_proj = Linear(N * H, D)
         self.q_norm, self.k_norm = RMSNorm(H, config.rms_norm_eps), RMSNorm(H, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: list[Document]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tiles: list[list[Tile]]) -> Tensor:
         T, H = len(x), self.head_dim
         q = rotate(self.q_norm(self.q_proj(x).view(T, -1, H)), *rope)           # (T, N, H)
         k = rotate(self.k_norm(self.k_proj(x).view(T, -1, H)), *rope)           # (T, K, H)
         v = self.v_proj(x).view(T, -1, H)
-        return self.o_proj(attention(q, k, v, documents, self.local, self.scale).reshape(T, -1))
+        return self.o_proj(attention(q, k, v, tiles, self.scale).reshape(T, -1))
 
 
 class MLP(nn.Module):
@@ -207,15 +227,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each with a norm before and after it, each added to the residual stream."""
 
-    def __init__(self, config: GemmaConfig, layer: int) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn, self.mlp = Attention(config, layer), MLP(config)
+        self.self_attn, self.mlp = Attention(config), MLP(config)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: list[Document]) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, documents))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tiles: list[list[Tile]]) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, tiles))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -227,7 +247,7 @@ class Gemma3(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     @property
@@ -243,11 +263,11 @@ class Gemma3(nn.Module):
         """
         config, dtype = self.config, self.compute_dtype
         x = F.embedding(tokens, self.head).to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
-        rope = {"full_attention": rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype),
-                "sliding_attention": rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype)}
-        found = find_documents(documents, config.sliding_window, dtype, x.device)
+        local_tiles, global_tiles = tile_documents(documents, config.sliding_window, dtype, x.device)
+        local = rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype), local_tiles
+        full = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype), global_tiles
         for block, layer_type in zip(self.model.layers, config.layer_types, strict=True):
-            x = block(x, rope[layer_type], found)
+            x = block(x, *(local if layer_type == "sliding_attention" else full))
         return self.model.norm(x)
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ loss over all its trained tokens, however many rows, batches and processes share
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import json
 import math
 import os
@@ -93,8 +93,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=100, help="steps between checkpoints; 0 saves at the end alone")
     add("--eval-every", type=int, default=100, help="steps between held-out losses; 0 takes them at the start and the end alone")
     add("--log-every", type=int, default=1, help="steps between lines on the console; log.jsonl has every step")
-    add("--eval-calls", type=int, default=0, metavar="N", help="before and after training, let the model answer N held-out queries "
-        "and count exact calls (without a key-value cache yet: slow for long prompts)")
+    add("--eval-calls", type=int, default=0, metavar="N", help="before and after training, count on how many of N held-out rows "
+        "greedy decoding gives exactly the right calls, and show three answers")
     args = parser.parse_args(argv)
 
     if args.batch_rows and args.batch_tokens:
@@ -134,7 +134,8 @@ def main(args: argparse.Namespace) -> int:
             say(colored(data.tokenize(row, tokenizer), tokenizer), end="\n\n")
         return 0
     train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say)
-    held_out = data.pack(tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say), args.micro_tokens)
+    held_out_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
+    held_out = data.pack(held_out_examples, args.micro_tokens)
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
     lengths = [len(example) for example in train]
@@ -151,8 +152,9 @@ def main(args: argparse.Namespace) -> int:
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs}
     total = args.steps if args.steps is not None else sum(1 for _ in data.steps(lengths, **plan))
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
-    say(f"model  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {sum(p.numel() for p in parameters) / 1e6:.2f} M trained"
-        f" ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), {args.dtype} on {device_name(device)}")
+    size, trained_size = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), parameters))
+    say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
+        f"{args.dtype} on {device_name(device)}")
 
     # A new run, or an old one from its last checkpoint.
     state = {"position": 0, "best_loss": None}
@@ -199,15 +201,13 @@ def main(args: argparse.Namespace) -> int:
         if not args.eval_calls or rank:
             return
         model.eval()
-        answers = evaluate.answer(model, tokenizer, eval_rows[:args.eval_calls])
-        exact = sum(answer.exact for answer in answers)
-        say(f"\n{when} training: {exact} of {len(answers)} held-out queries answered with exactly the right calls"
-            f" ({exact / max(1, len(answers)):.1%})")
-        for answer in answers[:3]:
-            say(f"  query   {answer.conversation.query}\n  expect  {json.dumps(answer.conversation.calls, ensure_ascii=False)}"
-                f"\n  {'answer' if answer.exact else 'WRONG '}  {answer.text[:300]!r}")
+        exact = evaluate.exact_rows(model, held_out_examples[:args.eval_calls], args.micro_tokens)
+        share = sum(exact) / max(1, len(exact))
+        say(f"\n{when} training: {sum(exact)} of {len(exact)} held-out queries answered with exactly the right calls ({share:.1%})")
+        for row, answer in zip(eval_rows, evaluate.answers(model, tokenizer, eval_rows[:3]), strict=False):
+            say(f"  query   {row.query}\n  wanted  {json.dumps(row.calls, ensure_ascii=False)}\n  answer  {answer[:300]!r}")
         say("", flush=True)
-        write(log, {"step": step, "exact_match": exact / max(1, len(answers)), "rows": len(answers)})
+        write(log, {"step": step, "exact_match": share, "rows": len(exact)})
 
     # Ctrl-C and SIGTERM let the step finish, save and leave.
     stop_signal: list[int] = []
@@ -265,9 +265,9 @@ def main(args: argparse.Namespace) -> int:
         last = step == total or bool(stop_signal)
         if last or step == 1 or step % args.log_every == 0:
             say(console_line(record, total, (now - started) / (step - first_step) * (total - step)), flush=True)
-        if step == total or args.eval_every and step % args.eval_every == 0:
+        if step == total or (args.eval_every and step % args.eval_every == 0):
             evaluate_and_keep_best()
-        if rank == 0 and (last or args.save_every and step % args.save_every == 0):
+        if rank == 0 and (last or (args.save_every and step % args.save_every == 0)):
             checkpoint.save_run(out, step, model, optimizer, state)
 
     if stop_signal:
@@ -321,8 +321,11 @@ def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_token
 def colored(example: data.Example, tokenizer: Tokenizer) -> str:
     """The row's text, trained tokens in green (ANSI)."""
     borders = [0, *(i for i in range(1, len(example.ids)) if example.trained[i] != example.trained[i - 1]), len(example.ids)]
-    return "".join(f"\033[32m{text}\033[0m" if example.trained[start] else text for start, stop in zip(borders, borders[1:], strict=False)
-                   for text in [tokenizer.decode(example.ids[start:stop].tolist())])
+    text = ""
+    for start, stop in itertools.pairwise(borders):
+        run = tokenizer.decode(example.ids[start:stop].tolist())
+        text += f"\033[32m{run}\033[0m" if example.trained[start] else run
+    return text
 
 
 def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) -> float:
@@ -359,7 +362,8 @@ def describe_failure(model: Gemma3, examples: list[data.Example], step: int, los
     for example in examples:
         batch = data.pack([example], len(example))[0]
         tokens, targets, positions, documents = batch.to(device)
-        losses[example.source] = linear_cross_entropy(model(tokens, positions, documents), model.head, targets).item() / batch.trained_tokens
+        nats = linear_cross_entropy(model(tokens, positions, documents), model.head, targets).item()
+        losses[example.source] = nats / batch.trained_tokens
     worst = sorted(losses, key=lambda source: (math.isfinite(losses[source]), -losses[source]))[:5]
     rows = ", ".join(f"{source} (loss {losses[source]:.3g})" for source in worst)
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "
@@ -403,7 +407,7 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device):
                              "torch": torch.__version__, "device": device_name(device), "resumed_at": step or None}))
     with checkpoint.whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return open(out / "log.jsonl", "a", encoding="utf-8")
+    return (out / "log.jsonl").open("a", encoding="utf-8")
 
 
 def write(log, record: dict) -> None:

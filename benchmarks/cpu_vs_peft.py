@@ -178,14 +178,15 @@ def main() -> None:
             for name, results in runs.items():
                 report[name] = {"tokens_per_second": [round(speed(r), 1) for r in results],
                                 "peak_gib": round(max(r["peak_gib"] for r in results), 2)}
-            report["speed_ratio"] = [a / b for a, b in zip(report["ours"]["tokens_per_second"], report["peft"]["tokens_per_second"], strict=True)]
+            pairs = zip(report["ours"]["tokens_per_second"], report["peft"]["tokens_per_second"], strict=True)
+            report["speed_ratio"] = [round(ours / theirs, 2) for ours, theirs in pairs]
             report["memory_ratio"] = report["ours"]["peak_gib"] / report["peft"]["peak_gib"]
 
     import peft
     import torch
     import transformers
     report |= {"batch_rows": BATCH_ROWS, "data": [Path(f).name for f in args.data.split(",")], "device": args.device,
-               "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "command": " ".join(["python", "benchmarks/cpu_vs_peft.py", *sys.argv[1:]]),
+               "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
     print(json.dumps({k: v for k, v in report.items() if k != "losses"}, indent=2))
     if args.json:

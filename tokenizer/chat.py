@@ -298,7 +298,7 @@ def parse_calls(text: str) -> Calls:
             if brace < 0:
                 raise _Unreadable(f"no \"{{\" after the name at character {at}")
             name = text[at + len("call:"):brace]
-            if not name or "<" in name and any(token in name for token in (CALL, END_CALL, ESCAPE, END_TURN)):
+            if not name or ("<" in name and any(token in name for token in (CALL, END_CALL, ESCAPE, END_TURN))):
                 raise _Unreadable(f"no function name at character {at + len('call:')}")
             arguments, end = _read_object(text, brace)
             if not text.startswith(END_CALL, end):

@@ -1,0 +1,228 @@
+"""model.py: transformers' logits on the real weights, and every branch on small random ones."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint import load_model
+from data import read_rows
+from model import Gemma3, GemmaConfig, attention, rms_norm, rotate, tile_documents
+from tokenizer import Tokenizer
+
+SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=16, query_pre_attn_scalar=16.0, sliding_window=8, layer_types=("sliding_attention", "full_attention", "sliding_attention"))
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = Gemma3(GemmaConfig(**SMALL))
+    model.init_weights(torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def both(real_model):
+    """(ours, transformers', a text of at least 1,500 tokens) in fp32 on the real weights."""
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    ours = load_model(real_model, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+    text = ("In the beginning there was a small model, and it called no function at all. Then somebody trained it on rows of tools, "
+            "queries and answers; slowly it learned to copy a city's name, 3.75 % of a price, or the 14th of May. ") * 40
+    return ours, theirs, torch.tensor([[2, *Tokenizer.load(real_model).encode(text)]])
+
+
+def test_logits_equal_transformers_beyond_the_window(both):
+    ours, theirs, ids = both
+    ids = ids[:, :1600]
+    assert ids.shape[1] >= 1500
+    with torch.no_grad():
+        got, want = ours.logits(ids), theirs(ids).logits
+    assert (got - want).abs().max() <= 2e-3
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+def test_packed_rows_give_the_same_logits_as_each_row_alone(both):
+    ours, theirs, ids = both
+    rows = [ids[0, :700], ids[0, 5:60], ids[0, 100:101], ids[0, 300:900]]
+    lengths = torch.tensor([len(row) for row in rows])
+    with torch.no_grad():
+        hidden = ours(torch.cat(rows), torch.cat([torch.arange(n) for n in lengths]), torch.arange(4).repeat_interleave(lengths))
+        for row, packed in zip(rows, hidden.split(lengths.tolist()), strict=True):
+            want = theirs(row[None]).logits[0]
+            got = torch.nn.functional.linear(packed, ours.head)
+            assert (got - want).abs().max() <= 2e-3
+            assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+def test_bf16_is_as_close_to_fp32_as_transformers_is(both, real_model):
+    from transformers import AutoModelForCausalLM
+    ours, _, ids = both
+    ids = ids[:, :600]
+    with torch.no_grad():
+        exact = ours.logits(ids).double()
+        got = load_model(real_model, torch.bfloat16).logits(ids).double()
+        theirs = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.bfloat16)(ids).logits.double()
+    assert (got - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+def test_gradients_equal_transformers(real_model):
+    """Of a packed batch's loss by every weight of two layers, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    from loss_kernels import linear_cross_entropy
+    ours = load_model(real_model, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+    watched = ("model.layers.0.", "model.layers.17.", "model.norm", "model.embed_tokens")
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(watched))
+    ids = torch.randint(1000, 50_000, (2, 40), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, dims=1)
+    targets[:, ::3] = -100
+    documents = torch.arange(2).repeat_interleave(40)
+    linear_cross_entropy(ours(ids.flatten(), torch.arange(40).repeat(2), documents), ours.head, targets.flatten()).backward()
+    torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    want = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert len(got) > 20 and set(got) == set(want)
+    for name, grad in got.items():
+        assert want[name].norm() > 0
+        assert (grad - want[name]).norm() <= 1e-3 * want[name].norm(), name
+
+
+def naive_attention(q, k, v, documents, window, scale):
+    """With one (T, T) mask: the definition."""
+    i = torch.arange(len(q))
+    seen = (documents[:, None] == documents) & (i[:, None] >= i) & (i[:, None] - i < window)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("inh,jnh->nij", q, k) * scale
+    return torch.einsum("nij,jnh->inh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("lengths", [[1], [8], [9], [23], [3, 8, 1, 30, 17]], ids=str)
+@pytest.mark.parametrize("local", [True, False], ids=["local", "global"])
+def test_attention_and_its_gradients_equal_the_masked_definition(lengths, local, generator):
+    T = sum(lengths)
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    q, k, v = (torch.randn(T, heads, 16, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    tiles = tile_documents(documents, 8, q.dtype, q.device)[0 if local else 1]
+    out = torch.randn(T, 4, 16, generator=generator, dtype=torch.float64)
+    got = attention(q, k, v, tiles, 0.3)
+    got_gradients = torch.autograd.grad(got, (q, k, v), out)
+    want = naive_attention(q, k, v, documents, 8 if local else T, 0.3)
+    torch.testing.assert_close(got, want)
+    for mine, theirs in zip(got_gradients, torch.autograd.grad(want, (q, k, v), out), strict=True):
+        assert T == 1 or theirs.norm() > 0
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_document_never_sees_another(small):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(97, (40,), generator=generator)
+    documents, positions = torch.tensor([0] * 25 + [1] * 15), torch.cat((torch.arange(25), torch.arange(15)))
+    before = small(ids, positions, documents)
+    changed = ids.clone()
+    changed[:25] = torch.randint(97, (25,), generator=generator)
+    after = small(changed, positions, documents)
+    assert torch.equal(before[25:], after[25:]) and not torch.equal(before[:25], after[:25])
+
+
+def test_a_token_never_sees_a_later_one(small):
+    ids = torch.randint(97, (1, 30), generator=torch.Generator().manual_seed(3))
+    changed = ids.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 97
+    torch.testing.assert_close(small.logits(ids)[:, :20], small.logits(changed)[:, :20])
+
+
+def test_rope_turns_by_position_and_keeps_length(generator):
+    from model import rope_tables
+    x = torch.randn(5, 2, 16, generator=generator)
+    cos, sin = rope_tables(torch.arange(5), 16, 1e4, 1.0, torch.float32)
+    turned = rotate(x, cos, sin)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[0], x[0]) and not torch.allclose(turned[1:], x[1:])
+
+
+def test_rms_norm_works_in_full_precision_whatever_the_input(generator):
+    x, weight = torch.randn(4, 64, generator=generator) * 300, torch.randn(64, generator=generator)
+    exact = x.double() / x.double().square().mean(-1, keepdim=True).add(1e-6).sqrt() * (1 + weight.double())
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6).double(), exact, rtol=1e-5, atol=1e-5)
+    assert rms_norm(x.bfloat16(), weight, 1e-6).dtype == torch.bfloat16
+
+
+def test_masters_in_full_precision_compute_in_bf16(demo):
+    model = load_model(demo / "model", torch.bfloat16, master_dtype=torch.float32)
+    assert model.head.dtype == torch.float32 and model.logits(torch.tensor([[2, 105]])).dtype == torch.bfloat16
+
+
+# Configurations and weights
+
+
+PUBLISHED = dict(model_type="gemma3_text", vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, hidden_activation="gelu_pytorch_tanh")
+
+
+def test_layers_follow_the_published_pattern_where_they_are_not_named():
+    assert GemmaConfig.from_dict(PUBLISHED).layer_types == ("sliding_attention",) * 5 + ("full_attention",)
+    assert GemmaConfig.from_dict({**PUBLISHED, "sliding_window_pattern": 3}).layer_types[2::3] == ("full_attention",) * 2
+
+
+def test_larger_models_nest_their_config_and_stretch_their_global_rope():
+    nested = {"model_type": "gemma3", "text_config": {**PUBLISHED, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}}
+    assert GemmaConfig.from_dict(nested).rope_factor == 8.0
+    new = {**PUBLISHED, "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+                                            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4}}}
+    config = GemmaConfig.from_dict(new)
+    assert (config.rope_factor, config.rope_theta, config.rope_local_base_freq) == (8.0, 2e6, 3e4)
+
+
+def test_every_published_variant_of_the_config_gives_transformers_logits(tmp_path):
+    """Two kv heads, linear rope scaling, another window and pattern, against transformers on random weights."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**{k: v for k, v in PUBLISHED.items() if k != "model_type"}, layer_types=["sliding_attention", "full_attention"] * 3,
+                              rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                                               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path, torch.float32)
+    ids = torch.randint(97, (2, 50))
+    torch.testing.assert_close(ours.logits(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"model_type": "llama"}, "model_type is 'llama'"), ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"), ({"use_bidirectional_attention": True}, "use_bidirectional"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"), ({"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
+    ({"num_key_value_heads": 3}, "do not divide"), ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+])
+def test_a_config_that_is_not_implemented_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        GemmaConfig.from_dict({**PUBLISHED, **change})
+
+
+def test_weights_that_do_not_fit_are_refused(demo, tmp_path):
+    config = json.loads((demo / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        load_model(tmp_path)
+    weights = load_file(demo / "model" / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" * 100)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(tmp_path)
+
+
+def test_every_real_row_fits_the_vocabulary(real_model, shared):
+    from data import tokenize
+    tokenizer = Tokenizer.load(real_model)
+    for conversation in list(read_rows([shared / "data" / "toolrl.jsonl"]))[:50]:
+        assert tokenize(conversation, tokenizer).ids.max() < 262_144

@@ -1,0 +1,287 @@
+"""train.py from outside and inside: what it logs, that it learns, and that a run broken anywhere goes on to the same losses."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import train
+from loss_kernels import linear_cross_entropy
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "seconds", "tokens_per_second", "peak_gib"}
+
+
+def flags(demo, out, *more):
+    return ["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--out", str(out), "--device", "cpu", "--dtype", "fp32",
+            "--batch-rows", "4", "--eval-rows", "6", "--eval-every", "0", "--save-every", "2", "--lr", "3e-3", *map(str, more)]
+
+
+def run(demo, out, *more):
+    return train.main(train.parse_args(flags(demo, out, *more)))
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [record["loss"] for record in log(out) if "loss" in record]
+
+
+def start(demo, out, *more):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(demo, out, *more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if re.match(rf"step +{step}/", line):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+FULL = ("--full",)
+LORA = ("--lora-rank", 4, "--lora-dropout", 0.1)
+
+
+# What a run writes
+
+
+def test_the_log_holds_flags_and_versions_then_one_record_a_step_and_the_held_out_losses(demo, tmp_path, capsys):
+    assert run(demo, tmp_path / "run", *FULL, "--steps", 3) == 0
+    header, *records = log(tmp_path / "run")
+    assert header["flags"]["lr"] == 3e-3 and header["torch"] == torch.__version__ and "CPU" in header["device"]
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 3]
+    assert all(set(record) == RECORD for record in records[1:4])
+    assert set(records[0]) == set(records[-1]) == {"step", "eval_loss"}
+    assert re.search(r"step +2/3 \| loss \d\.\d{4} \| grad \d+\.\d\d \| lr \d\.\de-\d\d \| [\d.]+k? tok/s \| \d+\.\d GiB \| .*s left", capsys.readouterr().out)
+
+
+def test_training_learns_and_the_result_is_a_model_folder(demo, tmp_path):
+    run(demo, tmp_path / "run", *FULL, "--steps", 30, "--batch-rows", 8)
+    held_out = [record["eval_loss"] for record in log(tmp_path / "run") if "eval_loss" in record]
+    assert held_out[-1] < 0.6 * held_out[0]
+    model = checkpoint.load_model(tmp_path / "run" / "model")
+    assert model.logits(torch.tensor([[2, 105]])).shape == (1, 2, model.config.vocab_size)
+    assert (tmp_path / "run" / "model" / "tokenizer.model").exists()
+
+
+def test_lora_trains_adapters_alone_and_peft_loads_them_with_the_same_logits(demo, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    run(demo, tmp_path / "run", "--steps", 5, "--lora-rank", 4, "--lora-alpha", 8, "--rslora")
+    ours = checkpoint.load_model(demo / "model", torch.float32)
+    ids = torch.randint(110, 1000, (1, 200), generator=torch.Generator().manual_seed(0))
+    base = ours.logits(ids)
+    checkpoint.load_adapter(ours, tmp_path / "run")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32), str(tmp_path / "run" / "adapter"))
+    got = ours.logits(ids)
+    assert (got - base).abs().max() > 0.05
+    torch.testing.assert_close(got, theirs(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_result_is_the_best_held_out_loss(demo, tmp_path):
+    run(demo, tmp_path / "run", *FULL, "--steps", 12, "--eval-every", 2, "--lr", "0.3", "--schedule", "constant", "--clip", 0)
+    held_out = {record["step"]: record["eval_loss"] for record in log(tmp_path / "run") if "eval_loss" in record and record["step"]}
+    assert min(held_out, key=held_out.get) != 12, "the last step was the best: this run shows nothing"
+    model = checkpoint.load_model(tmp_path / "run" / "model", torch.float32)
+    tokenizer = Tokenizer.load(demo / "model")
+    rows = [row for row in data.read_rows([demo / "rows.jsonl"]) if data.is_held_out(row.query, 0.05)][:6]
+    batch = data.pack([data.tokenize(row, tokenizer) for row in rows], 10_000)[0]
+    loss = linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents), model.head, batch.targets).item() / batch.trained_tokens
+    assert loss == pytest.approx(min(held_out.values()), rel=0.05)       # the folder holds bf16
+
+
+def test_steps_0_checks_everything_and_writes_nothing(demo, tmp_path, capsys):
+    assert run(demo, tmp_path / "run", "--steps", 0) == 0
+    assert "ready  first row's loss" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_preview_shows_the_trained_tokens_in_green(demo, tmp_path, capsys):
+    assert run(demo, tmp_path / "run", "--preview", 3) == 0
+    green = re.findall("\033\\[32m(.*?)\033\\[0m", capsys.readouterr().out, flags=re.DOTALL)
+    assert len(green) == 3
+    assert all(text.startswith("<start_function_call>") and text.endswith("<start_function_response>") for text in green)
+
+
+# The gradient is the global batch's
+
+
+@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+def test_losses_do_not_depend_on_how_a_step_is_cut_into_forward_passes(demo, tmp_path, mode):
+    run(demo, tmp_path / "whole", *mode, "--steps", 6, "--micro-tokens", 100_000)
+    run(demo, tmp_path / "cut", *mode, "--steps", 6, "--micro-tokens", 200)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_step_can_be_sized_in_tokens(demo, tmp_path):
+    arguments = flags(demo, tmp_path / "run", *FULL, "--steps", 4, "--batch-tokens", 1000)
+    at = arguments.index("--batch-rows")
+    train.main(train.parse_args(arguments[:at] + arguments[at + 2:]))
+    assert all(600 < record["tokens"] <= 1000 for record in log(tmp_path / "run") if "loss" in record)
+
+
+@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+def test_two_processes_give_the_losses_of_one(demo, tmp_path, mode):
+    run(demo, tmp_path / "one", *mode, "--steps", 5, "--micro-tokens", 200)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
+                    *flags(demo, tmp_path / "two", *mode, "--steps", 5, "--micro-tokens", 200)], check=True, capture_output=True, timeout=300)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+# Broken and resumed
+
+
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("killed_after", [1, 5])
+def test_a_run_killed_at_any_step_resumes_to_the_same_losses_bit_for_bit(demo, tmp_path, mode, killed_after):
+    run(demo, tmp_path / "whole", *mode, "--steps", 7, "--eval-every", 3)
+    process = start(demo, tmp_path / "killed", *mode, "--steps", 7, "--eval-every", 3)
+    wait_for_step(process, killed_after)
+    process.kill()
+    process.communicate()
+    assert run(demo, tmp_path / "killed", *mode, "--steps", 7, "--eval-every", 3, "--resume") == 0
+    without_times = [[{key: record.get(key) for key in ("step", "loss", "grad_norm", "lr", "eval_loss")} for record in log(tmp_path / name)
+                      if "step" in record] for name in ("whole", "killed")]
+    assert without_times[0] == without_times[1]
+    final = [checkpoint.find_checkpoints(tmp_path / name)[-1] / "trained.safetensors" for name in ("whole", "killed")]
+    assert final[0].read_bytes() == final[1].read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_cleanly(demo, tmp_path, number):
+    process = start(demo, tmp_path / "run", *FULL, "--steps", 5000, "--save-every", 0)
+    wait_for_step(process, 3)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors and "--resume" in out
+    saved = checkpoint.find_checkpoints(tmp_path / "run")
+    assert len(saved) == 1 and checkpoint.read_json(saved[0] / "state.json")["step"] == len(losses(tmp_path / "run")) >= 3
+
+
+def test_resuming_with_other_flags_is_refused(demo, tmp_path):
+    run(demo, tmp_path / "run", *FULL, "--steps", 2)
+    with pytest.raises(ValueError, match=r"--lr 0.003 → 0.1"):
+        run(demo, tmp_path / "run", *FULL, "--steps", 2, "--resume", "--lr", "0.1")
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(demo, tmp_path):
+    run(demo, tmp_path / "run", *FULL, "--steps", 2)
+    with pytest.raises(ValueError, match="--resume to go on"):
+        run(demo, tmp_path / "run", *FULL, "--steps", 3)
+    assert run(demo, tmp_path / "run", *FULL, "--steps", 3, "--overwrite") == 0
+    assert len(losses(tmp_path / "run")) == 3
+
+
+# Failures
+
+
+@pytest.fixture
+def poisoned(demo, tmp_path):
+    """The demo's model with a NaN in the embedding of "Vienna"'s first piece, and the rows that use it."""
+    model = checkpoint.load_model(demo / "model", torch.float32)
+    tokenizer = Tokenizer.load(demo / "model")
+    piece = tokenizer.encode(" Vienna")[0]
+    model.head.data[piece, 0] = math.nan
+    checkpoint.save_model(model, demo / "model", tmp_path / "poisoned")
+    bad = {row.source for row in data.read_rows([demo / "rows.jsonl"]) if piece in data.tokenize(row, tokenizer).ids}
+    return tmp_path / "poisoned", bad
+
+
+def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, poisoned, tmp_path):
+    folder, bad = poisoned
+    with pytest.raises(FloatingPointError, match=r"loss nan") as error:
+        run(demo, tmp_path / "run", "--lora-rank", 4, "--steps", 200, "--model", folder, "--save-every", 1, "--eval-fraction", 0)
+    named = re.search(r"Its worst rows: (rows\.jsonl:\d+) \(loss nan\)", str(error.value)).group(1)
+    assert named in bad
+    for path in checkpoint.find_checkpoints(tmp_path / "run"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint._read_tensors(path / "trained.safetensors").values())
+
+
+def test_an_exploding_gradient_stops_the_run(demo, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"gradient norm .*worst rows: rows\.jsonl:\d+"):
+        run(demo, tmp_path / "run", *FULL, "--steps", 3, "--max-grad-norm", 1e-3)
+    assert checkpoint.find_checkpoints(tmp_path / "run") == [] and losses(tmp_path / "run") == []
+
+
+def test_errors_are_one_line_with_the_place_and_no_traceback(demo, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((demo / "rows.jsonl").read_text() + '{"query": "x"}\n')
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(demo, tmp_path / "run"), "--data", str(bad)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == ("train.py: bad.jsonl:601: no column 'tools', 'answers'; a row has \"query\", \"tools\" and \"answers\", "
+                                   "or \"messages\" and \"tools\"; fix the row or pass --skip-invalid")
+
+
+def test_skipped_and_dropped_rows_are_counted(demo, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((demo / "rows.jsonl").read_text() + '{"query": "x"}\n[]\n')
+    run(demo, tmp_path / "run", "--steps", 0, "--data", bad, "--skip-invalid", "--max-tokens", 200)
+    said = capsys.readouterr().out
+    assert "1 rows skipped: missing column" in said and "1 rows skipped: not an object" in said
+    assert re.search(r"\d+ training rows dropped: longer than 200 tokens", said)
+
+
+def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
+    some = "".join((demo / "rows.jsonl").read_text().splitlines(keepends=True)[:20]).upper()
+    (tmp_path / "eval.jsonl").write_text("".join((demo / "rows.jsonl").read_text().splitlines(keepends=True)[:20]))
+    assert some
+    args = train.parse_args(flags(demo, tmp_path / "run", "--eval-data", tmp_path / "eval.jsonl"))
+    trained, held_out = train.read_conversations(args, print)
+    assert not {row.query.casefold() for row in trained} & {row.query.casefold() for row in held_out}
+    assert "training rows left out" in capsys.readouterr().out
+
+
+# Flags
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    args = train.parse_args(["--model", "m", "--data", "d", "--lr", "1.0", "--min-lr", "0.1"])
+    rates = [train.learning_rate(step, 100, 10, args) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
+    args.schedule = "linear"
+    assert train.learning_rate(55, 100, 10, args) == pytest.approx(0.55) and train.learning_rate(99, 100, 10, args) == pytest.approx(0.11)
+    args.schedule = "constant"
+    assert train.learning_rate(99, 100, 10, args) == 1.0
+
+
+@pytest.mark.parametrize("bad", [["--batch-rows", "0"], ["--batch-rows", "2", "--batch-tokens", "9"], ["--steps", "-1"], ["--lr", "x"]])
+def test_impossible_flags_are_refused(bad):
+    with pytest.raises(SystemExit) as left:
+        train.parse_args(["--model", "m", "--data", "d", *bad])
+    assert left.value.code == 2
+
+
+def test_every_flag_has_a_help_text():
+    text = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, check=True).stdout
+    assert "None" not in text
+    for flag in ("--model", "--data", "--out", "--steps", "--epochs", "--batch-rows", "--batch-tokens", "--max-tokens", "--lr", "--lora-rank",
+                 "--lora-alpha", "--full", "--dtype", "--device", "--seed", "--save-every", "--eval-every", "--resume", "--preview"):
+        assert re.search(rf"^  {flag}\b.*\S", text, flags=re.MULTILINE), flag
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+def test_a_gpu_trains_to_the_losses_of_a_cpu(demo, tmp_path, mode):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    run(demo, tmp_path / "cpu", *mode, "--steps", 10)
+    run(demo, tmp_path / "cuda", *mode, "--steps", 10, "--device", "cuda")
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+    run(demo, tmp_path / "bf16", *mode, "--steps", 10, "--device", "cuda", "--dtype", "bf16")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "cpu"), rel=3e-2)
