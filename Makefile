@@ -10,8 +10,8 @@ SHARED := ../shared
 export REAL_MODEL ?= $(HOME)/.cache/nano-functiongemma/gemma-3-270m
 
 # The demo trains a small model from nothing: every parameter, a high learning rate, many small steps.
-DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 3e-3 --beta2 0.98 --batch-rows 16 --steps 1600 --eval-fraction 0.01 \
-              --eval-rows 200 --eval-every 400 --save-every 400 --eval-calls 200 --log-every 100
+DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 4e-3 --beta2 0.98 --batch-rows 8 --steps 2200 --eval-fraction 0.02 \
+              --eval-rows 200 --eval-calls 200 --eval-every 550 --save-every 550 --log-every 100
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev test test-gpu lint finetune bench clean

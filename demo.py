@@ -2,7 +2,7 @@
 
     python demo.py build/demo      # writes build/demo/{model, rows.jsonl}
 
-`model/` is a folder in the published layout: a Gemma 3 of 0.7 M random parameters with every branch of the real one
+`model/` is a folder in the published layout: a Gemma 3 of 0.8 M random parameters with every branch of the real one
 (local and global layers, shared kv head, tied embedding) and a vocabulary that sentencepiece learns from the rows, in
 which FunctionGemma's control tokens keep their ids. `rows.jsonl` holds xLAM rows over eleven tools of a phone. The
 same train.py then trains it from nothing until it answers questions it has not seen with the right calls.
@@ -24,7 +24,7 @@ from model import Gemma3, GemmaConfig
 from tokenizer import Control, Segment
 from tokenizer.model_file import train_model_file
 
-ROWS, VOCABULARY = 16_000, 1_600
+ROWS, VOCABULARY = 19_000, 1_600
 
 NAMES = ["Ada", "Alan", "Alice", "Anna", "Ben", "Boris", "Carla", "Chen", "Clara", "Diego", "Elena", "Emma", "Farid", "Felix", "Grace",
          "Hugo", "Ines", "Jack", "Kenji", "Lara", "Leo", "Maria", "Max", "Nadia", "Noah", "Olga", "Omar", "Priya", "Sam", "Zoe"]
@@ -185,7 +185,7 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0) -> None:
     vocabulary = data.Tokenizer.load(folder / "model").vocab_size
     config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": vocabulary, "hidden_size": 128,
               "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1,
-              "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 128, "rms_norm_eps": 1e-6,
+              "head_dim": 32, "query_pre_attn_scalar": 8, "sliding_window": 128, "rms_norm_eps": 1e-6,
               "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_theta": 1e6,
               "rope_local_base_freq": 1e4, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 2_048,
               "bos_token_id": 2, "eos_token_id": [1, 50, 106], "pad_token_id": 0, "torch_dtype": "bfloat16"}

@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-rows", type=int, default=None, help="rows a step, over all processes (default 32)")
     add("--batch-tokens", type=int, default=None, help="size a step in tokens instead, over all processes, e.g. 16896")
     add("--micro-tokens", type=int, default=None, help="tokens in one forward pass; a larger step accumulates "
-        "(default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
+        "(default 16896 on a GPU, 2048 on a CPU; changes memory and speed, not the result)")
 
     add = parser.add_argument_group("optimizer (AdamW)").add_argument
     add("--lr", type=float, default=None, help="highest learning rate (default 3e-4 for LoRA, 2e-5 for --full)")
@@ -97,17 +97,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "greedy decoding gives exactly the right calls, and show three answers")
     args = parser.parse_args(argv)
 
-    if args.batch_rows and args.batch_tokens:
+    if args.batch_rows is not None and args.batch_tokens is not None:
         parser.error("--batch-rows and --batch-tokens both size a step: give one of them")
-    if not args.batch_tokens:
-        args.batch_rows = args.batch_rows or 32
+    if args.batch_tokens is None and args.batch_rows is None:
+        args.batch_rows = 32
     if args.steps is None and args.epochs is None:
         args.epochs = 1.0
     for name, least in (("steps", 0), ("batch_rows", 1), ("batch_tokens", 1), ("micro_tokens", 1), ("max_tokens", 2), ("preview", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 3e-4
-    args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
+    args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 2_048)
     return args
 
 
@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> int:
         state = checkpoint.load_run(found[-1], model, optimizer)
         step = state.pop("step")
         say(f"resume {found[-1]} at step {step}")
-    elif (out / "log.jsonl").exists() and not (args.overwrite or args.resume):
+    elif rank == 0 and (out / "log.jsonl").exists() and not (args.overwrite or args.resume):
         raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
     log = None
     if rank == 0 and args.steps != 0:
@@ -229,7 +229,7 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     first_step = step
     for rows, position in data.steps(lengths, start=state["position"], **plan):
-        if step >= total or stop_signal:
+        if step >= total:
             break
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -262,15 +262,17 @@ def main(args: argparse.Namespace) -> int:
                   "trained_tokens": trained_tokens, "seconds": now - began, "tokens_per_second": tokens_done / (now - began),
                   "peak_gib": peak_gib(device)}
         write(log, record)
-        last = step == total or bool(stop_signal)
-        if last or step == 1 or step % args.log_every == 0:
+        stopping = bool(stop_signal)
+        if step == total or stopping or step == 1 or step % args.log_every == 0:
             say(console_line(record, total, (now - started) / (step - first_step) * (total - step)), flush=True)
         if step == total or (args.eval_every and step % args.eval_every == 0):
             evaluate_and_keep_best()
-        if rank == 0 and (last or (args.save_every and step % args.save_every == 0)):
+        if rank == 0 and (step == total or stopping or (args.save_every and step % args.save_every == 0)):
             checkpoint.save_run(out, step, model, optimizer, state)
+        if stopping:
+            break
 
-    if stop_signal:
+    if step < total and stop_signal:
         say(f"stopped by {signal.Signals(stop_signal[0]).name} after step {step}; the checkpoint is saved, go on with --resume")
         return 128 + stop_signal[0]
     if rank == 0 and state["best_loss"] is None:                                    # nothing held out: the last is the best

@@ -31,7 +31,7 @@ def flags(args: argparse.Namespace, steps: int, out: Path) -> list[str]:
     """The flags of train.py that both sides follow."""
     return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", "--lora-rank", "16", "--lr", "3e-4",
             "--steps", str(steps), "--batch-rows", str(BATCH_ROWS), "--dtype", "bf16", "--device", args.device, "--save-every", "0",
-            "--eval-every", "0", "--eval-rows", str(args.eval_rows), "--seed", "0"]
+            "--eval-every", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
 
 
 def run_ours(args: argparse.Namespace, steps: int, folder: Path) -> dict:
@@ -45,7 +45,7 @@ def run_ours(args: argparse.Namespace, steps: int, folder: Path) -> dict:
 
 def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) -> dict:
     done = subprocess.run([sys.executable, __file__, "--worker", mode, "--steps", str(steps), "--model", args.model, "--data", args.data,
-                           "--device", args.device, "--eval-rows", str(args.eval_rows), "--folder", str(folder)],
+                           "--device", args.device, "--eval-rows", str(args.eval_rows), "--parity", str(args.parity), "--folder", str(folder)],
                           check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -90,8 +90,9 @@ def test_lora_trains_adapters_alone_and_peft_loads_them_with_the_same_logits(dem
     torch.testing.assert_close(got, theirs(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_the_result_is_the_best_held_out_loss(demo, tmp_path):
-    run(demo, tmp_path / "run", *FULL, "--steps", 12, "--eval-every", 2, "--lr", "0.3", "--schedule", "constant", "--clip", 0)
+def test_the_result_is_the_best_held_out_loss(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 3e-3 if step < 8 else 3.0)        # learns, then ruins itself
+    run(demo, tmp_path / "run", *FULL, "--steps", 12, "--eval-every", 2)
     held_out = {record["step"]: record["eval_loss"] for record in log(tmp_path / "run") if "eval_loss" in record and record["step"]}
     assert min(held_out, key=held_out.get) != 12, "the last step was the best: this run shows nothing"
     model = checkpoint.load_model(tmp_path / "run" / "model", torch.float32)
@@ -186,22 +187,20 @@ def test_an_earlier_run_is_not_overwritten_unasked(demo, tmp_path):
 # Failures
 
 
-@pytest.fixture
-def poisoned(demo, tmp_path):
-    """The demo's model with a NaN in the embedding of "Vienna"'s first piece, and the rows that use it."""
-    model = checkpoint.load_model(demo / "model", torch.float32)
+def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, tmp_path, monkeypatch):
+    """The loss is made NaN where "Vienna" is to be said."""
     tokenizer = Tokenizer.load(demo / "model")
-    piece = tokenizer.encode(" Vienna")[0]
-    model.head.data[piece, 0] = math.nan
-    checkpoint.save_model(model, demo / "model", tmp_path / "poisoned")
-    bad = {row.source for row in data.read_rows([demo / "rows.jsonl"]) if piece in data.tokenize(row, tokenizer).ids}
-    return tmp_path / "poisoned", bad
+    piece = tokenizer.encode("Vienna")[0]
+    examples = [data.tokenize(row, tokenizer) for row in data.read_rows([demo / "rows.jsonl"])]
+    bad = {example.source for example in examples if piece in example.ids[example.trained]}
+    assert 0 < len(bad) < 60
 
+    def poisoned(hidden, weight, targets):
+        return linear_cross_entropy(hidden, weight, targets) * (math.nan if (targets == piece).any() else 1.0)
 
-def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, poisoned, tmp_path):
-    folder, bad = poisoned
+    monkeypatch.setattr(train, "linear_cross_entropy", poisoned)
     with pytest.raises(FloatingPointError, match=r"loss nan") as error:
-        run(demo, tmp_path / "run", "--lora-rank", 4, "--steps", 200, "--model", folder, "--save-every", 1, "--eval-fraction", 0)
+        run(demo, tmp_path / "run", "--lora-rank", 4, "--steps", 200, "--save-every", 1, "--eval-fraction", 0)
     named = re.search(r"Its worst rows: (rows\.jsonl:\d+) \(loss nan\)", str(error.value)).group(1)
     assert named in bad
     for path in checkpoint.find_checkpoints(tmp_path / "run"):

@@ -1,0 +1,94 @@
+"""Write the README's tables from benchmarks/results/*.json, so that no figure is typed by hand.
+
+    python benchmarks/tables.py                     # rewrite what stands between the README's table marks
+    python benchmarks/tables.py --run NAME=FOLDER   # first store a run's summary in benchmarks/results/NAME.json
+"""
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def summarise(run: Path) -> dict:
+    """What a run's log.jsonl says: accuracy and held-out loss before and after, time, memory, machine, flags."""
+    header, *records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    taken = [record for record in records if "loss" in record]
+    exact = [record for record in records if "exact_match" in record]
+    held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
+    return {"steps": taken[-1]["step"], "tokens": sum(r["tokens"] for r in taken), "minutes": sum(r["seconds"] for r in taken) / 60,
+            "tokens_per_second": sum(r["tokens"] for r in taken) / sum(r["seconds"] for r in taken),
+            "peak_gib": max(r["peak_gib"] for r in taken), "held_out_loss": [held_out[0], held_out[-1]],
+            "exact_match": [r["exact_match"] for r in exact], "exact_rows": exact[-1]["rows"] if exact else 0,
+            "device": header["device"], "commit": header["commit"], "torch": header["torch"],
+            "flags": {k: v for k, v in header["flags"].items() if k not in ("model", "data")}}
+
+
+def tables() -> dict[str, str]:
+    """{mark: Markdown} for every table whose results are there."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+    made = {}
+    if "demo" in found:
+        made["demo"] = demo_table(found["demo"])
+    if "cpu_vs_peft" in found and "cpu_parity" in found:
+        made["peft"] = peft_table(found["cpu_vs_peft"], found["cpu_parity"])
+    if "tokenizer" in found:
+        made["tokenizer"] = tokenizer_table(found["tokenizer"])
+    return made
+
+
+def demo_table(r: dict) -> str:
+    before, after = r["exact_match"]
+    return "\n".join([
+        "| `make finetune` | before | after |", "|---|---|---|",
+        f"| exactly the right calls, of {r['exact_rows']} held-out queries | {before:.1%} | **{after:.1%}** |",
+        f"| held-out loss, nats a trained token | {r['held_out_loss'][0]:.2f} | {r['held_out_loss'][1]:.3f} |", "",
+        f"{r['steps']} steps in {r['minutes']:.1f} minutes, {r['tokens_per_second'] / 1e3:.1f}k tokens/s, {r['peak_gib']:.1f} GiB, "
+        f"{r['device']}, torch {r['torch']}, commit {r['commit']}"])
+
+
+def peft_table(s: dict, p: dict) -> str:
+    ours, peft = (statistics.median(s[side]["tokens_per_second"]) for side in ("ours", "peft"))
+    after, loss = f"after {p['steps']} steps, same rows, same order", p["ours"]["held_out_before"]
+    return "\n".join([
+        "| Gemma 3 270M, LoRA rank 16, bf16, 8 rows a step | transformers + PEFT | ours | |", "|---|---|---|---|",
+        f"| real tokens/s (theirs: 4 rows padded, all logits) | {peft:.0f} | **{ours:.0f}** | {statistics.median(s['speed_ratio']):.1f} × |",
+        f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |",
+        f"| held-out loss, {loss:.2f} before, {after} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} "
+        f"| {p['held_out_ratio'] - 1:+.1%} |", "",
+        f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers {s['versions']['transformers']}, "
+        f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` for the loss"])
+
+
+def tokenizer_table(r: dict) -> str:
+    sides = {"sentencepiece": "sentencepiece, text by text", "ours, cold": "ours, nothing remembered yet",
+             "ours, warm": "ours, words remembered"}
+    lines = [f"| {label} | {r['sides'][side]['mb_a_second']:.1f} | {r['sides'][side].get('times_sentencepiece', 1):.1f} × |"
+             for side, label in sides.items()]
+    return "\n".join(["| tokenizer | MB/s | |", "|---|---|---|", *lines, "",
+                      f"{r['texts']} texts, {r['megabytes']:.1f} MB; {r['machine']}, Python {r['python']}, sentencepiece "
+                      f"{r['sentencepiece']}; `python benchmarks/tokenizer.py`"])
+
+
+def rewrite(readme: str, made: dict[str, str]) -> str:
+    """`readme` with the text between <!-- table NAME --> and <!-- end --> replaced."""
+    for name, table in made.items():
+        marks = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        readme = re.sub(marks, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme, flags=re.DOTALL)
+    return readme
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "--run":
+        name, _, folder = sys.argv[2].partition("=")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(summarise(Path(folder)), indent=2) + "\n", encoding="utf-8")
+    elif len(sys.argv) > 1:
+        sys.exit(__doc__)
+    path = ROOT / "README.md"
+    path.write_text(rewrite(path.read_text(encoding="utf-8"), tables()), encoding="utf-8")
