@@ -47,7 +47,7 @@ lint: setup-dev          ## ruff
 	$(PYTHON) -m ruff check .
 
 bench: setup-dev         ## side by side with the peers; JSON in benchmarks/results
-	$(PYTHON) benchmarks/cpu_vs_peft.py --json benchmarks/results/cpu_vs_peft.json
+	$(PYTHON) benchmarks/cpu_vs_peft.py --save
 
 # Real weights for the tests that compare with them. Built once, where the means are there; without them those tests skip.
 .PHONY: real-model

@@ -52,7 +52,9 @@ class Conversation:
     @property
     def query(self) -> str:
         """What the user asks first."""
-        return next((m["content"] for m in self.messages if m["role"] == "user" and isinstance(m["content"], str)), "")
+        content = next((m["content"] for m in self.messages if m["role"] == "user"), "")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+        return " ".join(str(part.get("text", "")) for part in parts)
 
     @property
     def calls(self) -> list[dict]:

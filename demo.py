@@ -21,10 +21,17 @@ import torch
 import checkpoint
 import data
 from model import Gemma3, GemmaConfig
-from tokenizer import Control, Segment
+from tokenizer import Control, Segment, Tokenizer
 from tokenizer.model_file import train_model_file
 
 ROWS, VOCABULARY = 19_000, 1_600
+# Every branch of the real model, at a size that learns in minutes on two cores.
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1,
+         "head_dim": 32, "query_pre_attn_scalar": 8, "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# Gemma 3 270M's sizes, for benchmarks where its weights are not at hand.
+FULL_SIZE = {"vocab_size": 262_144, "hidden_size": 640, "intermediate_size": 2_048, "num_hidden_layers": 18, "num_attention_heads": 4,
+             "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512,
+             "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(18)]}
 
 NAMES = ["Ada", "Alan", "Alice", "Anna", "Ben", "Boris", "Carla", "Chen", "Clara", "Diego", "Elena", "Emma", "Farid", "Felix", "Grace",
          "Hugo", "Ines", "Jack", "Kenji", "Lara", "Leo", "Maria", "Max", "Nadia", "Noah", "Olga", "Omar", "Priya", "Sam", "Zoe"]
@@ -168,8 +175,8 @@ def texts_between_controls(segments: list[Segment]) -> list[str]:
             groupby(segments, key=lambda segment: isinstance(segment.text, Control)) if not is_control]
 
 
-def write(folder: Path, rows: int = ROWS, seed: int = 0) -> None:
-    """Write `folder`/rows.jsonl and `folder`/model, the same for the same seed."""
+def write(folder: Path, rows: int = ROWS, seed: int = 0, config: dict = SMALL) -> None:
+    """Write `folder`/rows.jsonl and `folder`/model, random weights of the sizes in `config`; the same for the same seed."""
     r = random.Random(seed)
     by_query: dict[str, dict] = {}               # each question once
     while len(by_query) < rows:
@@ -182,13 +189,11 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0) -> None:
 
     texts = [text for row in made[:6_000] for text in texts_between_controls(data.parse_row(row, "demo").segments())]
     train_model_file(texts, folder / "model", VOCABULARY)
-    vocabulary = data.Tokenizer.load(folder / "model").vocab_size
-    config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": vocabulary, "hidden_size": 128,
-              "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1,
-              "head_dim": 32, "query_pre_attn_scalar": 8, "sliding_window": 128, "rms_norm_eps": 1e-6,
-              "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_theta": 1e6,
-              "rope_local_base_freq": 1e4, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 2_048,
-              "bos_token_id": 2, "eos_token_id": [1, 50, 106], "pad_token_id": 0, "torch_dtype": "bfloat16"}
+    vocabulary = Tokenizer.load(folder / "model").vocab_size
+    config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh",
+              "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 32_768,
+              "bos_token_id": 2, "eos_token_id": [1, 50, 106], "pad_token_id": 0, "torch_dtype": "bfloat16",
+              "vocab_size": vocabulary, **config}
     checkpoint.write_json(folder / "model" / "config.json", config)
     model = Gemma3(GemmaConfig.from_dict(config))
     model.init_weights(torch.Generator().manual_seed(seed))

@@ -1,12 +1,15 @@
 """Our LoRA training beside transformers + PEFT: speed, memory and learning, on the same rows in the same order.
 
-    python benchmarks/cpu_vs_peft.py --json OUT                 # speed and memory: ours and theirs in turn
-    python benchmarks/cpu_vs_peft.py --parity 60 --json OUT     # held-out loss after 60 steps on both sides (long)
+    python benchmarks/cpu_vs_peft.py --save                 # speed and memory: ours and theirs in turn
+    python benchmarks/cpu_vs_peft.py --parity 60 --save     # held-out loss after 60 steps on both sides (long)
 
 Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in bf16 with PEFT adapters (fp32, as
 PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
 take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping. Parity lets
 theirs project trained rows alone (`selected`), which changes its speed and not its result.
+
+--save writes benchmarks/results/DEVICE_vs_peft.json or DEVICE_parity.json. Where the real weights and rows are not at
+hand, speed is measured on random weights of the same size and the demo's rows, and the report says so.
 """
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,16 +50,14 @@ def run_ours(args: argparse.Namespace, steps: int, folder: Path) -> dict:
 
 
 def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) -> dict:
-    done = subprocess.run([sys.executable, __file__, "--worker", mode, "--steps", str(steps), "--model", args.model, "--data", args.data,
-                           "--device", args.device, "--eval-rows", str(args.eval_rows), "--parity", str(args.parity), "--folder", str(folder)],
-                          check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--worker", mode, "--folder", str(folder), "--steps", str(steps), "--parity", str(args.parity),
+               "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def worker(args: argparse.Namespace) -> None:
     """transformers + PEFT over the same steps; prints one JSON line."""
-    import torch
-    import torch.nn.functional as F
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -126,8 +130,6 @@ def worker(args: argparse.Namespace) -> None:
 
 def write_start(args: argparse.Namespace, folder: Path) -> None:
     """The adapter that both sides start from, as train.py draws it for seed 0."""
-    import torch
-
     import checkpoint
     from lora import LoRAConfig, wrap
     model = checkpoint.load_model(args.model)
@@ -143,23 +145,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("REAL_MODEL", str(Path.home() / ".cache/nano-functiongemma/gemma-3-270m")))
     parser.add_argument("--data", default=",".join(str(ROOT.parent / "shared/data" / f) for f in ("seal.jsonl", "toolrl.jsonl")))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=3, help="steps of each run; the first warms up")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, in turn")
     parser.add_argument("--parity", type=int, default=0, metavar="STEPS", help="compare held-out losses after so many steps instead")
     parser.add_argument("--eval-rows", type=int, default=50)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--save", action="store_true", help="keep the report in benchmarks/results")
     parser.add_argument("--worker", choices=("peft", "selected"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args)
     missing = [path for path in (f"{args.model}/config.json", *args.data.split(",")) if not Path(path).exists()]
-    if missing:
-        sys.exit(f"cpu_vs_peft: {', '.join(missing)} is not here; give --model and --data")
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        if missing:
+            import demo
+            print(f"{', '.join(missing)}: not here; random weights of full size and the demo's rows instead", file=sys.stderr)
+            demo.write(folder / "demo", rows=2_000, config=demo.FULL_SIZE)
+            args.model, args.data = str(folder / "demo/model"), str(folder / "demo/rows.jsonl")
         write_start(args, folder)
         if args.parity:
             ours, theirs = run_ours(args, args.parity, folder), run_theirs(args, args.parity, folder, "selected")
@@ -183,15 +188,18 @@ def main() -> None:
             report["memory_ratio"] = report["ours"]["peak_gib"] / report["peft"]["peak_gib"]
 
     import peft
-    import torch
     import transformers
+
+    import train
     report |= {"batch_rows": BATCH_ROWS, "data": [Path(f).name for f in args.data.split(",")], "device": args.device,
-               "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+               "weights": "random, of full size" if missing else "real",
+               "machine": train.device_name(torch.device(args.device)) + f", {platform.machine()}",
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
     print(json.dumps({k: v for k, v in report.items() if k != "losses"}, indent=2))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.save:
+        path = ROOT / "benchmarks/results" / f"{args.device}_{'parity' if args.parity else 'vs_peft'}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""demo.py: what `make finetune` trains on; generate.py and evaluate.py on it."""
+import json
+
+import pytest
+import torch
+
+import data
+import demo as demo_module
+from checkpoint import load_model
+from evaluate import answers, exact_rows
+from generate import STOP_IDS, generate
+from model import GemmaConfig
+from tokenizer import Tokenizer, parse_calls
+
+
+@pytest.fixture(scope="module")
+def rows(demo):
+    return list(data.read_rows([demo / "rows.jsonl"]))
+
+
+def test_the_same_seed_writes_the_same_folder(demo, tmp_path):
+    demo_module.write(tmp_path, rows=600)
+    for name in ("rows.jsonl", "model/tokenizer.model", "model/config.json", "model/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (demo / name).read_bytes(), name
+
+
+def test_rows_ask_each_question_once_over_many_tools_with_every_kind_of_argument(rows):
+    queries = [row.query for row in rows]
+    assert len(set(queries)) == len(queries) == 600
+    calls = [call for row in rows for call in row.calls]
+    assert len({call["name"] for call in calls}) >= 8
+    assert 30 < sum(len(row.calls) == 2 for row in rows) < 150
+    values = [value for call in calls for value in call["arguments"].values()]
+    assert {type(value) for value in values} == {str, int, float, bool}
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for row in rows for tool in row.tools}
+    assert any("enum" in schema for parameters in schemas.values() for schema in parameters["properties"].values())
+    optional = [set(schemas[call["name"]]["properties"]) - set(call["arguments"]) for call in calls]
+    assert any(optional) and not all(optional)
+
+
+def test_every_call_keeps_to_its_declaration(rows):
+    kinds = {"string": str, "integer": int, "number": float, "boolean": bool}
+    for row in rows:
+        declared = {tool["function"]["name"]: tool["function"]["parameters"] for tool in row.tools}
+        assert len(declared) > len(row.calls)
+        for call in row.calls:
+            schema = declared[call["name"]]
+            assert set(schema["required"]) <= set(call["arguments"]) <= set(schema["properties"])
+            for name, value in call["arguments"].items():
+                assert type(value) is kinds[schema["properties"][name]["type"]]
+                assert value in schema["properties"][name].get("enum", [value])
+
+
+def test_the_demo_model_has_every_branch_of_the_real_one(demo, rows):
+    config = GemmaConfig.from_dict(json.loads((demo / "model" / "config.json").read_text()))
+    tokenizer = Tokenizer.load(demo / "model")
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert config.num_key_value_heads < config.num_attention_heads and config.head_dim * config.num_attention_heads == config.hidden_size
+    assert max(len(data.tokenize(row, tokenizer)) for row in rows[:50]) > config.sliding_window
+    assert config.vocab_size == tokenizer.vocab_size
+    assert tokenizer.control["<start_function_call>"] == 48 and tokenizer.control["<end_of_turn>"] == 106
+
+
+def test_exact_rows_says_what_decoding_would_give(demo, rows):
+    """A model that has learned one row by heart: exact on it, in one pass and by decoding, and not on another."""
+    tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32)
+    some = [rows[0], next(row for row in rows if row.calls[0]["name"] != rows[0].calls[0]["name"])]
+    examples = [data.tokenize(row, tokenizer) for row in some]
+    assert exact_rows(model, examples, 4096) == [False, False]
+    from loss_kernels import linear_cross_entropy
+    batch = data.pack(examples[:1], 4096)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents), model.head, batch.targets).backward()
+        optimizer.step()
+    assert exact_rows(model, examples, 4096) == exact_rows(model, examples, 1) == [True, False]
+    said = answers(model, tokenizer, some, max_new_tokens=64)
+    assert [parse_calls(text) == row.calls for text, row in zip(said, some, strict=True)] == [True, False]
+
+
+def test_generate_stops_at_a_stop_token_and_does_not_mix_prompts(demo, rows):
+    tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32)
+    prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows[:3]]
+    together = generate(model, prompts, max_new_tokens=6)
+    assert together == [generate(model, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    assert all(len(ids) == 6 or ids[-1] in STOP_IDS for ids in together)
+    model.head.data[50] = 100 * torch.nn.functional.normalize(model(torch.tensor(prompts[0]), torch.arange(len(prompts[0])),
+                                                                    torch.zeros(len(prompts[0])))[-1], dim=0)
+    assert generate(model, prompts[:1], max_new_tokens=6) == [[50]]

@@ -1,0 +1,31 @@
+"""The README says what the files say."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_are_the_ones_the_results_give():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from tables import rewrite, tables
+    assert tables() and rewrite(README, tables()) == README
+
+
+def test_every_file_at_the_root_is_in_the_file_map():
+    for path in ROOT.glob("*.py"):
+        assert f"[{path.name}]({path.name})" in README, path.name
+
+
+def test_every_link_to_a_file_leads_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_flag_the_readme_names_exists():
+    text = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, check=True).stdout
+    foreign = {"--nproc-per-node", "--parity"}
+    for flag in set(re.findall(r"--[a-z][a-z-]+", README)) - foreign:
+        assert flag in text, flag
