@@ -4,8 +4,8 @@
 PYTHON ?= .venv/bin/python
 MODEL  ?= build/demo/model
 DATA   ?= build/demo/rows.jsonl
-OUT    ?= runs/$(if $(filter build/demo/model,$(MODEL)),demo,$(notdir $(MODEL)))
-FLAGS  ?= $(if $(filter build/demo/model,$(MODEL)),$(DEMO_FLAGS))
+DEMO   := $(filter build/demo/model,$(MODEL))
+OUT    ?= runs/$(if $(DEMO),demo,$(notdir $(patsubst %/,%,$(MODEL))))
 SHARED := ../shared
 export REAL_MODEL ?= $(HOME)/.cache/nano-functiongemma/gemma-3-270m
 
@@ -17,7 +17,7 @@ DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 4e-3 --beta2 0.98 --batch-ro
 .PHONY: help setup setup-dev test test-gpu lint finetune bench clean
 
 help:                    ## this list
-	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s'|'
+	@awk -F '##' '/^[a-z-]+:.*##/ { split($$0, name, ":"); printf "  make %-10s %s\n", name[1], $$2 }' Makefile
 
 setup: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)       ## .venv with what training needs
 
@@ -34,13 +34,13 @@ setup-dev: setup $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready-dev)     
 	@touch $@
 
 finetune: setup          ## train: the embedded demo, or MODEL=name-or-folder DATA=name-or-file [OUT=…] [FLAGS="…"]
-	$(if $(filter build/demo/model,$(MODEL)),$(PYTHON) demo.py build/demo)
-	$(PYTHON) train.py --model $(MODEL) --data $(DATA) --out $(OUT) --overwrite $(FLAGS)
+	$(if $(DEMO),$(PYTHON) demo.py build/demo)
+	$(PYTHON) train.py --model $(MODEL) --data $(DATA) --out $(OUT) $(if $(DEMO),$(DEMO_FLAGS) --overwrite) $(FLAGS)
 
 test: setup-dev real-model lint     ## all tests that this machine can run
 	$(PYTHON) -m pytest
 
-test-gpu:                ## the tests that need a CUDA device
+test-gpu: setup-dev      ## the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
 lint: setup-dev          ## ruff

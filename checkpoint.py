@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data import is_hub_name
 from lora import LoRAConfig, adapters, wrap
 from model import Gemma3, GemmaConfig
 
@@ -45,18 +45,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder that does not exist yet."""
+    """The same for a folder that does not exist yet, filled by way of `whole_file`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)             # left by a killed process of the same number
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
         temporary.rename(path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written in a run's folder."""
+    for left in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _flush(path: Path) -> None:
@@ -102,7 +106,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def fetch_model(name: str) -> Path:
     """The folder behind `--model`: a local one, or a model's name on the Hugging Face Hub."""
-    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not is_hub_name(name):
         return Path(name)
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))
@@ -120,9 +124,12 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")
-    weights = {name: tensor.to(device=device, dtype=master_dtype or dtype)
-               for file in files for name, tensor in _read_tensors(file).items()}
-    weights.pop("lm_head.weight", None)                   # tied: a copy of the embedding, where a tool has written one
+    weights = {}
+    for file in files:
+        for name, tensor in _read_tensors(file).items():
+            name = name.replace("model.language_model.", "model.").removeprefix("language_model.")     # beside a vision part
+            if name != "lm_head.weight" and "vision_tower" not in name and "multi_modal" not in name:   # lm_head: a tied copy
+                weights[name] = tensor.to(device=device, dtype=master_dtype or dtype)
     with torch.device("meta"):
         model = Gemma3(config, compute_dtype=dtype)
     try:
@@ -168,6 +175,13 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
     if not (folder / ADAPTER_CONFIG).exists() and (folder / "adapter" / ADAPTER_CONFIG).exists():
         folder = folder / "adapter"                       # a run's folder was given
     stored = read_json(folder / ADAPTER_CONFIG)
+    for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)), ("fan_in_fan_out", (False, None)),
+                       ("alpha_pattern", ({}, None)), ("rank_pattern", ({}, None)), ("modules_to_save", ([], None)),
+                       ("layers_to_transform", ([], None))):
+        if stored.get(key, plain[0]) not in plain:
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored[key]!r}; only plain LoRA is supported ({plain[0]!r})")
+    if not isinstance(stored.get("target_modules"), list) or not stored.get("r") or not stored.get("lora_alpha"):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: needs target_modules as a list, r and lora_alpha")
     wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0),
                            tuple(stored["target_modules"]), stored.get("use_rslora", False)))
     tensors = _read_tensors(folder / ADAPTER)
@@ -193,13 +207,13 @@ def save_run(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.O
     """
     path = folder / "checkpoints" / f"step-{step:06d}"
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not path.exists():
-        with whole_folder(path) as temporary:
-            _write_tensors(temporary / "trained.safetensors", trained)
-            moments = {f"{key}.{name}": optimizer.state[p][key] for name, p in trained.items()
-                       for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
-            _write_tensors(temporary / "optimizer.safetensors", moments)
-            write_json(temporary / "state.json", {"step": step, **state})
+    moments = {f"{key}.{name}": optimizer.state[p][key] for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")
+               if p in optimizer.state}
+    shutil.rmtree(path, ignore_errors=True)
+    with whole_folder(path) as temporary:
+        _write_tensors(temporary / "trained.safetensors", trained)
+        _write_tensors(temporary / "optimizer.safetensors", moments)
+        write_json(temporary / "state.json", {"step": step, **state})
     for older in find_checkpoints(folder)[:-1]:
         shutil.rmtree(older, ignore_errors=True)
     return path
@@ -207,7 +221,8 @@ def save_run(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.O
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").exists())
+    whole = (path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").exists())
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 @torch.no_grad()
@@ -222,7 +237,7 @@ def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
         parameter.copy_(tensors.pop(name))
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(state["step"])),
+            "step": torch.tensor(float(state["step"]), device=parameter.device),
             "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
             "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device)}
     if tensors:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from loss_kernels import IGNORE
 from tokenizer import Segment, Tokenizer, render_segments
+from tokenizer.chat import SCHEMA_KEYS
 
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
@@ -60,7 +63,12 @@ class Conversation:
     def calls(self) -> list[dict]:
         """The calls of the first assistant turn, [{"name", "arguments"}]."""
         first = next(m for m in self.messages if m["role"] == "assistant")
-        return [call["function"] for call in first.get("tool_calls", ())]
+        return [call["function"] for call in first.get("tool_calls") or ()]
+
+    @property
+    def hidden_parameters(self) -> bool:
+        """Whether a parameter's name is one that the official template leaves out of its declaration ("type", for one)."""
+        return any(SCHEMA_KEYS & set(tool["function"]["parameters"].get("properties") or ()) for tool in self.tools)
 
     def segments(self) -> list[Segment]:
         return render_segments(self.messages, self.tools)
@@ -82,10 +90,10 @@ def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> It
     """
     for file in files:
         for path in _files_of(Path(file)):
-            for line, text_or_row in _raw_rows(path):
-                source = f"{path.name}:{line}"
+            for place, row in _raw_rows(path):
+                source = f"{path.name}:{place}"
                 try:
-                    yield parse_row(text_or_row, source)
+                    yield parse_row(row, source)
                 except RowError as error:
                     if skipped is None:
                         raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
@@ -103,51 +111,66 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, JSON text) of each row of a JSONL file, (line number, decoded row) of each in a JSON array."""
+def _raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row in a file: bytes of JSON for a line of JSONL, decoded JSON for an item of an array."""
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
+    with gzip.open(path) if packed else path.open("rb") as file:
         try:
-            first = file.readline()
-            while first.isspace():
-                first = file.readline()
-            if not first.lstrip("\ufeff \t").startswith("["):
-                file.seek(0)
-                for number, line in enumerate(file, start=1):
-                    if line := line.strip("\ufeff \t\r\n"):
-                        yield number, line
-                return
-            file.seek(0)
-            text = file.read()
-        except UnicodeDecodeError as error:
-            raise RowError("not UTF-8", f"{path.name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-        except (EOFError, gzip.BadGzipFile) as error:
+            array_begins = True
+            for number, line in enumerate(file, start=1):
+                line = line.strip(b"\xef\xbb\xbf \t\r\n") if array_begins else line.strip()
+                if array_begins and line.startswith(b"["):
+                    yield from _array_rows(path, b"\n" * (number - 1) + line + b"\n" + file.read())
+                    return
+                if line:
+                    array_begins = False
+                    yield str(number), line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise RowError("broken gzip", f"{path.name}: {error}; fetch or compress the file again") from None
-    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
-    space = re.compile(r"[\s,]*")
-    counted = 0
-    while True:
+
+
+def _array_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON array, with the line each begins on."""
+    def broken(at: int, why: object) -> RowError:
+        return RowError("not JSON", f"{path.name}:{text.count(chr(10), 0, at) + 1}: {why}; a broken array cannot be skipped over: mend it")
+
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RowError("not UTF-8", f"{path.name}:{line}: not UTF-8; save the file as UTF-8") from None
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    at, line, counted = space.match(text).end() + 1, 1, 0
+    for number in itertools.count(1):
         at = space.match(text, at).end()
-        line += text.count("\n", counted, at)
-        counted = at
-        if text.startswith("]", at):
+        if number > 1 and text.startswith(",", at):
+            at = space.match(text, at + 1).end()
+        elif text.startswith("]", at):
+            if rest := text[at + 1:].strip():
+                raise broken(at + 1, f"{rest[:20]!r} after the array's end")
             return
+        elif number > 1:
+            raise broken(at, f"expected a comma or the array's end, found {text[at:at + 20]!r}")
+        line, counted = line + text.count("\n", counted, at), at
         try:
-            row, end = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise RowError("not JSON", f"{path.name}:{line}: the array's next row is not valid JSON ({error}); "
-                                       "a broken array cannot be skipped over: mend the file") from None
-        yield line, row
-        at = end
+            row, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise broken(at, f"row {number} is not valid JSON ({error})") from None
+        yield f"{line} (row {number})", row
 
 
 def parse_row(row: Any, source: str) -> Conversation:
-    """One row, as decoded JSON or as its text.  Raises RowError saying what is wrong with it."""
+    """One row, as decoded JSON or as its text in a string or in UTF-8.  Raises RowError saying what is wrong with it."""
+    if isinstance(row, bytes):
+        try:
+            row = row.decode()
+        except UnicodeDecodeError as error:
+            raise RowError("not UTF-8", f"the row's byte {error.start} is not UTF-8") from None
     row = _decoded(row, "the row")
     if not isinstance(row, dict):
         raise RowError("not an object", f"the row is {_kind(row)}, not an object with \"query\", \"tools\" and \"answers\"")
-    if "messages" in row:
+    if row.get("messages") is not None:
         return _parse_messages(row, source)
     missing = [key for key in ("query", "tools", "answers") if key not in row]
     if missing:
@@ -177,13 +200,15 @@ def _parse_messages(row: dict, source: str) -> Conversation:
     for message in messages:
         message = {"content": None, **message}
         calls = message.get("tool_calls") or []
+        if message.get("function_call"):                    # OpenAI's form before tool_calls
+            calls = [{"function": message.pop("function_call")}]
         if not isinstance(calls, list):
             raise RowError("bad messages", f"tool_calls is {_kind(calls)}, not a list")
         if calls:
             functions = [_call(call.get("function", call) if isinstance(call, dict) else call, tools) for call in calls]
             names |= {call["id"]: f["name"] for call, f in zip(calls, functions, strict=True) if isinstance(call.get("id"), str)}
             message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
-        if message["role"] == "tool" and "name" not in message and message.get("tool_call_id") in names:
+        if message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names:
             message["name"] = names[message["tool_call_id"]]
         out.append(message)
     if not any(message["role"] == "assistant" for message in out):
@@ -194,7 +219,7 @@ def _parse_messages(row: dict, source: str) -> Conversation:
 def _checked(conversation: Conversation) -> Conversation:
     """Render once, so that what the template refuses is found here, with the row's name."""
     try:
-        conversation.segments()
+        "".join(segment.text for segment in conversation.segments()).encode()        # half a surrogate pair is no text
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RowError("not renderable", f"the template cannot render this row: {error}") from None
     return conversation
@@ -219,7 +244,7 @@ def _decoded(value: Any, what: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RowError("not JSON", f"{what} is not valid JSON ({error})") from None
 
 
@@ -248,14 +273,14 @@ def _function(tool: Any) -> dict:
         raise RowError("bad tool", f"the parameters of {function['name']!r:.60} are {_kind(parameters)}, not an object")
     made = {"name": function["name"], "description": function.get("description") or ""}
     if _is_json_schema(parameters):
-        made["parameters"] = _with_json_types(parameters)
+        made["parameters"] = _with_json_types({"type": "object", **parameters})
     else:
         properties, required = {}, []
         for name, parameter in parameters.items():
             if not isinstance(parameter, dict):
                 raise RowError("bad tool", f"parameter {name!r:.60} of {made['name']!r:.60} is {_kind(parameter)}, not an object")
             schema, optional = json_type(parameter.get("type", "string"))
-            extra = {key: parameter[key] for key in ("enum", "items", "properties") if parameter.get(key)}
+            extra = {key: parameter[key] for key in ("enum", "items", "properties", "required") if parameter.get(key)}
             properties[name] = {**schema, "description": parameter.get("description") or "", **_with_json_types(extra)}
             if not optional and "default" not in parameter:
                 required.append(name)
@@ -285,7 +310,7 @@ def json_type(text: Any) -> tuple[dict, bool]:
     Union[…] and whatever is unknown become string.
     """
     text = text.strip() if isinstance(text, str) else ""
-    bare = re.sub(r"\s*,\s*optional\b.*$", "", text, flags=re.IGNORECASE | re.DOTALL)
+    bare = re.sub(r"\s*,\s*optional\b[^\[\]]*$", "", text, flags=re.IGNORECASE)
     optional, text = bare != text, bare.removeprefix("typing.")
     outer, bracket, inner = text.partition("[")
     outer, inner = outer.strip().lower(), inner.rstrip().removesuffix("]")
@@ -349,13 +374,14 @@ def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Example:
     return Example(np.array(ids, np.int32), np.array(trained, bool), conversation.source)
 
 
-def is_held_out(query: str, fraction: float) -> bool:
-    """Whether a query belongs to the held-out rows: decided by its words alone.
+def query_hash(query: str) -> float:
+    """A number in [0, 1) that depends on the query's words alone, not on case or spaces.
 
-    A row stays on its side whatever rows are added, and the same question never stands on both sides.
+    Queries with a hash below some fraction are held out: a row stays on its side whatever rows are added, and the same
+    question never stands on both sides.
     """
     words = " ".join(query.casefold().split())
-    return int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big") / 2**48
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,14 +446,14 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, b
     epoch; the stream ends after `epochs` of them, or never. Yields (row indices of the step, rows consumed after it).
     """
     end = None if epochs is None else round(epochs * len(lengths))
-    position = start
+    position, ordered = start, None
     while end is None or position < end:
         rows: list[int] = []
         tokens = 0
         while end is None or position < end:
             epoch, offset = divmod(position, len(lengths))
-            if offset == 0 or not rows:
-                order = epoch_order(len(lengths), seed, epoch)
+            if epoch != ordered:
+                order, ordered = epoch_order(len(lengths), seed, epoch), epoch
             row = int(order[offset])
             tokens += lengths[row]
             if rows and (len(rows) == batch_rows if batch_rows else tokens > batch_tokens):
@@ -437,9 +463,18 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, b
         yield rows, position
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can only be "owner/name" on the Hugging Face Hub: it is no local path and does not look like one."""
+    owner, _, rest = name.partition("/")
+    return (not Path(name).exists() and not Path(owner).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+            and not rest.endswith((".json", ".jsonl", ".gz")))
+
+
 def fetch(source: str) -> list[Path]:
     """The files behind one `--data` source: a local path, or a dataset's name on the Hugging Face Hub."""
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not source:
+        raise ValueError("--data names an empty source; look for a comma too many")
+    if not is_hub_name(source):
         return [Path(source)]
     from huggingface_hub import snapshot_download
     folder = snapshot_download(source, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.gz"])

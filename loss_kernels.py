@@ -64,4 +64,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns an fp32 scalar, 0 where no row carries loss.
     """
     rows = (targets != IGNORE).nonzero().squeeze(1)
+    if not torch.is_grad_enabled():          # or the forward pass would work out a gradient that nobody takes
+        weight = weight.detach()
     return _LinearCrossEntropy.apply(hidden.index_select(0, rows), weight, targets.index_select(0, rows))

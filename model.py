@@ -22,6 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# What a published config.json means by leaving a size out (the 4B and larger do).
+DEFAULTS = {"vocab_size": 262_208, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4_096}
+
 
 @dataclass(frozen=True)
 class GemmaConfig:
@@ -58,15 +62,16 @@ class GemmaConfig:
                                ("use_bidirectional_attention", False), ("tie_word_embeddings", True)):
             if config.get(key, supported) not in (supported, supported or None):
                 raise ValueError(f"{key} is {config[key]!r}; only {supported!r} is supported")
-        known = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        known = DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
         pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
         if "layer_types" not in known and pattern:
             known["layer_types"] = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention"
                                     for i in range(known.get("num_hidden_layers", cls.num_hidden_layers))]
         rope = config.get("rope_parameters") or {}          # transformers 5 writes both rotations here
         scaling = rope.get("full_attention") or config.get("rope_scaling") or {}
-        if scaling.get("rope_type", "default") not in ("default", "linear"):
-            raise ValueError(f"rope_type is {scaling['rope_type']!r}; \"default\" and \"linear\" are supported")
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind not in ("default", "linear"):
+            raise ValueError(f"rope_type is {kind!r}; \"default\" and \"linear\" are supported")
         known["rope_factor"] = scaling.get("factor", 1.0)
         if rope:
             known["rope_theta"] = rope["full_attention"]["rope_theta"]
@@ -75,6 +80,8 @@ class GemmaConfig:
         made = cls(**known)
         if len(made.layer_types) != made.num_hidden_layers:
             raise ValueError(f"layer_types names {len(made.layer_types)} layers, num_hidden_layers is {made.num_hidden_layers}")
+        if unknown := set(made.layer_types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(f"layer_types names {unknown.pop()!r}; sliding_attention and full_attention are supported")
         if made.num_attention_heads % made.num_key_value_heads:
             raise ValueError(f"{made.num_attention_heads} query heads do not divide among {made.num_key_value_heads} kv heads")
         return made

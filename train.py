@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 import checkpoint
 import data
@@ -33,14 +36,18 @@ from lora import TARGETS, LoRAConfig, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
 from tokenizer import Tokenizer
+from tokenizer.chat import SCHEMA_KEYS
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a flag's default, unless its own text speaks of it or it has none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, False) and "default" not in action.help
+        shown = action.default is not None and action.default is not False and "default" not in action.help
         return super()._get_help_string(action) if shown else action.help
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type, "NAME")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,14 +72,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("optimizer (AdamW)").add_argument
     add("--lr", type=float, default=None, help="highest learning rate (default 3e-4 for LoRA, 2e-5 for --full)")
-    add("--min-lr", type=float, default=0.0, help="learning rate at the last step of a decaying schedule")
+    add("--min-lr", type=float, default=0.0, help="what a decaying schedule ends at")
     add("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate after warm-up")
     add("--warmup-steps", type=int, default=None, help="steps of linear warm-up (default a tenth of all, at most 50)")
     add("--beta2", type=float, default=0.999, help="decay of the second moment")
     add("--weight-decay", type=float, default=0.0, help="decoupled, on all that is trained")
     add("--clip", type=float, default=1.0, help="clip the gradient's norm to this; 0 does not clip")
     add("--max-grad-norm", type=float, default=1e4, help="stop, with the rows' names, when the norm before clipping exceeds this")
-    add("--seed", type=int, default=0, help="of the order of rows, the adapters' start and dropout")
+    add("--seed", type=int, default=0, help="of the order of rows, the adapters' start, and dropout")
 
     add = parser.add_argument_group("LoRA, or everything").add_argument
     add("--full", action="store_true", help="train every parameter (fp32 masters), not adapters")
@@ -103,16 +110,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.batch_rows = 32
     if args.steps is None and args.epochs is None:
         args.epochs = 1.0
-    for name, least in (("steps", 0), ("batch_rows", 1), ("batch_tokens", 1), ("micro_tokens", 1), ("max_tokens", 2), ("preview", 0)):
+    for name, least in (("steps", 0), ("batch_rows", 1), ("batch_tokens", 1), ("micro_tokens", 1), ("max_tokens", 2), ("preview", 0),
+                        ("eval_rows", 0), ("eval_every", 0), ("eval_calls", 0), ("save_every", 0), ("log_every", 0), ("warmup_steps", 0),
+                        ("seed", 0), ("clip", 0), ("weight_decay", 0), ("min_lr", 0), ("eval_fraction", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if args.epochs is not None and args.epochs <= 0:
+        parser.error("--epochs must be more than 0")
+    if args.eval_fraction >= 1:
+        parser.error("--eval-fraction is a share of the queries, less than 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    if args.batch_tokens:
+        args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 3e-4
     args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 2_048)
     return args
 
 
 # Flags that may differ between a run and its resumption; all others decide the losses.
-FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview"}
+FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm"}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -133,12 +150,17 @@ def main(args: argparse.Namespace) -> int:
         for row in train_rows[:args.preview]:
             say(colored(data.tokenize(row, tokenizer), tokenizer), end="\n\n")
         return 0
-    train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say)
-    held_out_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
-    held_out = data.pack(held_out_examples, args.micro_tokens)
+    train_rows, train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say)
+    eval_rows, eval_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
     lengths = [len(example) for example in train]
+
+    def pack(examples: list[data.Example]) -> list[data.Batch]:
+        """Batches of at most --micro-tokens, and small enough that every process gets one."""
+        return data.pack(examples, min(args.micro_tokens, math.ceil(sum(map(len, examples)) / world)))
+
+    held_out = pack(eval_examples)
 
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -150,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs}
-    total = args.steps if args.steps is not None else sum(1 for _ in data.steps(lengths, **plan))
+    total = args.steps if args.epochs is None else sum(1 for _ in itertools.islice(data.steps(lengths, **plan), args.steps))
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
     size, trained_size = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), parameters))
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
@@ -160,13 +182,13 @@ def main(args: argparse.Namespace) -> int:
     state = {"position": 0, "best_loss": None}
     step = 0
     found = checkpoint.find_checkpoints(out)
-    flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS}
+    flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS} | {"rows": len(train), "row_tokens": sum(lengths)}
     if args.resume and found:
         check_same_run(out, flags)
         state = checkpoint.load_run(found[-1], model, optimizer)
         step = state.pop("step")
         say(f"resume {found[-1]} at step {step}")
-    elif rank == 0 and (out / "log.jsonl").exists() and not (args.overwrite or args.resume):
+    elif rank == 0 and (found or (out / "log.jsonl").exists()) and not (args.overwrite or args.resume):
         raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
     log = None
     if rank == 0 and args.steps != 0:
@@ -198,21 +220,16 @@ def main(args: argparse.Namespace) -> int:
                 save_result(model, lora, args, model_folder, out)
 
     def count_calls(when: str) -> None:
-        if not args.eval_calls or rank:
+        if not (args.eval_calls and eval_examples and rank == 0):
             return
         model.eval()
-        exact = evaluate.exact_rows(model, held_out_examples[:args.eval_calls], args.micro_tokens)
-        share = sum(exact) / max(1, len(exact))
+        exact = evaluate.exact_rows(model, eval_examples[:args.eval_calls], args.micro_tokens)
+        share = sum(exact) / len(exact)
         say(f"\n{when} training: {sum(exact)} of {len(exact)} held-out queries answered with exactly the right calls ({share:.1%})")
         for row, answer in zip(eval_rows, evaluate.answers(model, tokenizer, eval_rows[:3]), strict=False):
             say(f"  query   {row.query}\n  wanted  {json.dumps(row.calls, ensure_ascii=False)}\n  answer  {answer[:300]!r}")
         say("", flush=True)
         write(log, {"step": step, "exact_match": share, "rows": len(exact)})
-
-    # Ctrl-C and SIGTERM let the step finish, save and leave.
-    stop_signal: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop_signal.append(number))
 
     if args.steps == 0:
         batch = data.pack(train[:1], args.micro_tokens)[0]
@@ -225,6 +242,17 @@ def main(args: argparse.Namespace) -> int:
         count_calls("before")
         evaluate_and_keep_best()
 
+    # Ctrl-C and SIGTERM let the step finish, save and leave; the second one leaves at once.
+    stop_signal: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note_signal(number: int, _) -> None:
+        stop_signal.append(number)
+        signal.signal(number, usual[number])
+
+    for number in usual:
+        signal.signal(number, note_signal)
+
     # The loop.
     started = time.perf_counter()
     first_step = step
@@ -234,7 +262,7 @@ def main(args: argparse.Namespace) -> int:
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, warmup, args)
-        batches = data.pack([train[row] for row in rows], args.micro_tokens)
+        batches = pack([train[row] for row in rows])
         trained_tokens = sum(batch.trained_tokens for batch in batches)
 
         model.train()
@@ -262,8 +290,8 @@ def main(args: argparse.Namespace) -> int:
                   "trained_tokens": trained_tokens, "seconds": now - began, "tokens_per_second": tokens_done / (now - began),
                   "peak_gib": peak_gib(device)}
         write(log, record)
-        stopping = bool(stop_signal)
-        if step == total or stopping or step == 1 or step % args.log_every == 0:
+        stopping = any_process(bool(stop_signal), device, world)
+        if step == total or stopping or (args.log_every and (step == 1 or step % args.log_every == 0)):
             say(console_line(record, total, (now - started) / (step - first_step) * (total - step)), flush=True)
         if step == total or (args.eval_every and step % args.eval_every == 0):
             evaluate_and_keep_best()
@@ -272,16 +300,23 @@ def main(args: argparse.Namespace) -> int:
         if stopping:
             break
 
-    if step < total and stop_signal:
-        say(f"stopped by {signal.Signals(stop_signal[0]).name} after step {step}; the checkpoint is saved, go on with --resume")
-        return 128 + stop_signal[0]
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+    if world > 1:
+        dist.destroy_process_group()
+    if step < total:
+        number = stop_signal[0] if stop_signal else signal.SIGTERM
+        say(f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved, go on with --resume")
+        return 128 + number
     if rank == 0 and state["best_loss"] is None:                                    # nothing held out: the last is the best
         save_result(model, lora, args, model_folder, out)
+    if rank == 0 and args.eval_calls:                                               # count on what the user gets, not on what is at hand
+        model = checkpoint.load_model(out / "model" if args.full else model_folder, dtype, device)
+        if lora:
+            checkpoint.load_adapter(model, out / "adapter")
     count_calls("after")
     best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
     say(f"done   {step} steps{best}; {'model' if args.full else 'adapter'} in {out / ('model' if args.full else 'adapter')}")
-    if world > 1:
-        dist.destroy_process_group()
     return 0
 
 
@@ -294,30 +329,36 @@ def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Convers
     skipped = Counter() if args.skip_invalid else None
     rows = data.read_sources(args.data.split(","), skipped)
     if args.eval_data:
-        train, held_out = rows, data.read_sources(args.eval_data.split(","), skipped)
-        queries = {" ".join(row.query.casefold().split()) for row in held_out}
-        train = [row for row in train if " ".join(row.query.casefold().split()) not in queries]
+        held_out = data.read_sources(args.eval_data.split(","), skipped)
+        hashes = {data.query_hash(row.query) for row in held_out}
+        train = [row for row in rows if data.query_hash(row.query) not in hashes]
         if len(train) < len(rows):
             say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
     else:
-        train = [row for row in rows if not data.is_held_out(row.query, args.eval_fraction)]
-        held_out = [row for row in rows if data.is_held_out(row.query, args.eval_fraction)]
+        train = [row for row in rows if data.query_hash(row.query) >= args.eval_fraction]
+        held_out = [row for row in rows if data.query_hash(row.query) < args.eval_fraction]
+    held_out.sort(key=lambda row: data.query_hash(row.query))           # so that the first --eval-rows are a fair share of every source
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {args.eval_rows} are evaluated" if len(held_out) > args.eval_rows else ""))
     for cause, count in (skipped or {}).items():
         say(f"data   {count} rows skipped: {cause}")
+    if hidden := sum(row.hidden_parameters for row in rows):
+        say(f"data   {hidden} rows have a parameter named {', '.join(sorted(SCHEMA_KEYS))}: the official template does not declare it")
     return train, held_out[:args.eval_rows]
 
 
-def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str, say) -> list[data.Example]:
+def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str,
+                  say) -> tuple[list[data.Conversation], list[data.Example]]:
+    """The rows that are not too long, and their examples."""
     examples = [data.tokenize(row, tokenizer) for row in rows]
-    kept = [example for example in examples if len(example.ids) <= max_tokens]
+    kept = [i for i, example in enumerate(examples) if len(example.ids) <= max_tokens]
     if len(kept) < len(examples):
         say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens)")
-    if kept:
-        tokens, trained = sum(map(len, kept)), sum(int(example.trained.sum()) for example in kept)
+    rows, examples = [rows[i] for i in kept], [examples[i] for i in kept]
+    if examples:
+        tokens, trained = sum(map(len, examples)), sum(int(example.trained.sum()) for example in examples)
         say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {trained / tokens:.1%} of them trained")
-    return kept
+    return rows, examples
 
 
 def colored(example: data.Example, tokenizer: Tokenizer) -> str:
@@ -343,7 +384,16 @@ def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) 
 
 def hash_seed(*numbers: int) -> int:
     """One seed out of several numbers, the same on every machine."""
-    return int(data.np.random.SeedSequence(numbers).generate_state(1)[0])
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def any_process(flag: bool, device: torch.device, world: int) -> bool:
+    """Whether the flag is up in any process; all of them get the same answer."""
+    if world == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
 def sum_over_processes(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -360,16 +410,17 @@ def sum_over_processes(loss: torch.Tensor, parameters: list[torch.nn.Parameter])
 def describe_failure(model: Gemma3, examples: list[data.Example], step: int, loss: float, norm: float, out: Path,
                      device: torch.device) -> str:
     """What to tell the user about a step with a NaN or an exploding gradient: the rows, worst first."""
-    losses = {}
+    losses = []
     for example in examples:
         batch = data.pack([example], len(example))[0]
         tokens, targets, positions, documents = batch.to(device)
         nats = linear_cross_entropy(model(tokens, positions, documents), model.head, targets).item()
-        losses[example.source] = nats / batch.trained_tokens
-    worst = sorted(losses, key=lambda source: (math.isfinite(losses[source]), -losses[source]))[:5]
-    rows = ", ".join(f"{source} (loss {losses[source]:.3g})" for source in worst)
+        losses.append((nats / batch.trained_tokens, example.source))
+    worst = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:5]
+    rows = ", ".join(f"{source} (loss {loss:.3g})" for loss, source in worst)
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "
-            f"Its worst rows: {rows}. Look at them, lower --lr, or raise --max-grad-norm; then --resume from {out}")
+            f"Its worst rows: {rows}. Mend or leave out these rows, or start anew with a lower --lr; a larger --max-grad-norm lets "
+            f"--resume go on from the last checkpoint in {out}")
 
 
 def save_result(model: Gemma3, lora: LoRAConfig | None, args: argparse.Namespace, base: Path, out: Path) -> None:
@@ -391,9 +442,11 @@ def check_same_run(out: Path, flags: dict) -> None:
 def open_log(out: Path, step: int, flags: dict, device: torch.device):
     """out/config.json and out/log.jsonl, cut back to the records up to `step`; the first line says what ran on what."""
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_leftovers(out)
     lines = []
     if step:
-        for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        earlier = (out / "log.jsonl").read_text(encoding="utf-8") if (out / "log.jsonl").exists() else ""
+        for line in earlier.splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
@@ -401,11 +454,15 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device):
             if record.get("step", 0) <= step:
                 lines.append(line)
     else:
-        for older in checkpoint.find_checkpoints(out):
-            checkpoint.shutil.rmtree(older)
+        for folder in ("checkpoints", "adapter", "model"):
+            shutil.rmtree(out / folder, ignore_errors=True)
     checkpoint.write_json(out / "config.json", flags)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    lines.append(json.dumps({"flags": flags, "commit": commit.stdout.strip() or None, "python": platform.python_version(),
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout
+    except OSError:
+        commit = ""
+    lines.append(json.dumps({"flags": flags, "commit": commit.strip() or None, "python": platform.python_version(),
                              "torch": torch.__version__, "device": device_name(device), "resumed_at": step or None}))
     with checkpoint.whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -442,5 +499,7 @@ def peak_gib(device: torch.device) -> float:
 if __name__ == "__main__":
     try:
         sys.exit(main(parse_args()))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from data import Example, RowError, is_held_out, json_type, pack, parse_row, read_rows, steps
+from data import Example, RowError, json_type, pack, parse_row, query_hash, read_rows, steps
 from loss_kernels import IGNORE
 from tokenizer import Tokenizer, render
 
@@ -98,7 +98,7 @@ def test_the_prompt_is_the_rendering_up_to_the_answer():
     ("List[Dict[str, int]], optional", {"type": "array", "items": {"type": "object"}}, True),
     ("Tuple[Dict[str, int], str]", {"type": "array", "items": {"type": "object"}}, False),
     ("List[Union[int, float]]", {"type": "array", "items": {"type": "string"}}, False),
-    ("Dict[str, int]", {"type": "object"}, False), ("typing.List[int]", {"type": "array", "items": {"type": "integer"}}, False),
+    ("Dict[str, int]", {"type": "object"}, False), ("Dict[str, Optional[int]]", {"type": "object"}, False), ("typing.List[int]", {"type": "array", "items": {"type": "integer"}}, False),
     ("Union[int, str]", {"type": "string"}, False), ("Callable[[float], float]", {"type": "string"}, False),
     ("datetime", {"type": "string"}, False), ("", {"type": "string"}, False), (None, {"type": "string"}, False),
 ])
@@ -134,6 +134,7 @@ def test_enums_are_kept_and_pythons_names_in_a_schema_are_replaced():
 
 @pytest.mark.parametrize(("bad", "said"), [
     ("{", "not valid JSON"), ([1], "a list, not an object"), ({"query": "x"}, "no column 'tools', 'answers'"),
+    (row(query="half \ud83d"), "cannot render this row"), ('{"query": ' + "9" * 5000 + "}", "not valid JSON"),
     (row(query=""), "query is ''"), (row(query=3), "query is 3"), (row(tools="["), "tools is not valid JSON"),
     (row(tools={}), "tools is an object, not a list"), (row(tools=[3]), "a tool is 3"), (row(tools=[{"name": ""}]), "with a \"name\""),
     (row(tools=[{"name": "f", "parameters": []}], answers=[]), None), (row(tools=[{"name": "f", "parameters": 3}]), "parameters of 'f'"),
@@ -158,6 +159,28 @@ def test_a_bad_row_is_refused_with_its_place_its_fault_and_a_remedy(tmp_path, ba
     assert len(list(read_rows([file], skipped))) == 2 and skipped.total() == 1
 
 
+def test_nulls_and_older_forms_are_read():
+    old = {"messages": [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": None, "function_call": {
+        "name": "get_weather", "arguments": "{\"city\": \"Rome\"}"}}], "tools": XLAM["tools"]}
+    assert parse_row(old, "x").calls == XLAM["answers"]
+    text = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi", "tool_calls": None}], "tools": None}
+    assert parse_row(text, "x").calls == []
+    assert parse_row(row(messages=None), "x").calls == XLAM["answers"]
+
+
+def test_a_row_whose_parameter_the_template_hides_is_known():
+    assert parse_row(row(tools=[{"name": "get_weather", "parameters": {"type": {"type": "str"}}}]), "x").hidden_parameters
+    assert not parse_row(row(), "x").hidden_parameters
+
+
+def test_a_schema_without_a_type_and_a_nested_required_are_rendered_whole():
+    schema = {key: value for key, value in SCHEMA.items() if key != "type"}
+    assert function(parse_row(row(tools=[{"name": "get_weather", "parameters": schema}]), "x"))["parameters"] == SCHEMA
+    nested = {"a": {"type": "dict", "properties": {"b": {"type": "int"}}, "required": ["b"]}}
+    made = function(parse_row(row(tools=[{"name": "get_weather", "parameters": nested}]), "x"))["parameters"]["properties"]["a"]
+    assert made["required"] == ["b"] and made["properties"]["b"]["type"] == "integer"
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("array", [False, True])
 def test_jsonl_and_arrays_plain_and_gzipped_give_the_same_rows(tmp_path, array, packed):
@@ -167,7 +190,7 @@ def test_jsonl_and_arrays_plain_and_gzipped_give_the_same_rows(tmp_path, array, 
     file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
     found = list(read_rows([file]))
     assert [c.query for c in found] == [r["query"] for r in rows]
-    lines = [int(c.source.partition(":")[2]) for c in found]
+    lines = [int(c.source.partition(":")[2].partition(" ")[0]) for c in found]
     assert lines == [i for i, line in enumerate(text.split("\n"), start=1) if line.startswith(" {" if array else "{")]
 
 
@@ -176,7 +199,11 @@ def test_files_that_are_not_there_not_whole_or_not_utf8_are_named(tmp_path):
         list(read_rows([tmp_path / "nowhere"]))
     with pytest.raises(FileNotFoundError, match=r"no \.json"):
         list(read_rows([tmp_path]))
-    for name, content, said in (("a", b'[{"query": "x', "not valid JSON"), ("b", b'"\xff"', "not UTF-8"),
+    good = json.dumps(row()).encode()
+    for name, content, said in (("a", b'[{"query": "x', "a:1: row 1 is not valid JSON"), ("b", good + b'\n\n"\xff"', "b:3: the row's byte 1 is not UTF-8"),
+                                ("d", b"[\n" + good + b',\n"\xff"]', "d:3: not UTF-8"), ("e", b"[" + good + b"]\n[]", "after the array's end"),
+                                ("f", b"[" + good + b"\n" + good + b"]", "f:2: expected a comma"), ("g", b"[" + good + b",]", "row 2 is not valid JSON"),
+                                ("h", gzip.compress(b"x" * 5000)[:-30] + b"\0" * 30, "gzip|CRC|invalid|ended|h:"),
                                 ("c", gzip.compress(b"x" * 5000)[:30], "broken|end-of-stream|ended")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=said):
@@ -188,15 +215,28 @@ def test_every_real_row_is_read(shared):
     assert counts == {"seal": 1337, "toolrl": 322}
 
 
+# Sources
+
+
+@pytest.mark.parametrize(("name", "hub"), [("Salesforce/xlam-function-calling-60k", True), ("nowhere/rows.jsonl", False), ("../models", False),
+                                           ("./x", False), ("tests/x", False), ("rows.jsonl", False), ("a/b/c", False)])
+def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(name, hub):
+    assert data.is_hub_name(name) == hub
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(ValueError, match="comma too many"):
+        data.read_sources(["", "x"])
+
+
 # Held-out rows
 
 
 def test_a_query_stays_on_its_side_whatever_its_case_and_spaces():
     queries = [f"What is {i} plus {i}?" for i in range(2000)]
-    sides = [is_held_out(query, 0.1) for query in queries]
-    assert 150 < sum(sides) < 250
-    assert sides == [is_held_out("  " + query.upper().replace(" ", "\n "), 0.1) for query in queries]
-    assert all(is_held_out(query, 0.2) for query, side in zip(queries, sides, strict=True) if side)
+    hashes = [query_hash(query) for query in queries]
+    assert 150 < sum(number < 0.1 for number in hashes) < 250 and all(0 <= number < 1 for number in hashes)
+    assert hashes == [query_hash("  " + query.upper().replace(" ", "\n ")) for query in queries]
 
 
 # Packing

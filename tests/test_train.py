@@ -97,7 +97,8 @@ def test_the_result_is_the_best_held_out_loss(demo, tmp_path, monkeypatch):
     assert min(held_out, key=held_out.get) != 12, "the last step was the best: this run shows nothing"
     model = checkpoint.load_model(tmp_path / "run" / "model", torch.float32)
     tokenizer = Tokenizer.load(demo / "model")
-    rows = [row for row in data.read_rows([demo / "rows.jsonl"]) if data.is_held_out(row.query, 0.05)][:6]
+    rows = [row for row in data.read_rows([demo / "rows.jsonl"]) if data.query_hash(row.query) < 0.05]
+    rows = sorted(rows, key=lambda row: data.query_hash(row.query))[:6]
     batch = data.pack([data.tokenize(row, tokenizer) for row in rows], 10_000)[0]
     loss = linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents), model.head, batch.targets).item() / batch.trained_tokens
     assert loss == pytest.approx(min(held_out.values()), rel=0.05)       # the folder holds bf16
@@ -152,6 +153,8 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_losses_bit_for_bit(demo, t
     process.kill()
     process.communicate()
     assert run(demo, tmp_path / "killed", *mode, "--steps", 7, "--eval-every", 3, "--resume") == 0
+    resumed = [record["resumed_at"] for record in log(tmp_path / "killed") if "resumed_at" in record][-1]
+    assert killed_after == 1 or resumed >= 4
     without_times = [[{key: record.get(key) for key in ("step", "loss", "grad_norm", "lr", "eval_loss")} for record in log(tmp_path / name)
                       if "step" in record] for name in ("whole", "killed")]
     assert without_times[0] == without_times[1]
@@ -174,6 +177,32 @@ def test_resuming_with_other_flags_is_refused(demo, tmp_path):
     run(demo, tmp_path / "run", *FULL, "--steps", 2)
     with pytest.raises(ValueError, match=r"--lr 0.003 → 0.1"):
         run(demo, tmp_path / "run", *FULL, "--steps", 2, "--resume", "--lr", "0.1")
+    more = tmp_path / "more.jsonl"
+    more.write_text((demo / "rows.jsonl").read_text() + json.dumps({"query": "zzz", "tools": [], "answers": []}) + "\n")
+    rows = demo / "rows.jsonl"
+    original = rows.read_text()
+    try:
+        rows.write_text(more.read_text())
+        with pytest.raises(ValueError, match=r"--rows \d+ → \d+"):
+            run(demo, tmp_path / "run", *FULL, "--steps", 2, "--resume")
+    finally:
+        rows.write_text(original)
+
+
+def test_epochs_end_a_run_that_is_given_more_steps(demo, tmp_path):
+    run(demo, tmp_path / "run", *FULL, "--steps", 500, "--epochs", 0.03)
+    records = log(tmp_path / "run")
+    last = max(record["step"] for record in records if "loss" in record)
+    assert last < 10 and records[-1] == {"step": last, "eval_loss": records[-1]["eval_loss"]}
+    assert checkpoint.find_checkpoints(tmp_path / "run")[-1].name == f"step-{last:06d}"
+
+
+def test_calls_are_counted_before_and_after_on_the_written_result(demo, tmp_path, capsys):
+    run(demo, tmp_path / "run", *FULL, "--steps", 2, "--eval-calls", 5)
+    assert [record["exact_match"] for record in log(tmp_path / "run") if "exact_match" in record] == [0.0, 0.0]
+    said = capsys.readouterr().out
+    assert said.count("0 of 5 held-out queries answered with exactly the right calls (0.0%)") == 2 and said.count("  answer  ") == 6
+    run(demo, tmp_path / "none", "--steps", 1, "--eval-calls", 5, "--eval-fraction", 0)         # nothing held out: nothing to count
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(demo, tmp_path):
@@ -203,7 +232,9 @@ def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, tmp_pat
         run(demo, tmp_path / "run", "--lora-rank", 4, "--steps", 200, "--save-every", 1, "--eval-fraction", 0)
     named = re.search(r"Its worst rows: (rows\.jsonl:\d+) \(loss nan\)", str(error.value)).group(1)
     assert named in bad
-    for path in checkpoint.find_checkpoints(tmp_path / "run"):
+    saved = checkpoint.find_checkpoints(tmp_path / "run")
+    assert len(saved) == 1
+    for path in saved:
         assert all(tensor.isfinite().all() for tensor in checkpoint._read_tensors(path / "trained.safetensors").values())
 
 
@@ -232,13 +263,12 @@ def test_skipped_and_dropped_rows_are_counted(demo, tmp_path, capsys):
 
 
 def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
-    some = "".join((demo / "rows.jsonl").read_text().splitlines(keepends=True)[:20]).upper()
-    (tmp_path / "eval.jsonl").write_text("".join((demo / "rows.jsonl").read_text().splitlines(keepends=True)[:20]))
-    assert some
+    some = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()[:20]]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({**row, "query": row["query"].upper()}) + "\n" for row in some))
     args = train.parse_args(flags(demo, tmp_path / "run", "--eval-data", tmp_path / "eval.jsonl"))
     trained, held_out = train.read_conversations(args, print)
     assert not {row.query.casefold() for row in trained} & {row.query.casefold() for row in held_out}
-    assert "training rows left out" in capsys.readouterr().out
+    assert len(held_out) == 20 and len(trained) == 580 and "20 training rows left out" in capsys.readouterr().out
 
 
 # Flags

@@ -1,0 +1,124 @@
+"""checkpoint.py: whole or not at all, whatever happens while it writes; adapters of other tools."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import find_checkpoints, load_adapter, load_model, load_run, save_adapter, save_run, whole_file, whole_folder
+from lora import LoRAConfig, adapters, wrap
+
+
+@pytest.fixture
+def trained(demo):
+    """A wrapped model and its optimizer after one step."""
+    model = load_model(demo / "model", torch.float32)
+    wrap(model, LoRAConfig(rank=2), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    model(torch.tensor([2, 105, 107]), torch.arange(3), torch.zeros(3)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with whole_file(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "a" / "folder") as temporary:
+        (temporary / "x").write_text("half")
+        raise RuntimeError
+    assert os.listdir(tmp_path / "a") == []
+
+
+def test_a_process_killed_while_saving_leaves_no_checkpoint_and_no_obstacle(demo, trained, tmp_path):
+    """Killed after the first of three files, twice with leftovers in the way; then the save goes through."""
+    program = ("import os, sys; sys.path.insert(0, {root!r}); from pathlib import Path; import checkpoint\n"
+               "with checkpoint.whole_folder(Path({path!r})) as temporary:\n"
+               "    (temporary / 'trained.safetensors').write_text('x'); os.kill(os.getpid(), 9)")
+    path = tmp_path / "checkpoints" / "step-000003"
+    root = os.path.dirname(checkpoint.__file__)
+    done = subprocess.run([sys.executable, "-c", program.format(root=root, path=str(path))])
+    assert done.returncode == -9 and find_checkpoints(tmp_path) == []
+    assert len(os.listdir(tmp_path / "checkpoints")) == 1
+    checkpoint.remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == []
+    path.mkdir()                                                     # what a kill during the removal of an old one leaves
+    (path / "trained.safetensors").write_text("x")
+    assert find_checkpoints(tmp_path) == []
+    save_run(tmp_path, 3, *trained, {"position": 1})
+    assert find_checkpoints(tmp_path) == [path]
+
+
+def test_a_run_is_put_back_exactly_and_only_the_last_checkpoint_is_kept(demo, trained, tmp_path):
+    model, optimizer = trained
+    for step in (999_999, 1_000_000):
+        save_run(tmp_path, step, model, optimizer, {"position": 7, "best_loss": 0.5})
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-1000000"]
+    other = load_model(demo / "model", torch.float32)
+    wrap(other, LoRAConfig(rank=2), torch.Generator().manual_seed(1))
+    fresh = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.1, fused=True)
+    assert load_run(find_checkpoints(tmp_path)[0], other, fresh) == {"step": 1_000_000, "position": 7, "best_loss": 0.5}
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+        if mine.requires_grad:
+            assert all(torch.equal(optimizer.state[mine][key], fresh.state[theirs][key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_a_checkpoint_of_other_flags_or_a_cut_one_is_refused(demo, trained, tmp_path):
+    path = save_run(tmp_path, 1, *trained, {})
+    other = load_model(demo / "model", torch.float32)
+    wrap(other, LoRAConfig(rank=3))
+    with pytest.raises(ValueError, match="other flags"):
+        load_run(path, other, torch.optim.AdamW([p for p in other.parameters() if p.requires_grad]))
+    file = path / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors: not a whole safetensors file"):
+        load_run(path, *trained)
+
+
+def test_an_adapter_that_peft_saved_gives_the_same_logits(demo, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(0)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32),
+                            LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(demo / "model", torch.float32)
+    load_adapter(ours, tmp_path)
+    ids = torch.randint(110, 1000, (1, 30))
+    torch.testing.assert_close(ours.logits(ids), theirs(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
+                                    {"target_modules": "all-linear"}, {"lora_alpha": None}, {"modules_to_save": ["lm_head"]}])
+def test_adapters_that_are_not_plain_lora_are_refused(demo, trained, tmp_path, change):
+    save_adapter(trained[0], LoRAConfig(rank=2), "base", tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | change))
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_adapter(load_model(demo / "model"), tmp_path)
+
+
+def test_an_adapter_for_another_model_is_refused(demo, trained, tmp_path):
+    save_adapter(trained[0], LoRAConfig(rank=2), "base", tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | {"r": 5}))
+    with pytest.raises(ValueError, match="made for another model"):
+        load_adapter(load_model(demo / "model"), tmp_path)
+
+
+def test_adapters_are_listed_in_the_models_order(trained):
+    names = [name for name, _ in adapters(trained[0])]
+    assert len(names) == 7 * 4 and names[0] == "model.layers.0.self_attn.q_proj" and names[-1] == "model.layers.3.mlp.down_proj"
