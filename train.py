@@ -188,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
         state = checkpoint.load_run(found[-1], model, optimizer)
         step = state.pop("step")
         say(f"resume {found[-1]} at step {step}")
-    elif rank == 0 and (found or (out / "log.jsonl").exists()) and not (args.overwrite or args.resume):
+    elif rank == 0 and args.steps != 0 and (found or (out / "log.jsonl").exists()) and not (args.overwrite or args.resume):
         raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
     log = None
     if rank == 0 and args.steps != 0:

@@ -280,7 +280,7 @@ def parse_calls(text: str) -> Calls:
 
     Any JSON value comes back as it was, except what the format cannot tell apart: the order of an object's keys (they
     are written sorted); a string that holds the text "<escape>"; a key that holds ":" or begins with "}" or
-    "<escape>"; a function name that holds "{"; integers of more digits than Python prints.
+    "<escape>"; a function name that holds "{" or a control token's name; integers of more digits than Python prints.
 
     Never raises, whatever a model wrote: a call that cannot be read is left out, and `unread` says what and where.
 
