@@ -343,7 +343,7 @@ def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Convers
     for cause, count in (skipped or {}).items():
         say(f"data   {count} rows skipped: {cause}")
     if hidden := sum(row.hidden_parameters for row in rows):
-        say(f"data   {hidden} rows have a parameter named {', '.join(sorted(SCHEMA_KEYS))}: the official template does not declare it")
+        say(f"data   {hidden} rows have a parameter that the official template leaves undeclared (named {', '.join(sorted(SCHEMA_KEYS))})")
     return train, held_out[:args.eval_rows]
 
 
