@@ -107,6 +107,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def fetch_model(name: str) -> Path:
     """The folder behind `--model`: a local one, or a model's name on the Hugging Face Hub."""
     if not is_hub_name(name):
+        if not Path(name).is_dir():
+            raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
         return Path(name)
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))

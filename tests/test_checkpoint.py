@@ -119,6 +119,11 @@ def test_an_adapter_for_another_model_is_refused(demo, trained, tmp_path):
         load_adapter(load_model(demo / "model"), tmp_path)
 
 
+def test_a_model_that_is_not_there_is_named_before_anything_is_read():
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        checkpoint.fetch_model("nowhere")
+
+
 def test_adapters_are_listed_in_the_models_order(trained):
     names = [name for name, _ in adapters(trained[0])]
     assert len(names) == 7 * 4 and names[0] == "model.layers.0.self_attn.q_proj" and names[-1] == "model.layers.3.mlp.down_proj"
