@@ -404,6 +404,11 @@ class Batch:
         return (*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.positions)), self.documents)
 
 
+def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """positions and documents, (Σ lengths) each, of documents of these lengths one after another."""
+    return torch.cat([torch.arange(n) for n in lengths]), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
 def pack(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
     """Put the examples, in order, into as few batches of at most `max_tokens` tokens as that order allows.
 
@@ -419,14 +424,14 @@ def pack(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
         room -= len(example)
     for group in groups:
         ids = [torch.from_numpy(example.ids.astype(np.int64)) for example in group]
-        lengths = torch.tensor([len(example) for example in group])
+        positions, documents = side_by_side([len(example) for example in group])
         targets = torch.cat([row[1:] for row in ids])
         trained = torch.from_numpy(np.concatenate([example.trained[1:] for example in group]))
         batches.append(Batch(
             tokens=torch.cat([row[:-1] for row in ids]),
             targets=torch.where(trained, targets, IGNORE),
-            positions=torch.cat([torch.arange(n) for n in lengths]),
-            documents=torch.arange(len(group), dtype=torch.int32).repeat_interleave(lengths),
+            positions=positions,
+            documents=documents,
             trained_tokens=int(trained.sum()),
             sources=tuple(example.source for example in group)))
     return batches

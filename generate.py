@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from data import side_by_side
 from model import Gemma3
 
 STOP_IDS = (1, 50, 106)      # <eos>, <start_function_response>, <end_of_turn>
@@ -25,11 +26,10 @@ def generate(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: in
     running = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         rows = [torch.tensor([*prompts[i], *answers[i]]) for i in running]
-        lengths = torch.tensor([len(row) for row in rows])
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        documents = torch.arange(len(rows)).repeat_interleave(lengths)
+        lengths = [len(row) for row in rows]
+        positions, documents = side_by_side(lengths)
         hidden = model(torch.cat(rows).to(device), positions.to(device), documents)
-        last = hidden[(lengths.cumsum(0) - 1).to(device)]
+        last = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
         best = F.linear(last, model.head.to(last.dtype)).argmax(-1).tolist()
         for i, token in zip(running, best, strict=True):
             answers[i].append(token)

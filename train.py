@@ -202,8 +202,7 @@ def main(args: argparse.Namespace) -> int:
             model.eval()
             nats = torch.zeros((), device=device)
             for batch in held_out[rank::world]:
-                tokens, targets, positions, documents = batch.to(device)
-                nats += linear_cross_entropy(model(tokens, positions, documents), model.head, targets)
+                nats += loss_sum(model, batch)
         if world > 1:
             dist.all_reduce(nats)
         return nats.item() / sum(batch.trained_tokens for batch in held_out)
@@ -233,9 +232,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.steps == 0:
         batch = data.pack(train[:1], args.micro_tokens)[0]
-        tokens, targets, positions, documents = batch.to(device)
         with torch.no_grad():
-            loss = linear_cross_entropy(model(tokens, positions, documents), model.head, targets).item() / batch.trained_tokens
+            loss = loss_sum(model, batch).item() / batch.trained_tokens
         say(f"ready  first row's loss {loss:.4f}; --steps 0 stops here")
         return 0
     if step == 0:
@@ -269,15 +267,14 @@ def main(args: argparse.Namespace) -> int:
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(batches[rank::world]):
             torch.manual_seed(hash_seed(args.seed, step, rank + i * world))        # dropout: the same after a resume
-            tokens, targets, positions, documents = batch.to(device)
-            share = linear_cross_entropy(model(tokens, positions, documents), model.head, targets) / trained_tokens
+            share = loss_sum(model, batch) / trained_tokens
             share.backward()
             loss += share.detach()
         if world > 1:
             loss = sum_over_processes(loss, parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not (math.isfinite(loss.item()) and norm <= args.max_grad_norm):       # a NaN fails both
-            raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, loss.item(), norm, out, device))
+            raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, loss.item(), norm, out))
         if args.clip and norm > args.clip:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], args.clip / norm)
         optimizer.step()
@@ -328,16 +325,18 @@ def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Convers
     """The training rows and the held-out rows."""
     skipped = Counter() if args.skip_invalid else None
     rows = data.read_sources(args.data.split(","), skipped)
+    hashed = [(data.query_hash(row.query), row) for row in rows]
     if args.eval_data:
-        held_out = data.read_sources(args.eval_data.split(","), skipped)
-        hashes = {data.query_hash(row.query) for row in held_out}
-        train = [row for row in rows if data.query_hash(row.query) not in hashes]
+        kept_apart = [(data.query_hash(row.query), row) for row in data.read_sources(args.eval_data.split(","), skipped)]
+        hashes = {number for number, _ in kept_apart}
+        train = [row for number, row in hashed if number not in hashes]
         if len(train) < len(rows):
             say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
     else:
-        train = [row for row in rows if data.query_hash(row.query) >= args.eval_fraction]
-        held_out = [row for row in rows if data.query_hash(row.query) < args.eval_fraction]
-    held_out.sort(key=lambda row: data.query_hash(row.query))           # so that the first --eval-rows are a fair share of every source
+        train = [row for number, row in hashed if number >= args.eval_fraction]
+        kept_apart = [(number, row) for number, row in hashed if number < args.eval_fraction]
+    kept_apart.sort(key=lambda pair: pair[0])               # so that the first --eval-rows are a fair share of every source
+    held_out = [row for _, row in kept_apart]
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {args.eval_rows} are evaluated" if len(held_out) > args.eval_rows else ""))
     for cause, count in (skipped or {}).items():
@@ -382,6 +381,12 @@ def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) 
     return args.min_lr + (args.lr - args.min_lr) * height
 
 
+def loss_sum(model: Gemma3, batch: data.Batch) -> torch.Tensor:
+    """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device."""
+    tokens, targets, positions, documents = batch.to(model.head.device)
+    return linear_cross_entropy(model(tokens, positions, documents), model.head, targets)
+
+
 def hash_seed(*numbers: int) -> int:
     """One seed out of several numbers, the same on every machine."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -407,15 +412,12 @@ def sum_over_processes(loss: torch.Tensor, parameters: list[torch.nn.Parameter])
 
 
 @torch.no_grad()
-def describe_failure(model: Gemma3, examples: list[data.Example], step: int, loss: float, norm: float, out: Path,
-                     device: torch.device) -> str:
+def describe_failure(model: Gemma3, examples: list[data.Example], step: int, loss: float, norm: float, out: Path) -> str:
     """What to tell the user about a step with a NaN or an exploding gradient: the rows, worst first."""
     losses = []
     for example in examples:
         batch = data.pack([example], len(example))[0]
-        tokens, targets, positions, documents = batch.to(device)
-        nats = linear_cross_entropy(model(tokens, positions, documents), model.head, targets).item()
-        losses.append((nats / batch.trained_tokens, example.source))
+        losses.append((loss_sum(model, batch).item() / batch.trained_tokens, example.source))
     worst = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:5]
     rows = ", ".join(f"{source} (loss {loss:.3g})" for loss, source in worst)
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "

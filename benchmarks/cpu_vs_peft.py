@@ -195,7 +195,7 @@ def main() -> None:
                "weights": "random, of full size" if missing else "real",
                "machine": train.device_name(torch.device(args.device)) + f", {platform.machine()}",
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
-    print(json.dumps({k: v for k, v in report.items() if k != "losses"}, indent=2))
+    print(json.dumps(report, indent=2))
     if args.save:
         path = ROOT / "benchmarks/results" / f"{args.device}_{'parity' if args.parity else 'vs_peft'}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
