@@ -97,7 +97,7 @@ def render_segments(messages: list[dict], tools: list[dict] | None = None,
             for call in calls:
                 emit([CALL, *_call(call, i), END_CALL], says)
             awaited = bool(calls) and says
-            if calls and message is messages[-1]:
+            if calls and i == len(messages) - 1:
                 emit([RESPONSE], says)
             elif not calls:
                 emit([END_TURN, "\n"], says)
@@ -279,8 +279,9 @@ def parse_calls(text: str) -> Calls:
     """The calls in a model's answer, `[{"name": str, "arguments": dict}]`; the inverse of `render` on assistant turns.
 
     Any JSON value comes back as it was, except what the format cannot tell apart: the order of an object's keys (they
-    are written sorted); a string that holds the text "<escape>"; a key that holds ":" or begins with "}" or
-    "<escape>"; a function name that holds "{" or a control token's name; integers of more digits than Python prints.
+    are written sorted); a string that holds the text "<escape>"; a key that holds ":", "<escape>" or
+    "<start_function_call>", or begins with "}"; a function name that holds "{" or a control token's name; integers of
+    more digits than Python prints. docs/format.md lists what becomes of each.
 
     Never raises, whatever a model wrote: a call that cannot be read is left out, and `unread` says what and where.
 
@@ -349,6 +350,8 @@ def _read_object(text: str, at: int) -> tuple[dict, int]:
             if colon < 0:
                 raise _Unreadable(f"no \":\" after the key at character {at}")
             key, at = text[at:colon], colon
+            if CALL in key or ESCAPE in key:        # it ran on into the next call; so no part is read more than twice
+                raise _Unreadable(f"a key may not hold {CALL} or {ESCAPE}; one begins at character {at - len(key)}")
         values[key], at = _read_value(text, at + 1)
         if text.startswith("}", at):
             return values, at + 1
