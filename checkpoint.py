@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data import is_hub_name
-from lora import LoRAConfig, adapters, wrap
+from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
 
@@ -100,6 +101,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Base models
 
@@ -109,7 +114,8 @@ def fetch_model(name: str) -> Path:
     if not is_hub_name(name):
         if not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
-        return Path(name)
+        folder = Path(name)
+        return folder / "model" if (folder / "model" / "config.json").exists() else folder       # a run's folder was given
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))
 
@@ -144,10 +150,15 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
 def save_model(model: Gemma3, base: Path, folder: Path) -> None:
     """Write `folder` in the published layout: the weights in bf16, and the base's config and tokenizer files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in MODEL_FILES:
+    for name in TOKENIZER_FILES:
         if (base / name).exists() and base.resolve() != folder.resolve():
             with whole_file(folder / name) as temporary:
                 shutil.copyfile(base / name, temporary)
+    config = read_json(base / "config.json")
+    config = config.get("text_config", config)                  # the larger models nest it beside a vision part, which is not written
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    config |= {"architectures": ["Gemma3ForCausalLM"], "torch_dtype": "bfloat16", "tie_word_embeddings": True}
+    write_json(folder / "config.json", config)
     _write_tensors(folder / WEIGHTS, {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()})
 
 
@@ -157,9 +168,10 @@ def save_model(model: Gemma3, base: Path, folder: Path) -> None:
 _PREFIX = "base_model.model."
 
 
-def save_adapter(model: nn.Module, config: LoRAConfig, base: str, folder: Path) -> None:
+def save_adapter(model: nn.Module, base: str, folder: Path) -> None:
     """Write the adapters of a wrapped model as PEFT does: adapter_config.json and adapter_model.safetensors (fp32)."""
     folder.mkdir(parents=True, exist_ok=True)
+    config = next(adapter.config for _, adapter in adapters(model))
     write_json(folder / ADAPTER_CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": list(config.targets),
@@ -171,11 +183,20 @@ def save_adapter(model: nn.Module, config: LoRAConfig, base: str, folder: Path) 
     _write_tensors(folder / ADAPTER, tensors)
 
 
-def load_adapter(model: Gemma3, folder: str | Path) -> None:
-    """Wrap `model` in the adapters of a folder that `save_adapter` or PEFT wrote, in place."""
+def adapter_folder(folder: str | Path) -> Path:
+    """The adapter's folder behind `--adapter`: itself, or in a run's folder.  Raises ValueError for a run without one."""
     folder = Path(folder)
-    if not (folder / ADAPTER_CONFIG).exists() and (folder / "adapter" / ADAPTER_CONFIG).exists():
-        folder = folder / "adapter"                       # a run's folder was given
+    if not (folder / ADAPTER_CONFIG).exists():
+        if (folder / "adapter" / ADAPTER_CONFIG).exists():
+            return folder / "adapter"
+        if (folder / "model" / "config.json").exists():
+            raise ValueError(f"{folder} trained every parameter and holds no adapter: give --model {folder} and no --adapter")
+    return folder
+
+
+def load_adapter(model: Gemma3, folder: str | Path) -> None:
+    """Wrap `model` in the adapters of a folder that `save_adapter` or PEFT wrote, or of a run, in place."""
+    folder = adapter_folder(folder)
     stored = read_json(folder / ADAPTER_CONFIG)
     for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)), ("fan_in_fan_out", (False, None)),
                        ("alpha_pattern", ({}, None)), ("rank_pattern", ({}, None)), ("modules_to_save", ([], None)),
@@ -196,6 +217,28 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
             parameter.data.copy_(tensors.pop(key))
     if tensors:
         raise ValueError(f"{folder / ADAPTER}: {next(iter(tensors))} has no place in this model")
+
+
+def base_of(model: str | None, adapter: str | None) -> str:
+    """The base that `--model` names, or else the one that the adapter's config does."""
+    if model or not adapter:
+        return model or _no_model()
+    folder = adapter_folder(adapter)
+    return read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or _no_model(f"{folder / ADAPTER_CONFIG} names no base; ")
+
+
+def _no_model(why: str = "") -> NoReturn:
+    raise ValueError(f"{why}name a model: --model FOLDER, --adapter RUN, or both")
+
+
+def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", device: str = "cpu") -> tuple[Gemma3, Path]:
+    """What `--model` and `--adapter` name, merged into one model, and the folder with its tokenizer.  dtype: "bf16" or "fp32"."""
+    folder = fetch_model(base_of(model, adapter))
+    made = load_model(folder, torch.bfloat16 if dtype == "bf16" else torch.float32, device)
+    if adapter:
+        load_adapter(made, adapter)
+        merge(made)
+    return made, folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
     dict ──read_rows──▶ Conversation ──tokenize──▶ Example(ids, trained) ──pack──▶ Batch(tokens, targets, positions, documents)
 
-Rows come as JSONL or as a JSON array, gzipped or not, in one of two shapes:
-    xLAM       {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}
-    messages   {"messages": […], "tools": […]}   OpenAI's chat format; every assistant turn is trained
+Rows come as JSONL or as a JSON array, gzipped or not, in one of three shapes:
+    xLAM         {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}
+    messages     {"messages": […], "tools": […]}   OpenAI's chat format; every assistant turn is trained
+    leaderboard  {"question", "function", "ground_truth": [{name: {parameter: [accepted, …]}}]}, one turn; "ground_truth"
+                 may also stand for "answers" in xLAM's columns. Training takes the first accepted value of each
 A tool is xLAM's {name, description, parameters: {p: {type, description, default?}}}, the same with a JSON Schema as its
 parameters, or OpenAI's envelope {"type": "function", "function": …}.
 
@@ -51,6 +53,7 @@ class Conversation:
     tools: list[dict]
     messages: list[dict]
     source: str                 # "file:line"
+    accepted: tuple[dict, ...] = ()     # {name: {parameter: [accepted, …]}} for each call, where the row gives several
 
     @property
     def query(self) -> str:
@@ -172,24 +175,63 @@ def parse_row(row: Any, source: str) -> Conversation:
         raise RowError("not an object", f"the row is {_kind(row)}, not an object with \"query\", \"tools\" and \"answers\"")
     if row.get("messages") is not None:
         return _parse_messages(row, source)
+    row = _from_leaderboard(row)
     missing = [key for key in ("query", "tools", "answers") if key not in row]
     if missing:
         raise RowError("missing column", f"no column {', '.join(map(repr, missing))}; a row has \"query\", \"tools\" and "
                                          "\"answers\", or \"messages\" and \"tools\"")
     if not isinstance(row["query"], str) or not row["query"].strip():
         raise RowError("empty query", f"query is {row['query']!r:.60}; it must be a text")
-    tools = _tools(row["tools"])
-    answers = _decoded(row["answers"], "answers")
+    tools = parse_tools(row["tools"])
+    accepted = _accepted(row["ground_truth"]) if "ground_truth" in row else ()
+    answers = [_first_accepted(call) for call in accepted] if "ground_truth" in row else _decoded(row["answers"], "answers")
     if not isinstance(answers, list):
         raise RowError("bad answers", f"answers is {_kind(answers)}, not a list of {{\"name\", \"arguments\"}}")
     turn = {"role": "assistant", "content": None if answers else "",        # no call: the model is to stay silent
             "tool_calls": [{"type": "function", "function": _call(answer, tools)} for answer in answers]}
     messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user", "content": row["query"]}, turn]
-    return _checked(Conversation(tools, messages, source))
+    return _checked(Conversation(tools, messages, source, accepted))
+
+
+def _from_leaderboard(row: dict) -> dict:
+    """A row in the leaderboard's columns in xLAM's; any other row as it is."""
+    if "question" not in row and "ground_truth" not in row:
+        return row
+    row = {"tools": row.get("function"), "answers": None, **row}
+    if "query" not in row:
+        turns = row.get("question")
+        turn = turns[0] if isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], list) else turns
+        if not (isinstance(turn, list) and len(turn) == 1 and isinstance(turn[0], dict) and turn[0].get("role") == "user"):
+            raise RowError("bad question", "question must hold one message of the user, [[{\"role\": \"user\", \"content\": …}]]; "
+                                           "bring several turns as \"messages\"")
+        row["query"] = turn[0].get("content")
+    if "ground_truth" not in row:
+        raise RowError("missing column", "no column 'ground_truth' beside 'question'; put the leaderboard's answers into its rows")
+    return row
+
+
+def _accepted(value: Any) -> tuple[dict, ...]:
+    truth = _decoded(value, "ground_truth")
+    for call in truth if isinstance(truth, list) else [None]:
+        parameters = next(iter(call.values())) if isinstance(call, dict) and len(call) == 1 else None
+        if not isinstance(parameters, dict) or not all(isinstance(values, list) and values for values in parameters.values()):
+            raise RowError("bad answers", f"ground_truth must be a list of {{name: {{parameter: [accepted, …]}}}}, not {call!r:.80}")
+    return tuple(truth)
+
+
+def _first_accepted(call: dict) -> dict:
+    """One call out of those accepted: the first value of each parameter, without those that may be left out and come first."""
+    def first(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: first(values[0]) for key, values in value.items() if isinstance(values, list) and values and values[0] != ""}
+        return [first(item) for item in value] if isinstance(value, list) else value
+
+    [(name, parameters)] = call.items()
+    return {"name": name, "arguments": first(parameters)}
 
 
 def _parse_messages(row: dict, source: str) -> Conversation:
-    tools = _tools(row.get("tools") or [])
+    tools = parse_tools(row.get("tools") or [])
     messages = _decoded(row["messages"], "messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise RowError("bad messages", "messages must be a list of objects, each with a \"role\"")
@@ -257,11 +299,15 @@ def _kind(value: Any) -> str:
 # Tools and their types
 
 
-def _tools(value: Any) -> list[dict]:
+def parse_tools(value: Any) -> list[dict]:
+    """Tools in any of the accepted forms, or their JSON text → OpenAI's envelope.  Raises RowError."""
     tools = _decoded(value, "tools")
     if not isinstance(tools, list):
         raise RowError("bad tools", f"tools is {_kind(tools)}, not a list")
-    return [{"type": "function", "function": _function(tool)} for tool in tools]
+    try:
+        return [{"type": "function", "function": _function(tool)} for tool in tools]
+    except RecursionError:
+        raise RowError("bad tool", "a tool's parameters are nested too deeply to read") from None
 
 
 def _function(tool: Any) -> dict:

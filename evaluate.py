@@ -1,40 +1,370 @@
-"""Call accuracy: would the model, decoding greedily, answer a held-out query with exactly the expected calls?"""
+"""What a model is worth: the share of queries that it answers with the right calls, and why it misses the others.
+
+    python evaluate.py --model DIR --adapter runs/mine --data rows.jsonl --json result.json
+    python evaluate.py --adapter runs/mine --data rows.jsonl --held-out 0.05      # only what train.py held out of them
+    python evaluate.py --report runs/mine                                         # runs/mine/report.html
+
+Two measures, beside each other. *Exact match*: the same calls, in any order, with equal names and arguments. *AST match*:
+the Berkeley Function-Calling Leaderboard's rules for Python, under which strings compare without case, spaces and
+punctuation, an int may stand for a float, and an argument may have several accepted values.
+
+Source: the leaderboard's rules (gorilla.cs.berkeley.edu/leaderboard.html), written anew.
+"""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data import Conversation, Example, pack
-from generate import generate
-from loss_kernels import CHUNK_ROWS, IGNORE
+import checkpoint
+import data
+import report
+from data import Conversation
+from generate import STOP_IDS, add_model_flags, call_phrases, stream
 from model import Gemma3
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, parse_calls
+
+CAUSES = ("no call", "unparsable", "wrong count", "wrong function", "missing argument", "extra argument", "wrong type", "wrong argument",
+          "unwanted call")
+SHARES = ("exact_match", "ast_match", "name_accuracy")
 
 
-@torch.no_grad()
-def exact_rows(model: Gemma3, examples: Sequence[Example], micro_tokens: int) -> list[bool]:
-    """For each row, whether greedy decoding reproduces every trained token.
+# ---------------------------------------------------------------------------------------------------------------------
+# One value, one call, one answer
 
-    Greedy decoding gives the expected ids if and only if each of them is the best choice after the ones before it, so
-    one forward pass over the expected rows tells it, and nothing has to be decoded. The format writes a call in one
-    way only (arguments sorted), so these are the exact calls; parallel calls count in the order they were given.
+
+def kind(value: Any) -> str:
+    """The JSON Schema type of a value; bool is no int."""
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def accepts(wanted: Any, given: Any, schema: dict, exact: bool) -> bool:
+    """Whether `given` is what was wanted.
+
+    wanted: a value, in which an object holds a list of accepted values for each key ("" among them: it may be left out)
+    schema: how the parameter is declared; exact: equal to the letter, not by the leaderboard's rules
     """
-    exact: list[bool] = []
-    for batch in pack(examples, micro_tokens):
-        tokens, targets, positions, documents = batch.to(model.head.device)
-        rows = (targets != IGNORE).nonzero().squeeze(1)
-        hidden = model(tokens, positions, documents)[rows]
-        head = model.head.to(hidden.dtype)
-        best = torch.cat([F.linear(chunk, head).argmax(-1) for chunk in hidden.split(CHUNK_ROWS)])
-        wrong = documents[rows.cpu()][(best != targets[rows]).cpu()]
-        missed = set(wrong.tolist())
-        exact += [i not in missed for i in range(len(batch.sources))]
-    return exact
+    if not exact and schema.get("type") == "number":                        # an int counts for a declared float
+        wanted, given = (float(x) if kind(x) == "integer" and abs(x) < 1e308 else x for x in (wanted, given))
+    if kind(wanted) != kind(given):
+        return False
+    if isinstance(wanted, str):
+        return wanted == given if exact else bare(wanted) == bare(given)
+    if isinstance(wanted, list):
+        items = schema.get("items")
+        return len(wanted) == len(given) and all(accepts(w, g, items if isinstance(items, dict) else {}, exact)
+                                                 for w, g in zip(wanted, given, strict=True))
+    if isinstance(wanted, dict):
+        schemas = properties(schema)
+        return (all(any(accepts(w, value, schemas.get(key, {}), exact) for w in wanted.get(key, ())) for key, value in given.items())
+                and all(key in given or "" in values for key, values in wanted.items()))
+    return wanted == given
 
 
-def answers(model: Gemma3, tokenizer: Tokenizer, conversations: Sequence[Conversation], max_new_tokens: int = 96) -> list[str]:
-    """What the model says to the first query of each row."""
-    prompts = [tokenizer.encode_segments(conversation.prompt())[0] for conversation in conversations]
-    return [tokenizer.decode(ids) for ids in generate(model, prompts, max_new_tokens)]
+def properties(schema: dict) -> dict[str, dict]:
+    """The schemas of an object's parts, as far as they are any."""
+    found = schema.get("properties")
+    return {name: part for name, part in found.items() if isinstance(part, dict)} if isinstance(found, dict) else {}
+
+
+def bare(text: str) -> str:
+    """A string as the leaderboard compares it: lower case, no spaces and none of ,./-_*^, one kind of quote."""
+    return text.translate(_BARE).lower()
+
+
+_BARE = str.maketrans("'", '"', " ,./-_*^")
+
+
+def accepted_values(call: dict) -> dict:
+    """A call {"name", "arguments"} in the leaderboard's form of an answer: {name: {parameter: [its one accepted value]}}."""
+    def wrap(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: [wrap(item)] for key, item in value.items()}
+        return [wrap(item) for item in value] if isinstance(value, list) else value
+
+    return {call["name"]: wrap(call["arguments"])}
+
+
+@dataclass(frozen=True)
+class Fault:
+    cause: str          # one of CAUSES
+    detail: str = ""
+
+
+def call_fault(wanted: dict, given: dict, functions: dict[str, dict], exact: bool) -> Fault | None:
+    """What is wrong with a call, first things first; None: nothing.
+
+    wanted: {name: {parameter: [accepted, …]}}; given: {"name", "arguments"}; functions: the declared ones by name
+    """
+    [(name, parameters)] = wanted.items()
+    if given["name"] != name:
+        return Fault("wrong function", f"{given['name']}, wanted {name}")
+    declared = functions.get(name, {}).get("parameters", {})
+    schemas, arguments = properties(declared), given["arguments"]
+    required = declared.get("required") if isinstance(declared.get("required"), list) and not exact else []
+    for key in (*parameters, *required):
+        if key not in arguments and not (key in parameters and "" in parameters[key] and key not in required):
+            return Fault("missing argument", str(key))
+    for key in arguments:
+        if key not in parameters:
+            return Fault("extra argument", f"{key} is {shown(arguments[key])}")
+    for key, value in arguments.items():
+        schema = schemas.get(key, {})
+        if not any(accepts(w, value, schema, exact) for w in parameters[key]):
+            kinds = {kind(w) for w in parameters[key]} | ({"integer"} if schema.get("type") == "number" else set())
+            cause = "wrong argument" if kind(value) in kinds else "wrong type"
+            return Fault(cause, f"{key} is {shown(value)}, wanted {shown(parameters[key][0])}")
+    return None
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def paired(wanted: Sequence[dict], given: Sequence[dict], functions: dict[str, dict], exact: bool) -> list[int | None]:
+    """For each wanted call the given one that answers it, none twice, as many as can be (augmenting paths)."""
+    fits = [[call_fault(w, g, functions, exact) is None for g in given] for w in wanted]
+    taken: dict[int, int] = {}                            # given → wanted
+
+    def find(w: int, tried: set[int]) -> bool:
+        for g in range(len(given)):
+            if fits[w][g] and g not in tried:
+                tried.add(g)
+                if g not in taken or find(taken[g], tried):
+                    taken[g] = w
+                    return True
+        return False
+
+    for w in range(len(wanted)):
+        find(w, set())
+    of_wanted = {w: g for g, w in taken.items()}
+    return [of_wanted.get(w) for w in range(len(wanted))]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one answer compares with what was wanted."""
+
+    exact: bool
+    ast: bool
+    names: bool                     # the right functions, each as often as wanted
+    fault: Fault | None             # why it is no AST match
+    right_arguments: int
+    given_arguments: int
+    wanted_arguments: int
+
+
+def score(wanted: Sequence[dict], given: Sequence[dict], tools: Sequence[dict], unread: Sequence[str] = ()) -> Score:
+    """Compare an answer's calls, [{"name", "arguments"}], with the wanted ones, [{name: {parameter: [accepted, …]}}].
+
+    tools: the declared functions, in OpenAI's envelope; unread: what `parse_calls` could not read in the answer
+    """
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    wanted_names, given_names = Counter(next(iter(w)) for w in wanted), Counter(g["name"] for g in given)
+    pairs = paired(wanted, given, functions, exact=False)
+    ast = len(wanted) == len(given) and None not in pairs and not unread
+    exact = len(wanted) == len(given) and None not in paired(wanted, given, functions, exact=True) and not unread
+    fault, right = None, 0
+    free = [g for i, g in enumerate(given) if i not in pairs]
+    for w, pair in zip(wanted, pairs, strict=True):
+        [(name, parameters)] = w.items()
+        if pair is not None:
+            right += len(given[pair]["arguments"])
+            continue
+        like = [g for g in free if g["name"] == name]      # of a missed call's namesakes, the one that is least wrong
+        if like:
+            best = max(like, key=lambda g: right_arguments(parameters, g, functions))
+            free.remove(best)
+            right += right_arguments(parameters, best, functions)
+            fault = fault or call_fault(w, best, functions, exact=False)
+    if not ast:
+        if not wanted:
+            fault = Fault("unwanted call", ", ".join(given_names)) if given else Fault("unparsable", unread[0])
+        elif unread:
+            fault = Fault("unparsable", unread[0])
+        elif not given:
+            fault = Fault("no call")
+        elif len(wanted) != len(given):
+            fault = Fault("wrong count", f"{len(given)} calls, wanted {len(wanted)}")
+        elif wanted_names != given_names:
+            fault = Fault("wrong function", f"{', '.join(given_names - wanted_names)}, wanted {', '.join(wanted_names - given_names)}")
+    return Score(exact, ast, wanted_names == given_names and not unread, None if ast else fault, right,
+                 sum(len(g["arguments"]) for g in given),
+                 sum("" not in values for w in wanted for parameters in w.values() for values in parameters.values()))
+
+
+def right_arguments(parameters: dict[str, list], given: dict, functions: dict[str, dict]) -> int:
+    """How many of a call's arguments are as wanted."""
+    schemas = properties(functions.get(given["name"], {}).get("parameters", {}))
+    return sum(any(accepts(w, value, schemas.get(key, {}), False) for w in parameters.get(key, ()))
+               for key, value in given["arguments"].items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model on many rows
+
+
+def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], *, max_new_tokens: int | None = None,
+             batch_rows: int = 16, say: Callable[[str], None] = lambda _: None) -> dict:
+    """Answer the first query of every row greedily, and compare; returns what `--json` writes.
+
+    max_new_tokens: of an answer; by default half as many again as the longest one wanted. say: hears of the progress.
+    Fractions are of 1; `answers` has an entry for each row, in order.
+    """
+    prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
+    if max_new_tokens is None:
+        max_new_tokens = 16 + max((int(data.tokenize(row, tokenizer).trained.sum()) for row in rows), default=0) * 3 // 2
+    answers: list[dict] = [{} for _ in rows]
+    scores: dict[int, Score] = {}
+    generated, cut = 0, 0
+    began = told = time.perf_counter()
+    for i, ids in stream(model, prompts, max_new_tokens, batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
+        text, row = tokenizer.decode(ids), rows[i]
+        calls = parse_calls(text)
+        scores[i] = score(row.accepted or [accepted_values(call) for call in row.calls], calls, row.tools, calls.unread)
+        fault = scores[i].fault
+        answers[i] = {"source": row.source, "query": row.query, "expected": row.calls, "given": list(calls), "text": text,
+                      "cause": fault and fault.cause, "detail": fault and fault.detail, "exact": scores[i].exact, "ast": scores[i].ast}
+        generated, cut = generated + len(ids), cut + (ids[-1] not in STOP_IDS)
+        if time.perf_counter() - told > 10:
+            told = time.perf_counter()
+            say(f"{len(scores)}/{len(rows)} answered | {sum(s.exact for s in scores.values()) / len(scores):.1%} exact | "
+                f"{generated / (told - began):.0f} tok/s")
+    seconds = time.perf_counter() - began
+    result = summary([scores[i] for i in range(len(rows))], [answer["cause"] for answer in answers], [not row.calls for row in rows])
+    files = sorted({row.source.rpartition(":")[0] for row in rows})
+    if len(files) > 1:
+        result["files"] = {}
+        for file in files:
+            of_file = [i for i, row in enumerate(rows) if row.source.rpartition(":")[0] == file]
+            result["files"][file] = summary([scores[i] for i in of_file], [answers[i]["cause"] for i in of_file],
+                                            [not rows[i].calls for i in of_file])
+    return result | {"prompt_tokens": sum(map(len, prompts)), "generated_tokens": generated, "seconds": seconds,
+                     "tokens_per_second": generated / max(seconds, 1e-9), "cut_answers": cut, "max_new_tokens": max_new_tokens,
+                     "answers": answers}
+
+
+def summary(scores: Sequence[Score], causes: Sequence[str | None], silent: Sequence[bool]) -> dict:
+    """The figures over some rows; `silent` says of each whether no call was wanted."""
+    def share(flags: Sequence[bool]) -> float | None:
+        return sum(flags) / len(flags) if flags else None
+
+    flags = {"exact_match": [s.exact for s in scores], "ast_match": [s.ast for s in scores], "name_accuracy": [s.names for s in scores]}
+    right = sum(s.right_arguments for s in scores)
+    given, wanted = sum(s.given_arguments for s in scores), sum(s.wanted_arguments for s in scores)
+    silence = [s.ast for s, no_call in zip(scores, silent, strict=True) if no_call]
+    counted = Counter(causes)
+    return {"rows": len(scores), **{name: share(of) for name, of in flags.items()},
+            "argument_precision": right / given if given else None, "argument_recall": min(1.0, right / wanted) if wanted else None,
+            "parse_failures": share([cause == "unparsable" for cause in causes]), "no_call_rows": len(silence),
+            "correct_silence": share(silence), "counts": {name: sum(of) for name, of in flags.items()},
+            "intervals": {name: interval(of) for name, of in flags.items()}, "causes": {c: counted[c] for c in CAUSES if counted[c]}}
+
+
+def interval(flags: Sequence[bool], resamples: int = 2000) -> list[float] | None:
+    """The bootstrap's 95 % interval of a share."""
+    if not flags:
+        return None
+    drawn = np.random.default_rng(0).choice(np.array(flags, float), (resamples, len(flags))).mean(axis=1)
+    return [float(x) for x in np.percentile(drawn, (2.5, 97.5))]
+
+
+def table(results: dict[str, dict]) -> str:
+    """The figures of one or more evaluations side by side, for the terminal; keys head the columns."""
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{value:.1%}"
+
+    wide = {head: max(10, len(head) + 2) for head in results}
+    lines = [f"{'':<22}" + "".join(f"{head:>{wide[head]}}" for head in results)]
+    for key, label in (("exact_match", "exact match"), ("ast_match", "AST match"), ("name_accuracy", "right functions"),
+                       ("argument_precision", "arguments, precision"), ("argument_recall", "arguments, recall"),
+                       ("parse_failures", "unreadable answers"), ("correct_silence", "silent where right")):
+        if any(r[key] is not None for r in results.values()):
+            lines.append(f"{label:<22}" + "".join(f"{percent(r[key]):>{wide[head]}}" for head, r in results.items()))
+    lines.append(f"{'rows':<22}" + "".join(f"{r['rows']:>{wide[head]}}" for head, r in results.items()))
+    for cause in CAUSES:
+        if any(cause in r["causes"] for r in results.values()):
+            lines.append(f"{'missed: ' + cause:<22}" + "".join(f"{r['causes'].get(cause, 0):>{wide[head]}}" for head, r in results.items()))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Count how many queries a model answers with the right calls, and why it misses others.")
+    add = parser.add_argument_group("what to evaluate on").add_argument
+    add("--data", default=None, metavar="A,B,…", help="files or folders of rows, as for train.py; or the leaderboard's, with several "
+        "accepted values for an argument")
+    add("--held-out", type=float, default=None, metavar="F", help="only the rows that train.py holds out with --eval-fraction F")
+    add("--limit", type=int, default=None, metavar="N", help="at most N rows, chosen by a hash of the query")
+    add("--skip-invalid", action="store_true", help="leave out rows that cannot be right, instead of stopping")
+    add("--max-new-tokens", type=int, default=None, metavar="N", help="longest answer (default: half as long again as the longest wanted)")
+    add("--batch-rows", type=int, default=16, metavar="N", help="rows answered at a time (default: %(default)s)")
+    add = parser.add_argument_group("what to write").add_argument
+    add("--json", default=None, metavar="OUT", help="write the figures and every answer to this file")
+    add("--report", nargs="?", const="", default=None, metavar="RUN", help="write report.html into this run's folder (default: the "
+        "--adapter's, or runs/last); without --data, do that alone")
+    add_model_flags(parser)
+    args = parser.parse_args(argv)
+    if args.data is None and args.report is None:
+        parser.error("give --data to evaluate on, or --report to write a run's report")
+    for name in ("limit", "max_new_tokens", "batch_rows"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.data is not None:
+        result = evaluate_files(args)
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(Path(args.json), result)
+    if args.report is not None:
+        run = Path(args.report or args.adapter or "runs/last")
+        print(f"report {report.write(run.parent if run.name in ('adapter', 'model') else run)}")
+    return 0
+
+
+def evaluate_files(args: argparse.Namespace) -> dict:
+    """Evaluate on `--data` and print the figures; returns them."""
+    skipped = Counter() if args.skip_invalid else None
+    hashed = [(data.query_hash(row.query), row) for row in data.read_sources(args.data.split(","), skipped)]
+    hashed.sort(key=lambda pair: pair[0])
+    rows = [row for number, row in hashed if args.held_out is None or number < args.held_out][:args.limit]
+    if not rows:
+        raise ValueError(f"{args.data}: no row to evaluate on; see --held-out")
+    for cause, count in (skipped or {}).items():
+        print(f"{count} rows skipped: {cause}")
+    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
+    result = evaluate(model, Tokenizer.load(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
+                      say=lambda text: print(text, flush=True))
+    files = result.get("files", {})
+    print(table({**(files if len(files) <= 6 else {}), "all": result}))
+    for name, (low, high) in result["intervals"].items():
+        print(f"{name:<22}{low:>9.1%} to {high:.1%} (95 % of bootstrap samples)")
+    print(f"{result['generated_tokens']} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tok/s")
+    return result | {"model": args.model, "adapter": args.adapter, "data": args.data, "held_out": args.held_out, "dtype": args.dtype,
+                     "device": checkpoint.device_name(torch.device(args.device)), "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,39 +1,442 @@
-"""Greedy decoding: what a model answers to a prompt.
+"""What a model answers: decoding with cached keys and values, many prompts at once.
 
-Source: every step runs the whole sequences, packed side by side, and keeps the last position's best token.
+    python generate.py --model DIR --adapter runs/mine --tools tools.json "weather in Rome?"     # prints the calls as JSON
+    python generate.py --model DIR --adapter runs/mine --tools tools.json                        # a session: you play user and tools
+
+Rows of a batch run independently. When one is done the next prompt takes its place; prompts with the same beginning, as an
+application's have, compute it once. A step looks several tokens ahead: it guesses that the answer goes on as other
+answers and the prompt did after the same two tokens (calls repeat names out of the declarations, words out of the query,
+and each other's form), runs the guess along, and keeps what the model would have chosen anyway. The answer is the same; it
+comes in half as many steps.
+
+Source: looking ahead in the prompt is "prompt lookup decoding" (Saxena, 2023), after "Fast Inference from Transformers via
+Speculative Decoding" (arXiv 2211.17192).
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from data import side_by_side
+import checkpoint
+import data
 from model import Gemma3
+from tokenizer import Tokenizer, parse_calls, render_segments
 
 STOP_IDS = (1, 50, 106)      # <eos>, <start_function_response>, <end_of_turn>
+SHORTEST_PREFIX = 64         # a shared beginning of fewer tokens is not worth a forward pass of its own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading prompts
+
+
+@dataclass
+class Prefix:
+    """The beginning of some prompts, and each layer's keys and values for it: (P, K, H)."""
+
+    ids: list[int]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def first(self, length: int) -> Prefix:
+        return Prefix(self.ids[:length], [k[:length] for k in self.keys], [v[:length] for v in self.values])
+
+
+def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[Prefix]:
+    """Run the tokens `rows` that come after `prefix`, side by side; returns each row's own keys and values."""
+    lengths = [len(row) for row in rows]
+    positions, _ = data.side_by_side(lengths)
+    device, start = model.head.device, len(prefix.ids)
+    keys, values = [], []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, window: int | None) -> Tensor:
+        keys.append(k.split(lengths))
+        values.append(v.split(lengths))
+        outs = []
+        for queries, own_keys, own_values in zip(q.split(lengths), keys[-1], values[-1], strict=True):
+            n = len(queries)
+            seen = min(start, window - 1) if window else start                 # of the prefix, by the first query
+            ago = torch.arange(seen, seen + n, device=device)[:, None] - torch.arange(seen + n, device=device)
+            visible = (ago >= 0) & (ago < window) if window else ago >= 0      # (n, seen + n)
+            k, v = (torch.cat((kept[start - seen:], own)).transpose(0, 1)[None] for kept, own in
+                    ((prefix.keys[layer], own_keys), (prefix.values[layer], own_values)))
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            outs.append(F.scaled_dot_product_attention(queries.transpose(0, 1)[None], k, v, attn_mask=visible, scale=scale))
+        return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+    tokens = torch.tensor(list(itertools.chain(*rows)), device=device)
+    model.run(tokens, positions.to(device) + start, [partial(attend, layer=layer, window=w) for layer, w in enumerate(windows(model))])
+    return [Prefix(list(row), [k[i] for k in keys], [v[i] for v in values]) for i, row in enumerate(rows)]
+
+
+def windows(model: Gemma3) -> list[int | None]:
+    """The tokens that each layer sees; None: all."""
+    return [model.config.sliding_window if kind == "sliding_attention" else None for kind in model.config.layer_types]
+
+
+def empty_prefix(model: Gemma3) -> Prefix:
+    nothing = torch.empty(0, model.config.num_key_value_heads, model.config.head_dim, dtype=model.compute_dtype, device=model.head.device)
+    return Prefix([], [nothing] * model.config.num_hidden_layers, [nothing] * model.config.num_hidden_layers)
+
+
+def shared_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(rows), max(rows)           # in lexicographic order, what these two share all share
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+class Cache:
+    """Keys and values of every layer for B rows, each as far as it has come.
+
+    A layer has S slots a row, (B, K, S, H), and position p lies in slot p mod S. A global layer has a slot for every
+    position; a local layer has as many as its window, and one more for each token that a step looks ahead.
+    """
+
+    def __init__(self, model: Gemma3, rows: int, room: int, width: int) -> None:
+        self.windows, self.width, self.device = windows(model), width, model.head.device
+        slots = [room if window is None else min(room, window + width - 1) for window in self.windows]
+        K, H = model.config.num_key_value_heads, model.config.head_dim
+        self.keys = [torch.zeros(rows, K, s, H, dtype=model.compute_dtype, device=self.device) for s in slots]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+
+    def fill(self, row: int, prefix: Prefix, own: Prefix | None) -> None:
+        """Begin a row anew: after a shared prefix and its own tokens (None: it has none)."""
+        for store, shared, mine in ((self.keys, prefix.keys, own and own.keys), (self.values, prefix.values, own and own.values)):
+            for layer, slots in enumerate(store):
+                whole = torch.cat((shared[layer], mine[layer])) if mine else shared[layer]         # (length, K, H)
+                kept = torch.arange(max(0, len(whole) - slots.shape[2]), len(whole), device=self.device)
+                slots[row][:, kept % slots.shape[2]] = whole[kept].transpose(0, 1)
+
+    def move(self, row: int, to: int) -> None:
+        for slots in (*self.keys, *self.values):
+            slots[to] = slots[row]
+
+    def step(self, model: Gemma3, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Scores of the next token after each of `tokens` (B, width) at `positions` (B, width): (B, width, V).
+
+        longest: no position is beyond it, so slots beyond it need not be looked at.
+        """
+        B, width = tokens.shape
+        rows = torch.arange(B, device=self.device)[:, None]
+        placed: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        for slots, window in zip(self.keys, self.windows, strict=True):        # once for each of the two kinds of layers
+            S = slots.shape[2]
+            if (S, window) not in placed:
+                used = min(S, longest + 1)
+                ago = (positions[:, :, None] - torch.arange(used, device=self.device)) % S
+                visible = ago <= (positions if window is None else positions.clamp(max=window - 1))[:, :, None]      # (B, width, used)
+                placed[S, window] = positions % S, visible
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            (K, S, H), N = keys.shape[1:], q.shape[1]
+            slots, visible = placed[S, self.windows[layer]]
+            keys[rows, :, slots] = k.view(B, width, K, H)
+            values[rows, :, slots] = v.view(B, width, K, H)
+            # The query heads of one kv head stand as rows before it, so that it is read once.
+            q = q.view(B, width, K, N // K, H).transpose(1, 2).reshape(B, K, -1, H)
+            mask = visible[:, None, :, None].expand(-1, -1, -1, N // K, -1).reshape(B, 1, -1, visible.shape[-1])
+            used = visible.shape[-1]
+            out = F.scaled_dot_product_attention(q, keys[:B, :, :used], values[:B, :, :used], attn_mask=mask, scale=scale)
+            return out.view(B, K, width, N // K, H).transpose(1, 2).reshape(B * width, N, H)
+
+        hidden = model.run(tokens.flatten(), positions.flatten(), [partial(attend, layer=i) for i in range(len(self.keys))])
+        return F.linear(hidden, model.head.to(hidden.dtype)).view(B, width, -1)
+
+
+class Followed:
+    """What came last after a token, and after a pair of tokens."""
+
+    def __init__(self) -> None:
+        self.places: dict[int | tuple[int, int], tuple[list[int], int]] = {}
+
+    def note(self, ids: list[int], at: int) -> None:
+        """`ids[at]` came after what stands before it."""
+        self.places[ids[at - 1]] = ids, at
+        if at > 1:
+            self.places[ids[at - 2], ids[at - 1]] = ids, at
+
+    def after(self, key: int | tuple[int, int], tokens: int) -> list[int]:
+        ids, at = self.places.get(key, ((), 0))
+        return list(ids[at:at + tokens])
+
+
+class Row:
+    """A prompt that is being answered: `ids` grows, and holds the answer at its end."""
+
+    def __init__(self, index: int, prompt: Sequence[int]) -> None:
+        self.index, self.ids, self.length, self.prompt = index, list(prompt), len(prompt), Followed()
+        for at in range(1, len(prompt)):
+            self.prompt.note(self.ids, at)
+
+    def guess(self, tokens: int, answers: Followed) -> list[int]:
+        """Up to `tokens` tokens that may come next: what followed the latest pair of tokens in an answer, or in the
+        prompt, or what followed the latest token alone."""
+        if not tokens:
+            return []
+        pair, last = tuple(self.ids[-2:]), self.ids[-1]
+        return (answers.after(pair, tokens) or self.prompt.after(pair, tokens)
+                or answers.after(last, tokens) or self.prompt.after(last, tokens))
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """A token for each row of scores (…, V): the best, or one drawn among the likeliest that make up `top_p`."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    chances = torch.softmax(logits.float() / temperature, -1).flatten(0, -2)
+    if top_p < 1:
+        ordered, order = chances.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        chances = torch.zeros_like(chances).scatter_(-1, order, ordered)
+    return torch.multinomial(chances, 1, generator=generator).view(logits.shape[:-1])
 
 
 @torch.no_grad()
-def generate(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 128) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to and with its first stop id.
+def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 128, *, temperature: float = 0.0, top_p: float = 1.0,
+           seed: int = 0, batch_rows: int = 16, look_ahead: int | None = None,
+           phrases: Sequence[Sequence[int]] = ()) -> Iterator[tuple[int, list[int]]]:
+    """Answer every prompt; yields (its index, the answer up to and with its first stop id), each as soon as it is done.
 
-    prompts: token ids of each, of any lengths. Returns as many lists of at most `max_new_tokens` ids.
+    prompts: token ids of each, of any lengths, none empty. At temperature 0 the best token is taken, otherwise one is
+    drawn with `seed`. batch_rows: prompts at a time. look_ahead: tokens guessed in a step (default: 7, or as many as
+    make 64 tokens with the batch's rows); phrases: token ids that answers are likely to hold, for the first guesses.
+    Neither changes an answer, but for scores that tie up to rounding.
     """
+    if not prompts or max_new_tokens < 1:
+        yield from ((i, []) for i in range(len(prompts)))
+        return
+    if not all(prompts):
+        raise ValueError(f"prompt {next(i for i, prompt in enumerate(prompts) if not prompt)} is empty; it needs one token at least")
     device = model.head.device
-    answers: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        rows = [torch.tensor([*prompts[i], *answers[i]]) for i in running]
-        lengths = [len(row) for row in rows]
-        positions, documents = side_by_side(lengths)
-        hidden = model(torch.cat(rows).to(device), positions.to(device), documents)
-        last = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
-        best = F.linear(last, model.head.to(last.dtype)).argmax(-1).tolist()
-        for i, token in zip(running, best, strict=True):
-            answers[i].append(token)
-        running = [i for i in running if answers[i][-1] not in STOP_IDS]
-        if not running:
-            break
-    return answers
+    B = min(batch_rows, len(prompts))
+    width = 1 + (max(0, min(8, 64 // B) - 1) if look_ahead is None else look_ahead)
+    room = max(map(len, prompts)) + max_new_tokens + width
+    cache, step = Cache(model, B, room, width), None
+    generator = torch.Generator(device).manual_seed(seed) if temperature else None
+    waiting = sorted(range(len(prompts)), key=lambda i: list(prompts[i]), reverse=True)       # like beginnings in turn; taken from the end
+    running: list[Row] = []
+    held, answers = empty_prefix(model), Followed()
+    for phrase in phrases:
+        for at in range(1, len(phrase)):
+            answers.note(list(phrase), at)
+    while waiting or running:
+        if waiting and len(running) <= B * 3 // 4:                # take in new rows, several at a time
+            new = [waiting.pop() for _ in range(min(len(waiting), B - len(running)))]
+            held = admit(model, cache, held, [prompts[i] for i in new], prompts[waiting[-1]] if waiting else None, len(running))
+            running += [Row(i, prompts[i]) for i in new]
+        guesses = [row.guess(width - 1, answers) for row in running]
+        idle = B - len(running) if device.type == "cuda" else 0                      # a CUDA graph has one shape
+        tokens = [row.ids[-1:] + guess + [0] * (width - 1 - len(guess)) for row, guess in zip(running, guesses, strict=True)]
+        tokens = torch.tensor(tokens + [[0] * width] * idle, device=device)
+        starts = torch.tensor([len(row.ids) - 1 for row in running] + [0] * idle, device=device)
+        positions = starts[:, None] + torch.arange(width, device=device)
+        if device.type == "cuda":
+            step = step or CapturedStep(model, cache, B, width)
+            logits = step(tokens, positions)
+        else:
+            logits = cache.step(model, tokens, positions, longest=max(len(row.ids) for row in running) + width)
+        chosen = choose(logits, temperature, top_p, generator).tolist()
+        for place in reversed(range(len(running))):
+            row = running[place]
+            for token, guess in itertools.zip_longest(chosen[place], guesses[place]):
+                row.ids.append(token)
+                answers.note(row.ids, len(row.ids) - 1)
+                if token in STOP_IDS or len(row.ids) == row.length + max_new_tokens:
+                    yield row.index, row.ids[row.length:]
+                    last = running.pop()
+                    if last is not row:                            # the last row moves into the free place
+                        cache.move(len(running), to=place)
+                        running[place] = last
+                    break
+                if token != guess:                                 # what was run after it does not count
+                    break
+
+
+def admit(model: Gemma3, cache: Cache, held: Prefix, rows: Sequence[Sequence[int]], following: Sequence[int] | None, at: int) -> Prefix:
+    """Fill the cache's rows from `at` on, with all but the last token of each; returns the prefix they shared, for the next ones.
+
+    held: what the rows before began with. following: the row to come, whose beginning is worth keeping too.
+    """
+    bodies = [list(row[:-1]) for row in rows]
+    shared = shared_length([*bodies, list(following[:-1])] if following else bodies) if following or len(rows) > 1 else 0
+    held = held.first(shared_length([held.ids, *bodies]))
+    if shared >= len(held.ids) + SHORTEST_PREFIX:
+        more = read(model, held, [bodies[0][len(held.ids):shared]])[0]
+        held = Prefix(held.ids + more.ids, *([torch.cat(pair) for pair in zip(a, b, strict=True)]
+                                             for a, b in ((held.keys, more.keys), (held.values, more.values))))
+    suffixes = [body[len(held.ids):] for body in bodies]
+    read_rows = iter(read(model, held, [suffix for suffix in suffixes if suffix]) if any(suffixes) else ())
+    for place, suffix in enumerate(suffixes, start=at):
+        cache.fill(place, held, next(read_rows) if suffix else None)
+    return held
+
+
+class CapturedStep:
+    """`Cache.step` recorded as a CUDA graph, and replayed: the host no longer launches each of its 1,500 kernels."""
+
+    def __init__(self, model: Gemma3, cache: Cache, rows: int, width: int) -> None:
+        self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=cache.device)
+        self.positions = torch.zeros_like(self.tokens) + torch.arange(width, device=cache.device)
+        longest = max(keys.shape[2] for keys in cache.keys)
+        kept = [tensor.clone() for tensor in (*cache.keys, *cache.values)]          # a recording's trial runs write to the cache
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                cache.step(model, self.tokens, self.positions, longest)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = cache.step(model, self.tokens, self.positions, longest)
+        for tensor, before in zip((*cache.keys, *cache.values), kept, strict=True):
+            tensor.copy_(before)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.logits
+
+
+def generate(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 128, **options) -> list[list[int]]:
+    """The answer to each prompt, in their order.  Options as for `stream`."""
+    answers = dict(stream(model, prompts, max_new_tokens, **options))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def call_phrases(tokenizer: Tokenizer) -> list[list[int]]:
+    """What every call is made of, whatever its function."""
+    return [tokenizer.encode(text, control=True) for text in ("<start_of_turn>model\n<start_function_call>call:", ":<escape>",
+                                                              "<escape>}<end_function_call><start_function_response>")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every program that runs a tuned model; `checkpoint.load_tuned` takes their values."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default=None, help="folder in the published layout, a run's folder of full fine-tuning, or a name on the Hugging Face "
+        "Hub (default: what the adapter was trained on)")
+    add("--adapter", default=None, metavar="RUN", help="a run's folder, or an adapter's in PEFT's layout")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in (default: %(default)s)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ask a model; print the calls it makes, as JSON.")
+    parser.add_argument("query", nargs="?", help="the question; without it a session begins, in which you also answer for the tools")
+    add = parser.add_argument_group("what to ask").add_argument
+    add("--tools", default=None, metavar="FILE", help="JSON list of tools: xLAM's columns, JSON Schema, or OpenAI's envelope")
+    add("--system", default=data.DEVELOPER_TEXT, metavar="TEXT", help="the developer's sentence (default: the one it was trained with)")
+    add("--raw", action="store_true", help="print the model's text instead, control tokens and all")
+    add = parser.add_argument_group("how to answer").add_argument
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token each time (default), 1 draws by chance")
+    add("--top-p", type=float, default=1.0, metavar="X", help="draw among the likeliest tokens that make up this share (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    add_model_flags(parser)
+    args = parser.parse_args(argv)
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        parser.error("--temperature is at least 0, --top-p in (0, 1], --max-new-tokens at least 1")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    tools = []
+    if args.tools:
+        try:
+            tools = data.parse_tools(checkpoint.read_json(Path(args.tools)))
+        except data.RowError as error:
+            raise ValueError(f"{args.tools}: {error}") from None
+    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
+    tokenizer = Tokenizer.load(folder)
+
+    def ask(messages: list[dict]) -> str:
+        ids, _ = tokenizer.encode_segments(render_segments(messages, tools, add_generation_prompt=True))
+        [answer] = generate(model, [ids], args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+                            phrases=call_phrases(tokenizer))
+        return tokenizer.decode(answer)
+
+    messages = [{"role": "developer", "content": args.system}] if tools else []
+    if args.query is None:
+        return session(ask, messages, args.raw)
+    text = ask([*messages, {"role": "user", "content": args.query}])
+    calls = parse_calls(text)
+    for fault in calls.unread:
+        print(f"generate.py: {fault}", file=sys.stderr)
+    if not calls and not args.raw:
+        print(f"generate.py: no call; the model says: {spoken(text)!r}", file=sys.stderr)
+    print(text if args.raw else json.dumps(calls, ensure_ascii=False))
+    return 0
+
+
+def spoken(text: str) -> str:
+    """An answer without the token that ends it."""
+    for stop in ("<eos>", "<start_function_response>", "<end_of_turn>"):
+        text = text.removesuffix(stop)
+    return text.strip()
+
+
+def session(ask, messages: list[dict], raw: bool) -> int:
+    """Questions from the terminal until it ends; for each call, the user pastes what the tool returns."""
+    print("Ask something; after a call, paste what the tool returns (JSON or text; an empty line returns nothing). Ctrl-D ends.")
+    try:
+        while True:
+            query = input("you> ").strip()
+            if not query:
+                continue
+            messages.append({"role": "user", "content": query})
+            while True:
+                text = ask(messages)
+                calls = parse_calls(text)
+                for fault in calls.unread:
+                    print(f"unreadable> {fault}")
+                if calls.unread:
+                    calls.clear()                              # what else looks like a call may stand inside the unreadable one
+                if raw or not calls:
+                    print(f"model> {text if raw else spoken(text)}")
+                if not calls:
+                    messages.append({"role": "assistant", "content": spoken(text)})
+                    break
+                messages.append({"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]})
+                for call in calls:
+                    print(f"call>  {json.dumps(call, ensure_ascii=False)}")
+                returned = [(call["name"], input(f"{call['name']} returns> ").strip()) for call in calls]
+                messages += [{"role": "tool", "name": name, "content": json_or_text(value)} for name, value in returned if value]
+                if not any(value for _, value in returned):
+                    break
+    except EOFError:
+        print()
+        return 0
+
+
+def json_or_text(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"generate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -16,7 +16,9 @@ transformers, and `python tests/compare_layers.py MODEL` does so layer by layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +162,11 @@ def tile_documents(documents: Tensor, window: int, dtype: torch.dtype, device: t
     return ([local_tiles(length) for length in lengths], [[Tile(slice(0, length), slice(0, length), None)] for length in lengths])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, tiles: list[list[Tile]], scale: float) -> Tensor:
+# What a layer asks for its attention: (q (T, N, H), k (T, K, H), v (T, K, H), scale of the scores) -> (T, N, H).
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: list[list[Tile]]) -> Tensor:
     """Causal attention inside each document.
 
     q (T, N, H); k and v (T, K, H), each kv head serving N/K query heads; tiles: of each document in turn, side by side.
@@ -213,12 +219,12 @@ class Attention(nn.Module):
         self.o_proj = Linear(N * H, D)
         self.q_norm, self.k_norm = RMSNorm(H, config.rms_norm_eps), RMSNorm(H, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tiles: list[list[Tile]]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         T, H = len(x), self.head_dim
         q = rotate(self.q_norm(self.q_proj(x).view(T, -1, H)), *rope)           # (T, N, H)
         k = rotate(self.k_norm(self.k_proj(x).view(T, -1, H)), *rope)           # (T, K, H)
         v = self.v_proj(x).view(T, -1, H)
-        return self.o_proj(attention(q, k, v, tiles, self.scale).reshape(T, -1))
+        return self.o_proj(attend(q, k, v, self.scale).reshape(T, -1))
 
 
 class MLP(nn.Module):
@@ -241,8 +247,8 @@ class Block(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tiles: list[list[Tile]]) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, tiles))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, attend))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -268,13 +274,21 @@ class Gemma3(nn.Module):
         tokens (T) int64; positions (T), each document counting from 0; documents (T), one value for each document,
         its tokens side by side (kept on the CPU it costs no device synchronisation). Returns (T, D) in `compute_dtype`.
         """
+        local_tiles, global_tiles = tile_documents(documents, self.config.sliding_window, self.compute_dtype, tokens.device)
+        local, full = partial(attention, tiles=local_tiles), partial(attention, tiles=global_tiles)
+        return self.run(tokens, positions, [local if kind == "sliding_attention" else full for kind in self.config.layer_types])
+
+    def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend]) -> Tensor:
+        """The same with each layer's attention given: training packs documents, decoding keeps keys and values.
+
+        tokens and positions (T); attend: one for each layer. Returns (T, D) in `compute_dtype`.
+        """
         config, dtype = self.config, self.compute_dtype
         x = F.embedding(tokens, self.head).to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
-        local_tiles, global_tiles = tile_documents(documents, config.sliding_window, dtype, x.device)
-        local = rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype), local_tiles
-        full = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype), global_tiles
-        for block, layer_type in zip(self.model.layers, config.layer_types, strict=True):
-            x = block(x, *(local if layer_type == "sliding_attention" else full))
+        ropes = {"sliding_attention": rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype),
+                 "full_attention": rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype)}
+        for block, kind, attend_layer in zip(self.model.layers, config.layer_types, attend, strict=True):
+            x = block(x, ropes[kind], attend_layer)
         return self.model.norm(x)
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 
 import checkpoint
 import data
-import evaluate
+import report
+from evaluate import evaluate, table
 from lora import TARGETS, LoRAConfig, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
@@ -100,8 +101,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=100, help="steps between checkpoints; 0 saves at the end alone")
     add("--eval-every", type=int, default=100, help="steps between held-out losses; 0 takes them at the start and the end alone")
     add("--log-every", type=int, default=1, help="steps between lines on the console; log.jsonl has every step")
-    add("--eval-calls", type=int, default=0, metavar="N", help="before and after training, count on how many of N held-out rows "
-        "greedy decoding gives exactly the right calls, and show three answers")
+    add("--eval-calls", type=int, default=0, metavar="N", help="with each held-out loss, answer N held-out queries and count the right "
+        "calls; OUT/calls has every answer")
     args = parser.parse_args(argv)
 
     if args.batch_rows is not None and args.batch_tokens is not None:
@@ -165,7 +166,6 @@ def main(args: argparse.Namespace) -> int:
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = checkpoint.load_model(model_folder, dtype, device, master_dtype=torch.float32 if args.full else dtype)
-    lora = None
     if not args.full:
         lora = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets.split(",")), args.rslora)
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> int:
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
     size, trained_size = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), parameters))
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
-        f"{args.dtype} on {device_name(device)}")
+        f"{args.dtype} on {checkpoint.device_name(device)}")
 
     # A new run, or an old one from its last checkpoint.
     state = {"position": 0, "best_loss": None}
@@ -216,19 +216,18 @@ def main(args: argparse.Namespace) -> int:
         if step and (state["best_loss"] is None or loss < state["best_loss"]):
             state["best_loss"] = loss
             if rank == 0:
-                save_result(model, lora, args, model_folder, out)
+                save_result(model, args, model_folder, out)
 
-    def count_calls(when: str) -> None:
-        if not (args.eval_calls and eval_examples and rank == 0):
+    def count_calls(model: Gemma3) -> None:
+        """Let the model call: figures to the log, every answer to out/calls/step-N.json."""
+        if not (args.eval_calls and eval_rows and rank == 0):
             return
-        model.eval()
-        exact = evaluate.exact_rows(model, eval_examples[:args.eval_calls], args.micro_tokens)
-        share = sum(exact) / len(exact)
-        say(f"\n{when} training: {sum(exact)} of {len(exact)} held-out queries answered with exactly the right calls ({share:.1%})")
-        for row, answer in zip(eval_rows, evaluate.answers(model, tokenizer, eval_rows[:3]), strict=False):
-            say(f"  query   {row.query}\n  wanted  {json.dumps(row.calls, ensure_ascii=False)}\n  answer  {answer[:300]!r}")
-        say("", flush=True)
-        write(log, {"step": step, "exact_match": share, "rows": len(exact)})
+        result = evaluate(model.eval(), tokenizer, eval_rows[:args.eval_calls])
+        say(f"step {step:5d}/{total} | exact match {result['exact_match']:.1%} | AST match {result['ast_match']:.1%} of {result['rows']} "
+            "held-out queries", flush=True)
+        write(log, {"step": step, **{key: result[key] for key in ("rows", "exact_match", "ast_match", "name_accuracy", "parse_failures")}})
+        (out / "calls").mkdir(exist_ok=True)
+        checkpoint.write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
 
     if args.steps == 0:
         batch = data.pack(train[:1], args.micro_tokens)[0]
@@ -237,7 +236,7 @@ def main(args: argparse.Namespace) -> int:
         say(f"ready  first row's loss {loss:.4f}; --steps 0 stops here")
         return 0
     if step == 0:
-        count_calls("before")
+        count_calls(model)
         evaluate_and_keep_best()
 
     # Ctrl-C and SIGTERM let the step finish, save and leave; the second one leaves at once.
@@ -292,6 +291,8 @@ def main(args: argparse.Namespace) -> int:
             say(console_line(record, total, (now - started) / (step - first_step) * (total - step)), flush=True)
         if step == total or (args.eval_every and step % args.eval_every == 0):
             evaluate_and_keep_best()
+            if step < total:
+                count_calls(model)
         if rank == 0 and (step == total or stopping or (args.save_every and step % args.save_every == 0)):
             checkpoint.save_run(out, step, model, optimizer, state)
         if stopping:
@@ -306,12 +307,13 @@ def main(args: argparse.Namespace) -> int:
         say(f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved, go on with --resume")
         return 128 + number
     if rank == 0 and state["best_loss"] is None:                                    # nothing held out: the last is the best
-        save_result(model, lora, args, model_folder, out)
-    if rank == 0 and args.eval_calls:                                               # count on what the user gets, not on what is at hand
-        model = checkpoint.load_model(out / "model" if args.full else model_folder, dtype, device)
-        if lora:
-            checkpoint.load_adapter(model, out / "adapter")
-    count_calls("after")
+        save_result(model, args, model_folder, out)
+    if rank == 0 and args.eval_calls and eval_rows:
+        best = (str(out), None) if args.full else (args.model, str(out))             # what the user gets, not what is at hand
+        count_calls(checkpoint.load_tuned(*best, args.dtype, args.device)[0])
+        say("\n" + before_and_after(out) + "\n")
+    if rank == 0:
+        say(f"report {report.write(out)}")
     best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
     say(f"done   {step} steps{best}; {'model' if args.full else 'adapter'} in {out / ('model' if args.full else 'adapter')}")
     return 0
@@ -425,12 +427,22 @@ def describe_failure(model: Gemma3, examples: list[data.Example], step: int, los
             f"--resume go on from the last checkpoint in {out}")
 
 
-def save_result(model: Gemma3, lora: LoRAConfig | None, args: argparse.Namespace, base: Path, out: Path) -> None:
+def save_result(model: Gemma3, args: argparse.Namespace, base: Path, out: Path) -> None:
     """The run's result, for other tools to load: out/adapter in PEFT's layout, or out/model in the published one."""
-    if lora:
-        checkpoint.save_adapter(model, lora, args.model, out / "adapter")
-    else:
+    if args.full:
         checkpoint.save_model(model, base, out / "model")
+    else:
+        checkpoint.save_adapter(model, args.model, out / "adapter")
+
+
+def before_and_after(out: Path) -> str:
+    """The first and the last evaluation of a run side by side, and three of its answers."""
+    files = sorted((out / "calls").glob("step-*.json"))
+    before, after = checkpoint.read_json(files[0]), checkpoint.read_json(files[-1])
+    earlier = {answer["source"]: answer["text"] for answer in before["answers"]}
+    samples = [f"  query   {a['query']}\n  wanted  {json.dumps(a['expected'], ensure_ascii=False)}\n"
+               f"  before  {earlier.get(a['source'], '')[:200]!r}\n  after   {a['text'][:200]!r}" for a in after["answers"][:3]]
+    return "\n\n".join([*samples, table({"before": before, "after": after})])
 
 
 def check_same_run(out: Path, flags: dict) -> None:
@@ -456,7 +468,7 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device):
             if record.get("step", 0) <= step:
                 lines.append(line)
     else:
-        for folder in ("checkpoints", "adapter", "model"):
+        for folder in ("checkpoints", "adapter", "model", "calls"):
             shutil.rmtree(out / folder, ignore_errors=True)
     checkpoint.write_json(out / "config.json", flags)
     try:
@@ -465,7 +477,7 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device):
     except OSError:
         commit = ""
     lines.append(json.dumps({"flags": flags, "commit": commit.strip() or None, "python": platform.python_version(),
-                             "torch": torch.__version__, "device": device_name(device), "resumed_at": step or None}))
+                             "torch": torch.__version__, "device": checkpoint.device_name(device), "resumed_at": step or None}))
     with checkpoint.whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return (out / "log.jsonl").open("a", encoding="utf-8")
@@ -484,10 +496,6 @@ def console_line(record: dict, total: int, seconds_left: float) -> str:
     left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
     return (f"step {record['step']:5d}/{total} | loss {record['loss']:.4f} | grad {record['grad_norm']:.2f} | lr {record['lr']:.1e} | "
             f"{f'{speed / 1e3:.1f}k' if speed >= 1e4 else f'{speed:.0f}'} tok/s | {record['peak_gib']:.1f} GiB | {left} left")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
 def peak_gib(device: torch.device) -> float:

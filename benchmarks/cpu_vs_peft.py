@@ -134,7 +134,7 @@ def write_start(args: argparse.Namespace, folder: Path) -> None:
     from lora import LoRAConfig, wrap
     model = checkpoint.load_model(args.model)
     wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
-    checkpoint.save_adapter(model, LoRAConfig(), args.model, folder / "start")
+    checkpoint.save_adapter(model, args.model, folder / "start")
 
 
 def speed(result: dict) -> float:

@@ -104,7 +104,7 @@ def test_an_adapter_that_peft_saved_gives_the_same_logits(demo, tmp_path):
 @pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
                                     {"target_modules": "all-linear"}, {"lora_alpha": None}, {"modules_to_save": ["lm_head"]}])
 def test_adapters_that_are_not_plain_lora_are_refused(demo, trained, tmp_path, change):
-    save_adapter(trained[0], LoRAConfig(rank=2), "base", tmp_path)
+    save_adapter(trained[0], "base", tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored | change))
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
@@ -112,7 +112,7 @@ def test_adapters_that_are_not_plain_lora_are_refused(demo, trained, tmp_path, c
 
 
 def test_an_adapter_for_another_model_is_refused(demo, trained, tmp_path):
-    save_adapter(trained[0], LoRAConfig(rank=2), "base", tmp_path)
+    save_adapter(trained[0], "base", tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored | {"r": 5}))
     with pytest.raises(ValueError, match="made for another model"):

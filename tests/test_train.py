@@ -201,7 +201,9 @@ def test_calls_are_counted_before_and_after_on_the_written_result(demo, tmp_path
     run(demo, tmp_path / "run", *FULL, "--steps", 2, "--eval-calls", 5)
     assert [record["exact_match"] for record in log(tmp_path / "run") if "exact_match" in record] == [0.0, 0.0]
     said = capsys.readouterr().out
-    assert said.count("0 of 5 held-out queries answered with exactly the right calls (0.0%)") == 2 and said.count("  answer  ") == 6
+    assert said.count("exact match 0.0% | AST match 0.0% of 5 held-out queries") == 2 and said.count("  after   ") == 3
+    assert sorted(path.name for path in (tmp_path / "run" / "calls").iterdir()) == ["step-000000.json", "step-000002.json"]
+    assert (tmp_path / "run" / "report.html").exists()
     run(demo, tmp_path / "none", "--steps", 1, "--eval-calls", 5, "--eval-fraction", 0)         # nothing held out: nothing to count
 
 

@@ -1,0 +1,60 @@
+"""Write a tuned model for other tools: a merged model's folder, or an adapter's.
+
+    python export.py --model BASE --adapter runs/mine --out DIR --format merged     # transformers, vLLM, llama.cpp, Ollama
+    python export.py --model BASE --adapter runs/mine --out DIR --format peft       # PEFT, or whatever loads its adapters
+
+`merged` adds the adapter to the weights in fp32 and rounds each once, to bf16. The folder has the base's layout: config,
+safetensors under the published names with the head tied to the embedding, the tokenizer's files and the chat template.
+docs/export.md goes on from there, to llama.cpp and Ollama.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write a tuned model for other tools.")
+    add = parser.add_argument
+    add("--model", default=None, help="the base: a folder in the published layout, a run's folder of full fine-tuning, or a name on the "
+        "Hugging Face Hub; default: what the adapter was trained on")
+    add("--adapter", default=None, metavar="RUN", help="a run's folder, or an adapter's in PEFT's layout")
+    add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist yet, or be empty")
+    add("--format", choices=("merged", "peft"), default="merged", help="a whole model, or the adapter alone (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.format == "peft" and args.adapter is None:
+        parser.error("--format peft writes an adapter: name one with --adapter")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already; remove it, or choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    base = checkpoint.base_of(args.model, args.adapter)
+    folder = checkpoint.fetch_model(base)
+    model = checkpoint.load_model(folder, torch.float32)
+    if args.adapter:
+        checkpoint.load_adapter(model, args.adapter)
+    with checkpoint.whole_folder(out) as temporary:
+        if args.format == "peft":
+            checkpoint.save_adapter(model, base, temporary)
+        else:
+            checkpoint.merge(model)
+            checkpoint.save_model(model, folder, temporary)
+    print(f"{args.format} {'adapter' if args.format == 'peft' else 'model'} in {out}: "
+          + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.iterdir())))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"export.py: {error}")

@@ -1,0 +1,247 @@
+"""Decoding with cached keys and values gives what running the whole sequence anew gives, whatever shares a batch with it."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import generate as module
+from checkpoint import load_model
+from generate import Cache, choose, empty_prefix, generate, read, shared_length, stream
+from model import Gemma3, GemmaConfig
+from tokenizer import Tokenizer
+
+SMALL = GemmaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=16, query_pre_attn_scalar=16, sliding_window=12, layer_types=("sliding_attention", "full_attention") * 2)
+LENGTHS = (1, 2, 5, 11, 12, 13, 30, 47)            # around the window, and several windows long
+
+
+@pytest.fixture(scope="module")
+def small() -> Gemma3:
+    """A random model with two kv heads and a window of 12, lively enough that its answers do not repeat one token."""
+    model = Gemma3(SMALL)
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "post_" in name:
+                parameter.fill_(4.0)                           # what the layers add outweighs the last token's own embedding
+    return model.eval()
+
+
+def prompts_of(lengths, seed=0) -> list[list[int]]:
+    r = torch.Generator().manual_seed(seed)
+    return [torch.randint(110, (n,), generator=r).clamp(max=96).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def recomputed(model: Gemma3, prompt: list[int], tokens: int) -> list[int]:
+    ids = list(prompt)
+    while len(ids) < len(prompt) + tokens and (len(ids) == len(prompt) or ids[-1] not in module.STOP_IDS):
+        ids.append(int(model.logits(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("shared", [0, 7, 20])
+@torch.no_grad()
+def test_scores_of_a_step_are_those_of_the_whole_sequence(small, shared, width):
+    start = prompts_of([shared], seed=1)[0]
+    rows = [start + prompt for prompt in prompts_of(LENGTHS)]
+    coming = torch.randint(97, (len(rows), 24), generator=torch.Generator().manual_seed(2))
+    cache = Cache(small, len(rows), 100, width)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))                             # whatever an earlier row left must not be seen
+    for tensor in cache.values:
+        tensor.nan_to_num_(1e4)                                # a hidden value is multiplied by 0, so it cannot be NaN
+    for tensor in cache.keys:
+        tensor.nan_to_num_(1e4)
+    prefix = read(small, empty_prefix(small), [start])[0] if start else empty_prefix(small)
+    for i, own in enumerate(read(small, prefix, [row[shared:] for row in rows])):
+        cache.fill(i, prefix, own)
+    for done in range(0, 24, width):
+        tokens = coming[:, done:done + width]
+        positions = torch.tensor([[len(row) + done + i for i in range(width)] for row in rows])
+        got = cache.step(small, tokens, positions, longest=int(positions.max()))
+        for i, row in enumerate(rows):
+            whole = torch.tensor([row + coming[i, :done + width].tolist()])
+            torch.testing.assert_close(got[i], small.logits(whole)[0, -width:], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("look_ahead", [None, 0, 4])
+@pytest.mark.parametrize("batch_rows", [1, 3, 16])
+def test_answers_are_those_of_recomputing_everything(small, batch_rows, look_ahead):
+    prompts = prompts_of(LENGTHS)
+    want = [recomputed(small, prompt, 40) for prompt in prompts]
+    assert len({token for answer in want for token in answer}) > 20, "this test needs a livelier model"
+    assert generate(small, prompts, 40, batch_rows=batch_rows, look_ahead=look_ahead) == want
+
+
+def test_an_answer_ends_with_its_first_stop_token(small, monkeypatch):
+    prompts = prompts_of(LENGTHS)
+    free = generate(small, prompts, 40)
+    monkeypatch.setattr(module, "STOP_IDS", tuple({answer[6] for answer in free}))
+    for answer, cut in zip(free, generate(small, prompts, 40, batch_rows=3), strict=True):
+        end = next(i for i, token in enumerate(answer) if token in module.STOP_IDS)
+        assert cut == answer[:end + 1]
+
+
+def test_guesses_save_steps_and_change_nothing(small, monkeypatch):
+    steps = []
+    step = Cache.step
+    monkeypatch.setattr(Cache, "step", lambda self, *args, **kwargs: steps.append(1) or step(self, *args, **kwargs))
+    prompt = prompts_of([30])[0]
+    want = generate(small, [prompt], 40, look_ahead=0)
+    plain, said = len(steps), [prompt[-1], *want[0]]
+    steps.clear()
+    assert generate(small, [prompt], 40, look_ahead=7, phrases=[said]) == want
+    assert plain == len(want[0]) and len(steps) <= plain / 4, "told the answer, it must take a few steps only"
+
+
+def test_a_shared_beginning_is_computed_once(small, monkeypatch):
+    start = prompts_of([200], seed=1)[0]
+    prompts = [start + own for own in prompts_of([9] * 20)]
+    want = [recomputed(small, prompt, 3) for prompt in prompts]
+    counted = []
+    run = Gemma3.run
+    monkeypatch.setattr(Gemma3, "run", lambda self, tokens, *rest: counted.append(len(tokens)) or run(self, tokens, *rest))
+    assert generate(small, prompts, 3, batch_rows=4, look_ahead=0) == want
+    assert sum(counted) <= 200 + 20 * 9 + 20 * 3 + 20
+
+
+def test_the_longest_shared_beginning():
+    assert shared_length([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
+    assert shared_length([[1, 2]]) == 2 and shared_length([[], [1]]) == 0 and shared_length([[5], [6]]) == 0
+
+
+def test_each_answer_comes_as_soon_as_it_is_done(small):
+    prompts = prompts_of(LENGTHS)
+    seen = [i for i, _ in stream(small, prompts, 4, batch_rows=2)]
+    assert sorted(seen) == list(range(len(prompts)))
+    assert generate(small, [], 4) == [] and generate(small, prompts[:2], 0) == [[], []]
+
+
+def test_an_empty_prompt_is_named(small):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(small, [[2], []], 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def test_drawn_tokens_follow_the_model_s_chances():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(40_000, 4)
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = choose(logits, temperature, 1.0, torch.Generator().manual_seed(0))
+        shares = torch.bincount(drawn, minlength=4) / len(drawn)
+        torch.testing.assert_close(shares, F.softmax(logits[0] / temperature, -1), atol=0.01, rtol=0)
+
+
+def test_top_p_draws_among_the_likeliest_alone():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
+    for top_p, kept in ((0.4, 1), (0.5, 1), (0.51, 2), (0.9, 3), (1.0, 4)):
+        drawn = choose(logits, 1.0, top_p, torch.Generator().manual_seed(0))
+        assert len(drawn.unique()) == kept, top_p
+
+
+def test_one_seed_gives_one_answer(small):
+    prompts = prompts_of(LENGTHS)
+    one, same, other = (generate(small, prompts, 20, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert one == same and one != other
+    assert generate(small, prompts, 20, temperature=1e-4) == generate(small, prompts, 20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside transformers, on a GPU, on the command line
+
+
+@pytest.fixture(scope="module")
+def both(real_model):
+    """The real model, as transformers and as we load it, in fp32."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32), load_model(real_model, torch.float32)
+
+
+@pytest.mark.parametrize("length", [10, 600, 1500])
+def test_greedy_ids_equal_transformers_on_real_weights(both, real_model, length):
+    theirs, ours = both
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "README.md"))
+    prompt = [2, *Tokenizer.load(real_model).encode(text)[:length - 1]]
+    assert len(prompt) == length
+    with torch.no_grad():
+        want = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, length, dtype=torch.long), max_new_tokens=12,
+                               do_sample=False, eos_token_id=list(module.STOP_IDS), pad_token_id=0)[0, length:].tolist()
+    assert generate(ours, [prompt], 12) == [want]
+    if length <= 600:
+        assert generate(ours, [prompt, prompt[:length // 2]], 12, look_ahead=0)[0] == want
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: no CUDA device")
+def test_a_captured_step_gives_the_cpu_s_answers(small):
+    import copy
+    prompts = prompts_of(LENGTHS)
+    on_gpu = copy.deepcopy(small).to("cuda")
+    for batch_rows in (1, 3, 16):
+        assert generate(on_gpu, prompts, 40, batch_rows=batch_rows) == generate(small, prompts, 40, batch_rows=batch_rows)
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tools") / "tools.json"
+    path.write_text(json.dumps([{"name": "get_weather", "description": "Weather", "parameters": {"city": {"type": "str"}}}]))
+    return str(path)
+
+
+def test_the_command_prints_calls_as_json(demo, tools, capsys):
+    command = ["--model", str(demo / "model"), "--tools", tools, "--max-new-tokens", "8", "weather in Rome?"]
+    assert module.main(module.parse_args(command)) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [] and "no call; the model says" in err              # an untrained model
+    assert module.main(module.parse_args([*command, "--raw"])) == 0
+    assert not capsys.readouterr().err
+
+
+def test_a_session_goes_on_until_its_input_ends(demo, tools):
+    command = [sys.executable, "generate.py", "--model", str(demo / "model"), "--tools", tools, "--max-new-tokens", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, input="weather in Rome?\n\nand in Oslo?\n")
+    assert done.returncode == 0 and done.stdout.count("model>") == 2, done.stderr
+
+
+def test_a_session_passes_what_a_tool_returns_back_to_the_model(capsys, monkeypatch):
+    typed = iter(["weather in Rome?", '{"degrees": 21}', "thanks", ""])
+    said = iter(["<start_function_call>call:get_weather{city:<escape>Rome<escape>}<end_function_call><start_function_response>",
+                 "It is 21 degrees.<end_of_turn>", "You are welcome.<end_of_turn>"])
+    heard: list[list[dict]] = []
+
+    def read_line(_prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read_line)
+    module.session(lambda messages: heard.append([dict(m) for m in messages]) or next(said), [], raw=False)
+    out = capsys.readouterr().out
+    assert '{"name": "get_weather", "arguments": {"city": "Rome"}}' in out and "It is 21 degrees." in out
+    assert heard[1][-1] == {"role": "tool", "name": "get_weather", "content": {"degrees": 21}}
+    assert heard[2][-2:] == [{"role": "assistant", "content": "It is 21 degrees."}, {"role": "user", "content": "thanks"}]
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--model", "DEMO", "--tools", "absent.json", "hi"], "absent.json: no such file"),
+    (["--model", "DEMO", "--adapter", "absent", "hi"], "absent/adapter_config.json: no such file"),
+    (["hi"], "name a model"),
+])
+def test_errors_name_the_place_and_the_remedy(demo, args, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        module.main(module.parse_args([str(demo / "model") if arg == "DEMO" else arg for arg in args]))
+
+
+def test_flags_that_make_no_sense_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        module.parse_args(["--model", "x", "--top-p", "0", "hi"])
+    assert "--top-p in (0, 1]" in capsys.readouterr().err
