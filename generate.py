@@ -29,6 +29,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+from attention_kernels import attention, tile
 from model import Gemma3
 from tokenizer import Tokenizer, parse_calls, render_segments
 
@@ -59,20 +60,15 @@ def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[P
     device, start = model.head.device, len(prefix.ids)
     keys, values = [], []
 
+    tiles = {window: tile(lengths, window, model.compute_dtype, device, before=start) for window in set(windows(model))}
+
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, window: int | None) -> Tensor:
         keys.append(k.split(lengths))
         values.append(v.split(lengths))
-        outs = []
-        for queries, own_keys, own_values in zip(q.split(lengths), keys[-1], values[-1], strict=True):
-            n = len(queries)
-            seen = min(start, window - 1) if window else start                 # of the prefix, by the first query
-            ago = torch.arange(seen, seen + n, device=device)[:, None] - torch.arange(seen + n, device=device)
-            visible = (ago >= 0) & (ago < window) if window else ago >= 0      # (n, seen + n)
-            k, v = (torch.cat((kept[start - seen:], own)).transpose(0, 1)[None] for kept, own in
-                    ((prefix.keys[layer], own_keys), (prefix.values[layer], own_values)))
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            outs.append(F.scaled_dot_product_attention(queries.transpose(0, 1)[None], k, v, attn_mask=visible, scale=scale))
-        return torch.cat(outs, dim=2)[0].transpose(0, 1)
+        if start:
+            k, v = (torch.cat([part for own in of_rows for part in (shared[layer], own)])
+                    for shared, of_rows in ((prefix.keys, keys[-1]), (prefix.values, values[-1])))
+        return attention(q, k, v, scale, tiles[window])
 
     tokens = torch.tensor(list(itertools.chain(*rows)), device=device)
     model.run(tokens, positions.to(device) + start, [partial(attend, layer=layer, window=w) for layer, w in enumerate(windows(model))])

@@ -15,7 +15,6 @@ transformers, and `python tests/compare_layers.py MODEL` does so layer by layer.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from attention_kernels import attention, tile
 
 # What a published config.json means by leaving a size out (the 4B and larger do).
 DEFAULTS = {"vocab_size": 262_208, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26, "num_attention_heads": 8,
@@ -119,72 +120,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Some queries of one document, and the keys they may see: rows and columns counted from the document's start.
-
-    A local layer with a window of 4 sees of a document of 10 tokens, cut into tiles of 4 queries:
-
-        keys     0 1 2 3 4 5 6 7 8 9
-        query 0  ■ . . .                   ┐
-              1  ■ ■ . .                   │ tile 0: keys 0 to 3, plainly causal
-              2  ■ ■ ■ .                   │
-              3  ■ ■ ■ ■                   ┘
-              4    ■ ■ ■ ■ . . .           ┐
-              5      ■ ■ ■ ■ . .           │ tile 1: keys 1 to 7, under a mask
-              6        ■ ■ ■ ■ .           │
-              7          ■ ■ ■ ■           ┘
-              8            ■ ■ ■ ■ .       ┐ tile 2: keys 5 to 9
-              9              ■ ■ ■ ■       ┘
-    """
-
-    queries: slice
-    keys: slice
-    mask: Tensor | None         # (queries, keys), 0 where seen, else -inf; None: causal, from the document's start
-
-
-def tile_documents(documents: Tensor, window: int, dtype: torch.dtype, device: torch.device) -> tuple[list[list[Tile]], list[list[Tile]]]:
-    """The tiles of each document, a run of equal values in `documents` (T): for local layers, and for global ones."""
-    lengths = torch.unique_consecutive(documents, return_counts=True)[1].tolist()
-    masks: dict[int, Tensor] = {}
-
-    def local_tiles(length: int) -> list[Tile]:
-        tiles = [Tile(slice(0, min(window, length)), slice(0, min(window, length)), None)]
-        for start in range(window, length, window):
-            size = min(window, length - start)
-            if size not in masks:                            # query i stands at key i + window - 1 and sees back to key i
-                ahead = torch.arange(size + window - 1, device=device) - torch.arange(size, device=device)[:, None]
-                hidden = (ahead < 0) | (ahead >= window)
-                masks[size] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-            tiles.append(Tile(slice(start, start + size), slice(start - window + 1, start + size), masks[size]))
-        return tiles
-
-    return ([local_tiles(length) for length in lengths], [[Tile(slice(0, length), slice(0, length), None)] for length in lengths])
-
-
 # What a layer asks for its attention: (q (T, N, H), k (T, K, H), v (T, K, H), scale of the scores) -> (T, N, H).
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: list[list[Tile]]) -> Tensor:
-    """Causal attention inside each document.
-
-    q (T, N, H); k and v (T, K, H), each kv head serving N/K query heads; tiles: of each document in turn, side by side.
-    Returns (T, N, H). Every tile is one call of PyTorch's fused attention: no padding, and no score outside the
-    document or, past a tile's border, outside the window.
-    """
-    groups = q.shape[1] // k.shape[1]
-    lengths = [document[-1].queries.stop for document in tiles]
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                     # (1, heads, T, H)
-    if groups > 1:
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
-    outs = []
-    for document, *qkv in zip(tiles, *(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
-        for tile in document:
-            rows, columns = tile.queries, tile.keys
-            outs.append(F.scaled_dot_product_attention(qkv[0][:, :, rows], qkv[1][:, :, columns], qkv[2][:, :, columns],
-                                                       attn_mask=tile.mask, is_causal=tile.mask is None, scale=scale))
-    return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,8 +211,9 @@ class Gemma3(nn.Module):
         tokens (T) int64; positions (T), each document counting from 0; documents (T), one value for each document,
         its tokens side by side (kept on the CPU it costs no device synchronisation). Returns (T, D) in `compute_dtype`.
         """
-        local_tiles, global_tiles = tile_documents(documents, self.config.sliding_window, self.compute_dtype, tokens.device)
-        local, full = partial(attention, tiles=local_tiles), partial(attention, tiles=global_tiles)
+        lengths = torch.unique_consecutive(documents, return_counts=True)[1].tolist()
+        local, full = (partial(attention, tiles=tile(lengths, window, self.compute_dtype, tokens.device))
+                       for window in (self.config.sliding_window, None))
         return self.run(tokens, positions, [local if kind == "sliding_attention" else full for kind in self.config.layer_types])
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend]) -> Tensor:

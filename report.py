@@ -23,7 +23,7 @@ from checkpoint import read_json, whole_file
 
 POINTS = 400                      # at most so many in a line
 MISSES, HITS = 24, 6              # answers shown
-METRICS = (("exact_match", "Exact match", "rows"), ("ast_match", "AST match", "rows"), ("name_accuracy", "Function names", ""),
+METRICS = (("exact_match", "Exact match", "rows"), ("ast_match", "AST match", "rows"), ("name_accuracy", "Function names", "rows"),
            ("argument_precision", "Argument precision", ""), ("argument_recall", "Argument recall", ""),
            ("parse_failures", "Unreadable answers", "rows"), ("correct_silence", "Correct silence", "no_call_rows"))
 # What has no face, or turns the line around.
@@ -44,7 +44,7 @@ h2 { margin: 2.75rem 0 .9rem; padding-top: .9rem; border-top: 1px solid var(--ru
 h3 { margin: 1.75rem 0 .75rem; font-size: 1rem; }
 h4, small, .note, thead, summary { color: var(--muted); font-size: .8rem; font-weight: 400; }
 .result { margin-top: .35rem; max-width: 46rem; font-size: clamp(1.2rem, 1rem + 1vw, 1.5rem); font-weight: 600; line-height: 1.4; }
-.note { margin-top: .6rem; }
+.note { margin-top: .6rem; max-width: 34rem; }
 
 table { min-width: min(100%, 34rem); border-collapse: collapse; line-height: 1.35; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem 0 .45rem clamp(.6rem, 2.5vw, 2.25rem); border-bottom: 1px solid var(--rule); font-weight: 400; text-align: right;
@@ -248,8 +248,9 @@ def accuracy(ends: list) -> str:
         if len(values) == 2:
             row.append("–" if None in values else f"{100 * (values[1] - values[0]):+.1f}".replace("-", "−"))
         rows += [row] if any(value is not None for value in values) else []
-    note = '<p class="note">Ranges are 95\u202f% intervals.</p>' if any(part(evaluation, "intervals") for _, evaluation in ends) else ""
-    return table([*column_heads(ends), *["change,<br>points"] * (len(ends) == 2)], rows) + note if rows else ""
+    note = ("Exact match is to the letter; AST match overlooks capitals, spaces and some punctuation. Precision: the right ones of the "
+            "arguments given; recall: of the arguments wanted. Ranges are 95\u202f% intervals.")
+    return table([*column_heads(ends), *["change,<br>points"] * (len(ends) == 2)], rows) + f'<p class="note">{note}</p>' if rows else ""
 
 
 def files(ends: list) -> str:
@@ -287,10 +288,12 @@ def curves(steps: dict[int, dict], held_out: dict, evaluations: dict[int, dict])
     train, held = series("loss"), [(step, number(loss)) for step, loss in held_out.items()]
     best = min((point for point in held if point[1] is not None), key=lambda point: point[1], default=None)
     bad = [step for step, loss in train if loss is None]
-    note = (f"Held-out loss is lowest, {short(best[1])}, at step {best[0]:,}. " if best else "") + (
-        "Faint: every step. " if len(train) > 1 else "") + (f"{len(bad):,} of {len(train):,} steps had no finite loss, the first of them step {bad[0]:,}." if bad else "")
+    notes = [f"Held-out loss is lowest, {short(best[1])}, at step {best[0]:,}." if best else "",
+             "Faint: every step." if len(train) > 1 else "",
+             f"{len(bad):,} of {len(train):,} steps had no finite loss, the first of them step {bad[0]:,}." if bad else ""]
     figures.append(figure("Loss", "nats a trained token", [Line("", "first", train, faint=True), Line("train", "first", smooth(train)),
-                                                           Line("held-out", "second", held, dots=True)], note, log=True))
+                                                           Line("held-out", "second", held, dots=True)],
+                          " ".join(filter(None, notes)), log=True))
 
     figures.append(figure("Learning rate", "", [Line("", "first", series("lr"))]))
     speed = series("tokens_per_second")
@@ -325,7 +328,7 @@ def answers(ends: list) -> str:
     before = {dump(answer["source"]): answer for answer in found[0] if answer.get("source") is not None} if len(found) == 2 else {}
     groups: dict[str, list[dict]] = {}
     for answer in found[-1]:
-        groups.setdefault(str(answer.get("cause") or ("not exact" if answer.get("exact") is False else "")), []).append(answer)
+        groups.setdefault(str(answer.get("cause") or ("not to the letter" if answer.get("exact") is False else "")), []).append(answer)
     hits = groups.pop("", [])
     ordered = sorted(groups, key=lambda cause: -len(groups[cause]))
     turns = [cause for i in range(MISSES) for cause in ordered if i < len(groups[cause])]

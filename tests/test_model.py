@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model
 from data import read_rows
-from model import Gemma3, GemmaConfig, attention, rms_norm, rotate, tile_documents
+from model import Gemma3, GemmaConfig, rms_norm, rotate
 from tokenizer import Tokenizer
 
 SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -93,32 +93,6 @@ def test_gradients_equal_transformers(real_model):
     for name, grad in got.items():
         assert want[name].norm() > 0
         assert (grad - want[name]).norm() <= 1e-3 * want[name].norm(), name
-
-
-def naive_attention(q, k, v, documents, window, scale):
-    """With one (T, T) mask: the definition."""
-    i = torch.arange(len(q))
-    seen = (documents[:, None] == documents) & (i[:, None] >= i) & (i[:, None] - i < window)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("inh,jnh->nij", q, k) * scale
-    return torch.einsum("nij,jnh->inh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
-
-
-@pytest.mark.parametrize("lengths", [[1], [8], [9], [23], [3, 8, 1, 30, 17]], ids=str)
-@pytest.mark.parametrize("local", [True, False], ids=["local", "global"])
-def test_attention_and_its_gradients_equal_the_masked_definition(lengths, local, generator):
-    T = sum(lengths)
-    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    q, k, v = (torch.randn(T, heads, 16, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
-    tiles = tile_documents(documents, 8, q.dtype, q.device)[0 if local else 1]
-    out = torch.randn(T, 4, 16, generator=generator, dtype=torch.float64)
-    got = attention(q, k, v, tiles, 0.3)
-    got_gradients = torch.autograd.grad(got, (q, k, v), out)
-    want = naive_attention(q, k, v, documents, 8 if local else T, 0.3)
-    torch.testing.assert_close(got, want)
-    for mine, theirs in zip(got_gradients, torch.autograd.grad(want, (q, k, v), out), strict=True):
-        assert T == 1 or theirs.norm() > 0
-        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_document_never_sees_another(small):

@@ -233,10 +233,11 @@ def test_arguments_are_compared_one_by_one():
 
 def test_misses_come_first_by_cause_each_cause_gets_its_turn_then_hits(run):
     many = [answer(f"b:{i}") for i in range(50)] + [answer(f"a:{i}", "wrong argument", []) for i in range(100)] + [answer("c:1", "rare", [])]
+    many[0]["exact"] = False
     page = run(calls={40: evaluation(0.5, many)})
     titles = [page.between(i) for i, (tag, _) in enumerate(page.tags) if tag == "h3"]
-    assert titles[3:6] == ["Missed: wrong argument", "Missed: rare", "Right"]
-    assert "23 of 100" in page.text and "6 of 50" in page.text and len(page.all("article")) == report.MISSES + report.HITS
+    assert titles[3:7] == ["Missed: wrong argument", "Missed: not to the letter", "Missed: rare", "Right"]
+    assert "22 of 100" in page.text and "6 of 49" in page.text and len(page.all("article")) == report.MISSES + report.HITS
 
 
 def test_an_earlier_answer_to_the_same_row_stands_beside_the_last(run):

@@ -1,0 +1,82 @@
+"""Attention over packed documents equals its definition, in values, gradients and rounding."""
+import pytest
+import torch
+
+import attention_kernels as module
+from attention_kernels import attention, attention_reference, tile
+
+
+def naive_attention(q, k, v, documents, window, scale):
+    """With one (T, T) mask: the definition."""
+    i = torch.arange(len(q))
+    seen = (documents[:, None] == documents) & (i[:, None] >= i) & (i[:, None] - i < window)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("inh,jnh->nij", q, k) * scale
+    return torch.einsum("nij,jnh->inh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def gradients(function, inputs, dout):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))
+
+
+def operands(T, generator, dtype=torch.float64, kv_heads=2):
+    q, k, v = (torch.randn(T, heads, 16, generator=generator, dtype=torch.float64).to(dtype) for heads in (4, kv_heads, kv_heads))
+    return (q, k, v), torch.randn(T, 4, 16, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("function", [attention, attention_reference], ids=["ours", "reference"])
+@pytest.mark.parametrize("queries", [5, 256])
+@pytest.mark.parametrize("lengths", [[1], [8], [9], [23], [3, 8, 1, 30, 17]], ids=str)
+@pytest.mark.parametrize("window", [8, None])
+def test_attention_and_its_gradients_equal_the_masked_definition(function, queries, lengths, window, generator, monkeypatch):
+    monkeypatch.setattr(module, "QUERIES", queries)
+    T = sum(lengths)
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    inputs, dout = operands(T, generator)
+    tiles = tile(lengths, window, torch.float64, torch.device("cpu"))
+    assert max(t.mask.shape[0] for t in tiles) <= queries
+    got = gradients(lambda q, k, v: function(q, k, v, 0.3, tiles), inputs, dout)
+    want = gradients(lambda q, k, v: naive_attention(q, k, v, documents, window or T, 0.3), inputs, dout)
+    for mine, exact in zip(got, want, strict=True):
+        assert T == 1 or exact.norm() > 0
+        torch.testing.assert_close(mine, exact)
+
+
+@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("before", [1, 7, 8, 20])
+def test_keys_that_stand_before_are_seen_as_if_the_document_held_them(before, window, generator, monkeypatch):
+    monkeypatch.setattr(module, "QUERIES", 5)
+    lengths = [3, 12, 1]
+    T = sum(lengths) + before * len(lengths)
+    documents = torch.arange(3).repeat_interleave(torch.tensor([before + n for n in lengths]))
+    (q, k, v), _ = operands(T, generator)
+    own = torch.cat([torch.arange(before, before + n) + sum(lengths[:i]) + i * before for i, n in enumerate(lengths)])
+    got = attention(q[own], k, v, 0.3, tile(lengths, window, torch.float64, torch.device("cpu"), before))
+    torch.testing.assert_close(got, naive_attention(q, k, v, documents, window or T, 0.3)[own])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [1.0, 6.0], ids=["even scores", "sharp scores"])
+def test_attention_rounds_no_more_than_the_reference(dtype, size, generator, monkeypatch):
+    monkeypatch.setattr(module, "QUERIES", 64)
+    lengths, window = [150, 300], 100
+    inputs, dout = operands(450, generator, dtype, kv_heads=1)
+    inputs = (inputs[0] * size, *inputs[1:])
+    documents = torch.arange(2).repeat_interleave(torch.tensor(lengths))
+    exact = gradients(lambda q, k, v: naive_attention(q, k, v, documents, window, 0.25), [x.double() for x in inputs], dout.to(dtype).double())
+    tiles = tile(lengths, window, dtype, torch.device("cpu"))
+    ours = gradients(lambda q, k, v: attention(q, k, v, 0.25, tiles), inputs, dout)
+    reference = gradients(lambda q, k, v: attention_reference(q, k, v, 0.25, tiles), inputs, dout)
+    for name, got, naive, want in zip(("out", "dq", "dk", "dv"), ours, reference, exact, strict=True):
+        def error(x, want=want):
+            return ((x.double() - want).norm() / want.norm()).item()
+        assert got.dtype == dtype and error(got) <= 2 * error(naive), (name, error(got), error(naive))
+
+
+def test_gradcheck(generator, monkeypatch):
+    monkeypatch.setattr(module, "QUERIES", 3)
+    (q, k, v), _ = operands(7, generator)
+    tiles = tile([2, 5], 4, torch.float64, torch.device("cpu"))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, 0.3, tiles), [x.requires_grad_() for x in (q, k, v)])
