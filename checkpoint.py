@@ -90,6 +90,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with whole_file(path) as temporary:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary,
                   metadata={"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)                       # safetensors makes it the owner's alone
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
