@@ -14,7 +14,7 @@ DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 4e-3 --beta2 0.98 --batch-ro
               --eval-rows 200 --eval-calls 200 --eval-every 550 --save-every 550 --log-every 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev test test-gpu lint finetune bench clean
+.PHONY: help setup setup-dev test test-gpu lint finetune report bench clean
 
 help:                    ## this list
 	@awk -F '##' '/^[a-z-]+:.*##/ { split($$0, name, ":"); printf "  make %-10s %s\n", name[1], $$2 }' Makefile
@@ -36,6 +36,9 @@ setup-dev: setup $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready-dev)     
 finetune: setup          ## train: the embedded demo, or MODEL=name-or-folder DATA=name-or-file [OUT=…] [FLAGS="…"]
 	$(if $(DEMO),$(PYTHON) demo.py build/demo)
 	$(PYTHON) train.py --model $(MODEL) --data $(DATA) --out $(OUT) $(if $(DEMO),$(DEMO_FLAGS) --overwrite) $(FLAGS)
+
+report: setup            ## a run's report.html: make report OUT=runs/mine
+	$(PYTHON) evaluate.py --report $(OUT)
 
 test: setup-dev real-model lint     ## all tests that this machine can run
 	$(PYTHON) -m pytest

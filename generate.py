@@ -34,6 +34,7 @@ from model import Gemma3
 from tokenizer import Tokenizer, parse_calls, render_segments
 
 STOP_IDS = (1, 50, 106)      # <eos>, <start_function_response>, <end_of_turn>
+READ_TOKENS = 8_192          # prompts are read side by side until they make this many
 SHORTEST_PREFIX = 64         # a shared beginning of fewer tokens is not worth a forward pass of its own
 
 
@@ -274,10 +275,18 @@ def admit(model: Gemma3, cache: Cache, held: Prefix, rows: Sequence[Sequence[int
         more = read(model, held, [bodies[0][len(held.ids):shared]])[0]
         held = Prefix(held.ids + more.ids, *([torch.cat(pair) for pair in zip(a, b, strict=True)]
                                              for a, b in ((held.keys, more.keys), (held.values, more.values))))
-    suffixes = [body[len(held.ids):] for body in bodies]
-    read_rows = iter(read(model, held, [suffix for suffix in suffixes if suffix]) if any(suffixes) else ())
-    for place, suffix in enumerate(suffixes, start=at):
-        cache.fill(place, held, next(read_rows) if suffix else None)
+    own = []                                                      # (row, its own tokens)
+    for row, body in enumerate(bodies, start=at):
+        if len(body) > len(held.ids):
+            own.append((row, body[len(held.ids):]))
+        else:
+            cache.fill(row, held, None)
+    while own:
+        sizes = itertools.accumulate(len(tokens) for _, tokens in own)
+        taken = max(1, sum(size <= READ_TOKENS for size in sizes))
+        for (row, _), part in zip(own[:taken], read(model, held, [tokens for _, tokens in own[:taken]]), strict=True):
+            cache.fill(row, held, part)
+        own = own[taken:]
     return held
 
 

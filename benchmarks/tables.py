@@ -19,12 +19,14 @@ def summarise(run: Path) -> dict:
     """What a run's log.jsonl says: accuracy and held-out loss before and after, time, memory, machine, flags."""
     header, *records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     taken = [record for record in records if "loss" in record]
-    exact = [record for record in records if "exact_match" in record]
+    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "calls").glob("step-*.json"))]
+    calls = [{key: value for key, value in e.items() if key != "answers"} | {"step": int(path.stem.removeprefix("step-"))}
+             for path, e in zip(sorted((run / "calls").glob("step-*.json")), evaluations, strict=True)]
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     return {"steps": taken[-1]["step"], "tokens": sum(r["tokens"] for r in taken), "minutes": sum(r["seconds"] for r in taken) / 60,
             "tokens_per_second": sum(r["tokens"] for r in taken) / sum(r["seconds"] for r in taken),
             "peak_gib": max(r["peak_gib"] for r in taken), "held_out_loss": [held_out[0], held_out[-1]],
-            "exact_match": [r["exact_match"] for r in exact], "exact_rows": exact[-1]["rows"] if exact else 0,
+            "calls": calls, "data": [Path(source).name for source in header["flags"]["data"].split(",")],
             "device": header["device"], "commit": header["commit"], "torch": header["torch"],
             "flags": {k: v for k, v in header["flags"].items() if k not in ("model", "data")}}
 
@@ -35,6 +37,10 @@ def tables() -> dict[str, str]:
     made = {}
     if "demo" in found:
         made["demo"] = demo_table(found["demo"])
+    if runs := [found[name] for name in ("sixty_steps", "an_hour") if name in found]:
+        made["calls"] = calls_table(runs)
+    if decode := found.get("decode", found.get("cpu_decode")):
+        made["decode"] = decode_table(decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
         made["peft"] = peft_table(found["cpu_vs_peft"], found["cpu_parity"])
     if "tokenizer" in found:
@@ -43,13 +49,46 @@ def tables() -> dict[str, str]:
 
 
 def demo_table(r: dict) -> str:
-    before, after = r["exact_match"]
+    before, after = r["calls"][0], r["calls"][-1]
     return "\n".join([
         "| `make finetune` | before | after |", "|---|---|---|",
-        f"| exactly the right calls, of {r['exact_rows']} held-out queries | {before:.1%} | **{after:.1%}** |",
+        f"| exactly the right calls, of {after['rows']} held-out queries | {before['exact_match']:.1%} | **{after['exact_match']:.1%}** |",
         f"| held-out loss, nats a trained token | {r['held_out_loss'][0]:.2f} | {r['held_out_loss'][1]:.3f} |", "",
         f"{r['steps']} steps in {r['minutes']:.1f} minutes, {r['tokens_per_second'] / 1e3:.1f}k tokens/s, {r['peak_gib']:.1f} GiB; "
         f"{r['device']}, torch {r['torch']}, commit {r['commit']}"])
+
+
+def calls_table(runs: list[dict]) -> str:
+    """Accuracy before and after of each run, and by file."""
+    lines = ["| Gemma 3 270M, real weights | held-out rows | exact match | AST match | right functions |", "|---|---|---|---|---|"]
+    notes = []
+
+    def cells(before: dict, after: dict) -> str:
+        return " | ".join([str(after["rows"]), *(f"{before[key]:.1%} → **{after[key]:.1%}**" for key in
+                                                 ("exact_match", "ast_match", "name_accuracy"))])
+
+    for r in runs:
+        before, after, flags = r["calls"][0], r["calls"][-1], r["flags"]
+        files = after.get("files", {})
+        name = " + ".join(Path(file).stem for file in r["data"])
+        lines.append(f"| {name}, {r['steps']} steps, {r['minutes']:.0f} minutes | {cells(before, after)} |")
+        lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()]
+        way = "every parameter" if flags["full"] else f"LoRA rank {flags['lora_rank']}"
+        notes.append(f"{r['steps']} steps of {flags['batch_rows']} rows, {way}, lr {flags['lr']:g}: {r['tokens'] / 1e3:.0f}k tokens at "
+                     f"{r['tokens_per_second']:.0f} tokens/s, {r['peak_gib']:.1f} GiB, held-out loss {r['held_out_loss'][0]:.2f} → "
+                     f"{r['held_out_loss'][1]:.3f}; {r['device']}, torch {r['torch']}, commit {r['commit']}")
+    return "\n".join([*lines, "", "  \n".join(notes)])
+
+
+def decode_table(r: dict) -> str:
+    rate, whole = r["decoding_tokens_per_second"], r["with_reading_tokens_per_second"]
+    lines = [f"| {side} | {rate[side]:.1f} | {rate[side] / rate['transformers']:.1f} × | {whole[side]:.1f} |" for side in rate]
+    one, many = (statistics.median(r[key]) for key in ("single_tokens_per_second", "batch_of_16_tokens_per_second"))
+    return "\n".join([
+        f"| answering one prompt of {r['prompt_tokens']} tokens | tokens/s | | with reading the prompt |", "|---|---|---|---|", *lines, "",
+        f"Sixteen prompts of 40 tokens at once: {many:.0f} tokens/s, {r['times_single']:.1f} × one by one ({one:.0f}). "
+        f"{r['same_answers']} of {r['prompts']} answers are the same; {r['device']}, bf16, torch {r['versions']['torch']}, transformers "
+        f"{r['versions']['transformers']}; `python benchmarks/decode.py`"])
 
 
 def peft_table(s: dict, p: dict) -> str:

@@ -111,6 +111,15 @@ def test_a_shared_beginning_is_computed_once(small, monkeypatch):
     assert sum(counted) <= 200 + 20 * 9 + 20 * 3 + 20
 
 
+@pytest.mark.parametrize("at_once", [1, 10, 31])
+def test_prompts_read_in_several_passes_give_the_same_answers(small, monkeypatch, at_once):
+    prompts = [*prompts_of(LENGTHS), prompts_of(LENGTHS)[-1]]                       # two of them equal: nothing of its own to read
+    want = generate(small, prompts, 6)
+    monkeypatch.setattr(module, "READ_TOKENS", at_once)
+    monkeypatch.setattr(module, "SHORTEST_PREFIX", 1)
+    assert generate(small, prompts, 6) == generate(small, prompts, 6, batch_rows=2) == want
+
+
 def test_the_longest_shared_beginning():
     assert shared_length([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
     assert shared_length([[1, 2]]) == 2 and shared_length([[], [1]]) == 0 and shared_length([[5], [6]]) == 0
