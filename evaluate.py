@@ -160,6 +160,7 @@ class Score:
     ast: bool
     names: bool                     # the right functions, each as often as wanted
     fault: Fault | None             # why it is no AST match
+    readable: bool                  # nothing in it was left unread
     right_arguments: int
     given_arguments: int
     wanted_arguments: int
@@ -191,15 +192,15 @@ def score(wanted: Sequence[dict], given: Sequence[dict], tools: Sequence[dict], 
     if not ast:
         if not wanted:
             fault = Fault("unwanted call", ", ".join(given_names)) if given else Fault("unparsable", unread[0])
-        elif unread:
+        elif unread and len(given) <= len(wanted):
             fault = Fault("unparsable", unread[0])
         elif not given:
             fault = Fault("no call")
-        elif len(wanted) != len(given):
+        elif len(wanted) != len(given):                    # also where the one too many is cut off and unreadable
             fault = Fault("wrong count", f"{len(given)} calls, wanted {len(wanted)}")
         elif wanted_names != given_names:
             fault = Fault("wrong function", f"{', '.join(given_names - wanted_names)}, wanted {', '.join(wanted_names - given_names)}")
-    return Score(exact, ast, wanted_names == given_names and not unread, None if ast else fault, right,
+    return Score(exact, ast, wanted_names == given_names and not unread, None if ast else fault, not unread, right,
                  sum(len(g["arguments"]) for g in given),
                  sum("" not in values for w in wanted for parameters in w.values() for values in parameters.values()))
 
@@ -219,17 +220,17 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
              batch_rows: int = 16, say: Callable[[str], None] = lambda _: None) -> dict:
     """Answer the first query of every row greedily, and compare; returns what `--json` writes.
 
-    max_new_tokens: of an answer; by default half as many again as the longest one wanted. say: hears of the progress.
+    max_new_tokens: of an answer; by default twice as many as the row wants, and 64 at least: a longer one is wrong. say:
+    hears of the progress.
     Fractions are of 1; `answers` has an entry for each row, in order.
     """
     prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
-    if max_new_tokens is None:
-        max_new_tokens = 16 + max((int(data.tokenize(row, tokenizer).trained.sum()) for row in rows), default=0) * 3 // 2
+    limits = [max_new_tokens or max(64, 2 * int(data.tokenize(row, tokenizer).trained.sum())) for row in rows]
     answers: list[dict] = [{} for _ in rows]
     scores: dict[int, Score] = {}
     generated, cut = 0, 0
     began = told = time.perf_counter()
-    for i, ids in stream(model, prompts, max_new_tokens, batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
+    for i, ids in stream(model, prompts, limits, batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
         text, row = tokenizer.decode(ids), rows[i]
         calls = parse_calls(text)
         scores[i] = score(row.accepted or [accepted_values(call) for call in row.calls], calls, row.tools, calls.unread)
@@ -251,8 +252,7 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
             result["files"][file] = summary([scores[i] for i in of_file], [answers[i]["cause"] for i in of_file],
                                             [not rows[i].calls for i in of_file])
     return result | {"prompt_tokens": sum(map(len, prompts)), "generated_tokens": generated, "seconds": seconds,
-                     "tokens_per_second": generated / max(seconds, 1e-9), "cut_answers": cut, "max_new_tokens": max_new_tokens,
-                     "answers": answers}
+                     "tokens_per_second": generated / max(seconds, 1e-9), "cut_answers": cut, "answers": answers}
 
 
 def summary(scores: Sequence[Score], causes: Sequence[str | None], silent: Sequence[bool]) -> dict:
@@ -267,7 +267,7 @@ def summary(scores: Sequence[Score], causes: Sequence[str | None], silent: Seque
     counted = Counter(causes)
     return {"rows": len(scores), **{name: share(of) for name, of in flags.items()},
             "argument_precision": right / given if given else None, "argument_recall": min(1.0, right / wanted) if wanted else None,
-            "parse_failures": share([cause == "unparsable" for cause in causes]), "no_call_rows": len(silence),
+            "parse_failures": share([not s.readable for s in scores]), "no_call_rows": len(silence),
             "correct_silence": share(silence), "counts": {name: sum(of) for name, of in flags.items()},
             "intervals": {name: interval(of) for name, of in flags.items()}, "causes": {c: counted[c] for c in CAUSES if counted[c]}}
 
@@ -311,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", type=float, default=None, metavar="F", help="only the rows that train.py holds out with --eval-fraction F")
     add("--limit", type=int, default=None, metavar="N", help="at most N rows, chosen by a hash of the query")
     add("--skip-invalid", action="store_true", help="leave out rows that cannot be right, instead of stopping")
-    add("--max-new-tokens", type=int, default=None, metavar="N", help="longest answer (default: half as long again as the longest wanted)")
+    add("--max-new-tokens", type=int, default=None, metavar="N", help="longest answer (default: twice as long as the wanted one)")
     add("--batch-rows", type=int, default=16, metavar="N", help="rows answered at a time (default: %(default)s)")
     add = parser.add_argument_group("what to write").add_argument
     add("--json", default=None, metavar="OUT", help="write the figures and every answer to this file")

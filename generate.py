@@ -203,17 +203,18 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 @torch.no_grad()
-def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 128, *, temperature: float = 0.0, top_p: float = 1.0,
-           seed: int = 0, batch_rows: int = 16, look_ahead: int | None = None,
+def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int] = 128, *,
+           temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, batch_rows: int = 16, look_ahead: int | None = None,
            phrases: Sequence[Sequence[int]] = ()) -> Iterator[tuple[int, list[int]]]:
     """Answer every prompt; yields (its index, the answer up to and with its first stop id), each as soon as it is done.
 
-    prompts: token ids of each, of any lengths, none empty. At temperature 0 the best token is taken, otherwise one is
-    drawn with `seed`. batch_rows: prompts at a time. look_ahead: tokens guessed in a step (default: 7, or as many as
-    make 64 tokens with the batch's rows); phrases: token ids that answers are likely to hold, for the first guesses.
-    Neither changes an answer, but for scores that tie up to rounding.
+    prompts: token ids of each, of any lengths, none empty. max_new_tokens: of all, or of each. At temperature 0 the best
+    token is taken, otherwise one is drawn with `seed`. batch_rows: prompts at a time. look_ahead: tokens guessed in a step
+    (default: 7, or as many as make 64 tokens with the batch's rows); phrases: token ids that answers are likely to hold,
+    for the first guesses. Neither changes an answer, but for scores that tie up to rounding.
     """
-    if not prompts or max_new_tokens < 1:
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if not prompts or min(limits) < 1:
         yield from ((i, []) for i in range(len(prompts)))
         return
     if not all(prompts):
@@ -221,7 +222,7 @@ def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int 
     device = model.head.device
     B = min(batch_rows, len(prompts))
     width = 1 + (max(0, min(8, 64 // B) - 1) if look_ahead is None else look_ahead)
-    room = max(map(len, prompts)) + max_new_tokens + width
+    room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) + width
     cache, step = Cache(model, B, room, width), None
     generator = torch.Generator(device).manual_seed(seed) if temperature else None
     waiting = sorted(range(len(prompts)), key=lambda i: list(prompts[i]), reverse=True)       # like beginnings in turn; taken from the end
@@ -252,7 +253,7 @@ def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int 
             for token, guess in itertools.zip_longest(chosen[place], guesses[place]):
                 row.ids.append(token)
                 answers.note(row.ids, len(row.ids) - 1)
-                if token in STOP_IDS or len(row.ids) == row.length + max_new_tokens:
+                if token in STOP_IDS or len(row.ids) == row.length + limits[row.index]:
                     yield row.index, row.ids[row.length:]
                     last = running.pop()
                     if last is not row:                            # the last row moves into the free place
@@ -317,7 +318,7 @@ class CapturedStep:
         return self.logits
 
 
-def generate(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 128, **options) -> list[list[int]]:
+def generate(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int] = 128, **options) -> list[list[int]]:
     """The answer to each prompt, in their order.  Options as for `stream`."""
     answers = dict(stream(model, prompts, max_new_tokens, **options))
     return [answers[i] for i in range(len(prompts))]

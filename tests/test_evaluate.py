@@ -77,6 +77,7 @@ def test_a_call_is_right_by_the_letter_or_by_the_leaderboard_s_rules(wanted, giv
     ([call(city="Rome")], [call(city=3)], [], "wrong type", 'city is 3, wanted "Rome"'),
     ([call(city="Rome")], [call(city="Oslo")], [], "wrong argument", 'city is "Oslo", wanted "Rome"'),
     ([call(city="Rome")], [call(city="Rome")] * 2, [], "wrong count", "2 calls, wanted 1"),
+    ([call(city="Rome")], [call(city="Rome")] * 2, ["call at character 90: …"], "wrong count", "2 calls, wanted 1"),
     ([], [call("cancel")], [], "unwanted call", "cancel"),
     ([], [], ["call at character 0: …"], "unparsable", "character 0"),
 ])
