@@ -101,8 +101,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=100, help="steps between checkpoints; 0 saves at the end alone")
     add("--eval-every", type=int, default=100, help="steps between held-out losses; 0 takes them at the start and the end alone")
     add("--log-every", type=int, default=1, help="steps between lines on the console; log.jsonl has every step")
-    add("--eval-calls", type=int, default=0, metavar="N", help="with each held-out loss, answer N held-out queries and count the right "
-        "calls; OUT/calls has every answer")
+    add("--eval-calls", type=int, default=50, metavar="N", help="with each held-out loss, answer N held-out queries and count the right "
+        "calls, 0 for none; OUT/calls has every answer")
     args = parser.parse_args(argv)
 
     if args.batch_rows is not None and args.batch_tokens is not None:

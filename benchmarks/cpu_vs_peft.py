@@ -37,7 +37,7 @@ def flags(args: argparse.Namespace, steps: int, out: Path) -> list[str]:
     """The flags of train.py that both sides follow."""
     return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", "--lora-rank", "16", "--lr", "3e-4",
             "--steps", str(steps), "--batch-rows", str(BATCH_ROWS), "--dtype", "bf16", "--device", args.device, "--save-every", "0",
-            "--eval-every", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
+            "--eval-every", "0", "--eval-calls", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
 
 
 def run_ours(args: argparse.Namespace, steps: int, folder: Path) -> dict:
