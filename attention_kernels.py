@@ -41,8 +41,7 @@ class Tile:
 
     queries: slice
     keys: slice
-    mask: Tensor            # (queries, keys): 0 where seen, else -inf
-    causal: bool            # whether the mask is no more than that: query i sees keys 0 to i
+    mask: Tensor | None     # (queries, keys): 0 where seen, else -inf; None on a GPU where query i sees just keys 0 to i
 
 
 def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, before: int = 0) -> list[Tile]:
@@ -51,7 +50,7 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
     window: tokens that a query sees, itself included (None: all). before: keys that stand before each document's own and
     are seen by it as well (a prefix computed earlier); the keys then lie as before + length, before + length, …
     """
-    masks: dict[tuple[int, int, int], Tensor] = {}
+    masks: dict[tuple[int, int], Tensor] = {}
     tiles, first_query, first_key = [], 0, 0
     for length in lengths:
         at_once = QUERIES if device.type == "cpu" else length if window is None else window
@@ -59,14 +58,13 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
             size = min(at_once, length - start)
             lowest = 0 if window is None else max(0, before + start - window + 1)
             keys = before + start + size - lowest
-            shift = keys - size                              # the tile's query i stands at its key i + shift
-            if (size, keys, shift) not in masks:
-                ago = torch.arange(size, device=device)[:, None] + shift - torch.arange(keys, device=device)
+            causal = device.type != "cpu" and size == keys and size <= (window or size)
+            if not causal and (size, keys) not in masks:     # the tile's query i stands at its key i + keys - size
+                ago = torch.arange(size, device=device)[:, None] + keys - size - torch.arange(keys, device=device)
                 hidden = (ago < 0) | (ago >= (window or keys + size))
-                masks[size, keys, shift] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+                masks[size, keys] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
             tiles.append(Tile(slice(first_query + start, first_query + start + size),
-                              slice(first_key + lowest, first_key + lowest + keys), masks[size, keys, shift],
-                              causal=shift == 0 and size <= (window or size)))
+                              slice(first_key + lowest, first_key + lowest + keys), None if causal else masks[size, keys]))
         first_query, first_key = first_query + length, first_key + before + length
     return tiles
 
@@ -78,8 +76,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: Se
     k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
     outs = []
     for t in tiles:
-        outs.append(F.scaled_dot_product_attention(q[:, :, t.queries], k[:, :, t.keys], v[:, :, t.keys], is_causal=t.causal, scale=scale,
-                                                   attn_mask=None if t.causal else t.mask))
+        outs.append(F.scaled_dot_product_attention(q[:, :, t.queries], k[:, :, t.keys], v[:, :, t.keys], attn_mask=t.mask, scale=scale,
+                                                   is_causal=t.mask is None))
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 

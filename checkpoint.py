@@ -79,11 +79,11 @@ def write_json(path: Path, value: dict) -> None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch or write the folder again") from None
+        raise ValueError(f"{path}: not valid JSON ({error}); mend the file, or fetch or write it again") from None
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -118,6 +118,8 @@ def fetch_model(name: str) -> Path:
         if not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
         folder = Path(name)
+        if (folder / "adapter" / ADAPTER_CONFIG).exists() or (folder / ADAPTER_CONFIG).exists():
+            raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base or nothing")
         return folder / "model" if (folder / "model" / "config.json").exists() else folder       # a run's folder was given
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))
@@ -131,7 +133,10 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     bf16 compute are what full fine-tuning wants. Raises FileNotFoundError or ValueError naming the file.
     """
     folder = Path(folder)
-    config = GemmaConfig.from_dict(read_json(folder / "config.json"))
+    try:
+        config = GemmaConfig.from_dict(read_json(folder / "config.json"))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")
@@ -175,6 +180,7 @@ def save_adapter(model: nn.Module, base: str, folder: Path) -> None:
     """Write the adapters of a wrapped model as PEFT does: adapter_config.json and adapter_model.safetensors (fp32)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = next(adapter.config for _, adapter in adapters(model))
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base            # a folder is found from anywhere
     write_json(folder / ADAPTER_CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": list(config.targets),
@@ -201,15 +207,18 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
     """Wrap `model` in the adapters of a folder that `save_adapter` or PEFT wrote, or of a run, in place."""
     folder = adapter_folder(folder)
     stored = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: not a JSON object; write the adapter again")
     for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)), ("fan_in_fan_out", (False, None)),
                        ("alpha_pattern", ({}, None)), ("rank_pattern", ({}, None)), ("modules_to_save", ([], None)),
                        ("layers_to_transform", ([], None))):
         if stored.get(key, plain[0]) not in plain:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored[key]!r}; only plain LoRA is supported ({plain[0]!r})")
-    if not isinstance(stored.get("target_modules"), list) or not stored.get("r") or not stored.get("lora_alpha"):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: needs target_modules as a list, r and lora_alpha")
-    wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0),
-                           tuple(stored["target_modules"]), stored.get("use_rslora", False)))
+    try:
+        wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout") or 0.0,
+                               tuple(stored["target_modules"]), bool(stored.get("use_rslora"))))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: needs r, lora_alpha and target_modules as plain LoRA has them ({error})") from None
     tensors = _read_tensors(folder / ADAPTER)
     for name, adapter in adapters(model):
         for part, parameter in (("lora_A", adapter.lora_a), ("lora_B", adapter.lora_b)):
@@ -226,8 +235,11 @@ def base_of(model: str | None, adapter: str | None) -> str:
     """The base that `--model` names, or else the one that the adapter's config does."""
     if model or not adapter:
         return model or _no_model()
-    folder = adapter_folder(adapter)
-    return read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or _no_model(f"{folder / ADAPTER_CONFIG} names no base; ")
+    config = adapter_folder(adapter) / ADAPTER_CONFIG
+    base = read_json(config).get("base_model_name_or_path") or _no_model(f"{config} names no base; ")
+    if base.startswith("/") and not Path(base).is_dir():
+        raise FileNotFoundError(f"{base}: no such folder, though {config} names it as the base; give the base with --model")
+    return base
 
 
 def _no_model(why: str = "") -> NoReturn:
@@ -236,6 +248,8 @@ def _no_model(why: str = "") -> NoReturn:
 
 def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", device: str = "cpu") -> tuple[Gemma3, Path]:
     """What `--model` and `--adapter` name, merged into one model, and the folder with its tokenizer.  dtype: "bf16" or "fp32"."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
     folder = fetch_model(base_of(model, adapter))
     made = load_model(folder, torch.bfloat16 if dtype == "bf16" else torch.float32, device)
     if adapter:

@@ -93,8 +93,9 @@ def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> It
     """
     for file in files:
         for path in _files_of(Path(file)):
+            name = (str(path.relative_to(file)) if path != Path(file) else path.name).encode("utf-8", "backslashreplace").decode()
             for place, row in _raw_rows(path):
-                source = f"{path.name}:{place}"
+                source = f"{name}:{place}"
                 try:
                     yield parse_row(row, source)
                 except RowError as error:
@@ -183,8 +184,9 @@ def parse_row(row: Any, source: str) -> Conversation:
     if not isinstance(row["query"], str) or not row["query"].strip():
         raise RowError("empty query", f"query is {row['query']!r:.60}; it must be a text")
     tools = parse_tools(row["tools"])
-    accepted = _accepted(row["ground_truth"]) if "ground_truth" in row else ()
-    answers = [_first_accepted(call) for call in accepted] if "ground_truth" in row else _decoded(row["answers"], "answers")
+    several = row["answers"] is None and "ground_truth" in row
+    accepted = _accepted(row["ground_truth"]) if several else ()
+    answers = [_first_accepted(call) for call in accepted] if several else _decoded(row["answers"], "answers")
     if not isinstance(answers, list):
         raise RowError("bad answers", f"answers is {_kind(answers)}, not a list of {{\"name\", \"arguments\"}}")
     turn = {"role": "assistant", "content": None if answers else "",        # no call: the model is to stay silent
@@ -195,9 +197,13 @@ def parse_row(row: Any, source: str) -> Conversation:
 
 def _from_leaderboard(row: dict) -> dict:
     """A row in the leaderboard's columns in xLAM's; any other row as it is."""
-    if "question" not in row and "ground_truth" not in row:
+    if "answers" in row or not {"question", "ground_truth"} & row.keys():
         return row
-    row = {"tools": row.get("function"), "answers": None, **row}
+    row = {"tools": row.get("function", row.get("tools")), "answers": None, **row}
+    if isinstance(row["tools"], dict):
+        row["tools"] = [row["tools"]]
+    elif row["tools"] is None:
+        raise RowError("missing column", "no column 'function'; a leaderboard's row has it beside \"question\" and \"ground_truth\"")
     if "query" not in row:
         turns = row.get("question")
         turn = turns[0] if isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], list) else turns
@@ -211,10 +217,16 @@ def _from_leaderboard(row: dict) -> dict:
 
 
 def _accepted(value: Any) -> tuple[dict, ...]:
+    def holds_choices(value: Any) -> bool:
+        """Whether every object in a value maps its keys to lists of accepted values."""
+        if isinstance(value, dict):
+            return all(isinstance(values, list) and values and all(map(holds_choices, values)) for values in value.values())
+        return not isinstance(value, list) or all(map(holds_choices, value))
+
     truth = _decoded(value, "ground_truth")
     for call in truth if isinstance(truth, list) else [None]:
         parameters = next(iter(call.values())) if isinstance(call, dict) and len(call) == 1 else None
-        if not isinstance(parameters, dict) or not all(isinstance(values, list) and values for values in parameters.values()):
+        if not isinstance(parameters, dict) or not holds_choices(parameters):
             raise RowError("bad answers", f"ground_truth must be a list of {{name: {{parameter: [accepted, …]}}}}, not {call!r:.80}")
     return tuple(truth)
 
@@ -223,7 +235,7 @@ def _first_accepted(call: dict) -> dict:
     """One call out of those accepted: the first value of each parameter, without those that may be left out and come first."""
     def first(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: first(values[0]) for key, values in value.items() if isinstance(values, list) and values and values[0] != ""}
+            return {key: first(values[0]) for key, values in value.items() if values[0] != ""}
         return [first(item) for item in value] if isinstance(value, list) else value
 
     [(name, parameters)] = call.items()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -66,9 +67,16 @@ def accepts(wanted: Any, given: Any, schema: dict, exact: bool) -> bool:
                                                  for w, g in zip(wanted, given, strict=True))
     if isinstance(wanted, dict):
         schemas = properties(schema)
-        return (all(any(accepts(w, value, schemas.get(key, {}), exact) for w in wanted.get(key, ())) for key, value in given.items())
+        return (all(any_accepts(wanted.get(key, []), value, schemas.get(key, {}), exact) for key, value in given.items())
                 and all(key in given or "" in values for key, values in wanted.items()))
     return wanted == given
+
+
+def any_accepts(values: list, given: Any, schema: dict, exact: bool) -> bool:
+    """Whether `given` is one of the accepted values; "" among others than strings only says that it may be left out."""
+    if not all(isinstance(w, str) for w in values):
+        values = [w for w in values if w != ""]
+    return any(accepts(w, given, schema, exact) for w in values)
 
 
 def properties(schema: dict) -> dict[str, dict]:
@@ -104,6 +112,9 @@ class Fault:
 def call_fault(wanted: dict, given: dict, functions: dict[str, dict], exact: bool) -> Fault | None:
     """What is wrong with a call, first things first; None: nothing.
 
+    A row may want an argument that its function does not declare, or leave out one that it requires: then what the row
+    wants is right, though the leaderboard, whose rows are clean, would refuse it.
+
     wanted: {name: {parameter: [accepted, …]}}; given: {"name", "arguments"}; functions: the declared ones by name
     """
     [(name, parameters)] = wanted.items()
@@ -112,16 +123,16 @@ def call_fault(wanted: dict, given: dict, functions: dict[str, dict], exact: boo
     declared = functions.get(name, {}).get("parameters", {})
     schemas, arguments = properties(declared), given["arguments"]
     required = declared.get("required") if isinstance(declared.get("required"), list) and not exact else []
-    for key in (*parameters, *required):
-        if key not in arguments and not (key in parameters and "" in parameters[key] and key not in required):
-            return Fault("missing argument", str(key))
+    for key, values in parameters.items():
+        if key not in arguments and ("" not in values or key in required):
+            return Fault("missing argument", key)
     for key in arguments:
         if key not in parameters:
             return Fault("extra argument", f"{key} is {shown(arguments[key])}")
     for key, value in arguments.items():
         schema = schemas.get(key, {})
-        if not any(accepts(w, value, schema, exact) for w in parameters[key]):
-            kinds = {kind(w) for w in parameters[key]} | ({"integer"} if schema.get("type") == "number" else set())
+        if not any_accepts(parameters[key], value, schema, exact):
+            kinds = {kind(w) for w in parameters[key] if w != ""} | ({"integer", "number"} if schema.get("type") == "number" else set())
             cause = "wrong argument" if kind(value) in kinds else "wrong type"
             return Fault(cause, f"{key} is {shown(value)}, wanted {shown(parameters[key][0])}")
     return None
@@ -176,12 +187,13 @@ def score(wanted: Sequence[dict], given: Sequence[dict], tools: Sequence[dict], 
     pairs = paired(wanted, given, functions, exact=False)
     ast = len(wanted) == len(given) and None not in pairs and not unread
     exact = len(wanted) == len(given) and None not in paired(wanted, given, functions, exact=True) and not unread
-    fault, right = None, 0
+    fault, right, optional = None, 0, 0
     free = [g for i, g in enumerate(given) if i not in pairs]
     for w, pair in zip(wanted, pairs, strict=True):
         [(name, parameters)] = w.items()
         if pair is not None:
             right += len(given[pair]["arguments"])
+            optional += sum("" in parameters[key] for key in given[pair]["arguments"])
             continue
         like = [g for g in free if g["name"] == name]      # of a missed call's namesakes, the one that is least wrong
         if like:
@@ -202,14 +214,13 @@ def score(wanted: Sequence[dict], given: Sequence[dict], tools: Sequence[dict], 
             fault = Fault("wrong function", f"{', '.join(given_names - wanted_names)}, wanted {', '.join(wanted_names - given_names)}")
     return Score(exact, ast, wanted_names == given_names and not unread, None if ast else fault, not unread, right,
                  sum(len(g["arguments"]) for g in given),
-                 sum("" not in values for w in wanted for parameters in w.values() for values in parameters.values()))
+                 optional + sum("" not in values for w in wanted for parameters in w.values() for values in parameters.values()))
 
 
 def right_arguments(parameters: dict[str, list], given: dict, functions: dict[str, dict]) -> int:
     """How many of a call's arguments are as wanted."""
     schemas = properties(functions.get(given["name"], {}).get("parameters", {}))
-    return sum(any(accepts(w, value, schemas.get(key, {}), False) for w in parameters.get(key, ()))
-               for key, value in given["arguments"].items())
+    return sum(any_accepts(parameters.get(key, []), value, schemas.get(key, {}), exact=False) for key, value in given["arguments"].items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +287,7 @@ def interval(flags: Sequence[bool], resamples: int = 2000) -> list[float] | None
     """The bootstrap's 95 % interval of a share."""
     if not flags:
         return None
-    drawn = np.random.default_rng(0).choice(np.array(flags, float), (resamples, len(flags))).mean(axis=1)
+    drawn = np.random.default_rng(0).binomial(len(flags), np.mean(flags), resamples) / len(flags)      # the shares of rows drawn anew
     return [float(x) for x in np.percentile(drawn, (2.5, 97.5))]
 
 
@@ -286,16 +297,16 @@ def table(results: dict[str, dict]) -> str:
         return "–" if value is None else f"{value:.1%}"
 
     wide = {head: max(10, len(head) + 2) for head in results}
-    lines = [f"{'':<22}" + "".join(f"{head:>{wide[head]}}" for head in results)]
+    lines = [f"{'':<26}" + "".join(f"{head:>{wide[head]}}" for head in results)]
     for key, label in (("exact_match", "exact match"), ("ast_match", "AST match"), ("name_accuracy", "right functions"),
                        ("argument_precision", "arguments, precision"), ("argument_recall", "arguments, recall"),
                        ("parse_failures", "unreadable answers"), ("correct_silence", "silent where right")):
         if any(r[key] is not None for r in results.values()):
-            lines.append(f"{label:<22}" + "".join(f"{percent(r[key]):>{wide[head]}}" for head, r in results.items()))
-    lines.append(f"{'rows':<22}" + "".join(f"{r['rows']:>{wide[head]}}" for head, r in results.items()))
+            lines.append(f"{label:<26}" + "".join(f"{percent(r[key]):>{wide[head]}}" for head, r in results.items()))
+    lines.append(f"{'rows':<26}" + "".join(f"{r['rows']:>{wide[head]}}" for head, r in results.items()))
     for cause in CAUSES:
         if any(cause in r["causes"] for r in results.values()):
-            lines.append(f"{'missed: ' + cause:<22}" + "".join(f"{r['causes'].get(cause, 0):>{wide[head]}}" for head, r in results.items()))
+            lines.append(f"{'missed: ' + cause:<26}" + "".join(f"{r['causes'].get(cause, 0):>{wide[head]}}" for head, r in results.items()))
     return "\n".join(lines)
 
 
@@ -315,12 +326,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-rows", type=int, default=16, metavar="N", help="rows answered at a time (default: %(default)s)")
     add = parser.add_argument_group("what to write").add_argument
     add("--json", default=None, metavar="OUT", help="write the figures and every answer to this file")
-    add("--report", nargs="?", const="", default=None, metavar="RUN", help="write report.html into this run's folder (default: the "
-        "--adapter's, or runs/last); without --data, do that alone")
+    add("--report", nargs="?", const="", default=None, metavar="RUN", help="write report.html into this run's folder, from what the run "
+        "itself left there (default: the --adapter's, or runs/last)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.data is None and args.report is None:
         parser.error("give --data to evaluate on, or --report to write a run's report")
+    if args.held_out is not None and not 0 < args.held_out < 1:
+        parser.error("--held-out is a share of the queries, between 0 and 1")
     for name in ("limit", "max_new_tokens", "batch_rows"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -328,13 +341,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    out = Path(args.json) if args.json else None
+    if out and out.is_dir():
+        raise ValueError(f"{out} is a folder; --json names a file")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):                     # better refused now than after the work
+            pass
     if args.data is not None:
         result = evaluate_files(args)
-        if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(Path(args.json), result)
+        if out:
+            checkpoint.write_json(out, result)
     if args.report is not None:
-        run = Path(args.report or args.adapter or "runs/last")
+        run = Path(args.report or args.adapter or args.model or "runs/last")
         print(f"report {report.write(run.parent if run.name in ('adapter', 'model') else run)}")
     return 0
 
@@ -345,17 +364,17 @@ def evaluate_files(args: argparse.Namespace) -> dict:
     hashed = [(data.query_hash(row.query), row) for row in data.read_sources(args.data.split(","), skipped)]
     hashed.sort(key=lambda pair: pair[0])
     rows = [row for number, row in hashed if args.held_out is None or number < args.held_out][:args.limit]
-    if not rows:
-        raise ValueError(f"{args.data}: no row to evaluate on; see --held-out")
     for cause, count in (skipped or {}).items():
         print(f"{count} rows skipped: {cause}")
+    if not rows:
+        raise ValueError(f"{args.data}: none of its {len(hashed)} rows is left to evaluate on; see --held-out")
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
     result = evaluate(model, Tokenizer.load(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
                       say=lambda text: print(text, flush=True))
     files = result.get("files", {})
     print(table({**(files if len(files) <= 6 else {}), "all": result}))
     for name, (low, high) in result["intervals"].items():
-        print(f"{name:<22}{low:>9.1%} to {high:.1%} (95 % of bootstrap samples)")
+        print(f"{name:<26}{low:>9.1%} to {high:.1%} (95 % of bootstrap samples)")
     print(f"{result['generated_tokens']} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tok/s")
     return result | {"model": args.model, "adapter": args.adapter, "data": args.data, "held_out": args.held_out, "dtype": args.dtype,
                      "device": checkpoint.device_name(torch.device(args.device)), "torch": torch.__version__}

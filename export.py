@@ -33,10 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    out = Path(args.out)
+    out = Path(args.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; remove it, or choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     base = checkpoint.base_of(args.model, args.adapter)
     folder = checkpoint.fetch_model(base)
     model = checkpoint.load_model(folder, torch.float32)
@@ -58,3 +57,5 @@ if __name__ == "__main__":
         sys.exit(main(parse_args()))
     except (ValueError, OSError) as error:
         sys.exit(f"export.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +106,7 @@ class Cache:
     """
 
     def __init__(self, model: Gemma3, rows: int, room: int, width: int) -> None:
-        self.windows, self.width, self.device = windows(model), width, model.head.device
+        self.windows, self.device = windows(model), model.head.device
         slots = [room if window is None else min(room, window + width - 1) for window in self.windows]
         K, H = model.config.num_key_value_heads, model.config.head_dim
         self.keys = [torch.zeros(rows, K, s, H, dtype=model.compute_dtype, device=self.device) for s in slots]
@@ -214,11 +216,12 @@ def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int 
     for the first guesses. Neither changes an answer, but for scores that tie up to rounding.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if not prompts or min(limits) < 1:
-        yield from ((i, []) for i in range(len(prompts)))
-        return
+    if batch_rows < 1 or len(limits) != len(prompts) or min(limits, default=1) < 1:
+        raise ValueError("batch_rows and every max_new_tokens must be at least 1, one limit for all prompts or one for each")
     if not all(prompts):
         raise ValueError(f"prompt {next(i for i, prompt in enumerate(prompts) if not prompt)} is empty; it needs one token at least")
+    if not prompts:
+        return
     device = model.head.device
     B = min(batch_rows, len(prompts))
     width = 1 + (max(0, min(8, 64 // B) - 1) if look_ahead is None else look_ahead)
@@ -299,15 +302,16 @@ class CapturedStep:
         self.positions = torch.zeros_like(self.tokens) + torch.arange(width, device=cache.device)
         longest = max(keys.shape[2] for keys in cache.keys)
         kept = [tensor.clone() for tensor in (*cache.keys, *cache.values)]          # a recording's trial runs write to the cache
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                cache.step(model, self.tokens, self.positions, longest)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = cache.step(model, self.tokens, self.positions, longest)
+        with torch.cuda.device(cache.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    cache.step(model, self.tokens, self.positions, longest)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = cache.step(model, self.tokens, self.positions, longest)
         for tensor, before in zip((*cache.keys, *cache.values), kept, strict=True):
             tensor.copy_(before)
 
@@ -349,7 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("query", nargs="?", help="the question; without it a session begins, in which you also answer for the tools")
     add = parser.add_argument_group("what to ask").add_argument
     add("--tools", default=None, metavar="FILE", help="JSON list of tools: xLAM's columns, JSON Schema, or OpenAI's envelope")
-    add("--system", default=data.DEVELOPER_TEXT, metavar="TEXT", help="the developer's sentence (default: the one it was trained with)")
+    add("--system", default=None, metavar="TEXT", help="the developer's sentence (default: with tools, the one it was trained with)")
     add("--raw", action="store_true", help="print the model's text instead, control tokens and all")
     add = parser.add_argument_group("how to answer").add_argument
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)")
@@ -358,8 +362,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        parser.error("--temperature is at least 0, --top-p in (0, 1], --max-new-tokens at least 1")
+    if not (args.temperature == 0 or 1e-3 <= args.temperature < math.inf) or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        parser.error("--temperature is 0, or at least 0.001; --top-p in (0, 1], --max-new-tokens at least 1")
     return args
 
 
@@ -367,7 +371,8 @@ def main(args: argparse.Namespace) -> int:
     tools = []
     if args.tools:
         try:
-            tools = data.parse_tools(checkpoint.read_json(Path(args.tools)))
+            tools = checkpoint.read_json(Path(args.tools))
+            tools = data.parse_tools([tools] if isinstance(tools, dict) else tools)
         except data.RowError as error:
             raise ValueError(f"{args.tools}: {error}") from None
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
@@ -379,17 +384,21 @@ def main(args: argparse.Namespace) -> int:
                             phrases=call_phrases(tokenizer))
         return tokenizer.decode(answer)
 
-    messages = [{"role": "developer", "content": args.system}] if tools else []
+    system = args.system or (data.DEVELOPER_TEXT if tools else None)
+    messages = [{"role": "developer", "content": system}] if system else []
     if args.query is None:
         return session(ask, messages, args.raw)
     text = ask([*messages, {"role": "user", "content": args.query}])
     calls = parse_calls(text)
+    if args.raw:
+        print(text)
+        return 0
     for fault in calls.unread:
         print(f"generate.py: {fault}", file=sys.stderr)
-    if not calls and not args.raw:
-        print(f"generate.py: no call; the model says: {spoken(text)!r}", file=sys.stderr)
-    print(text if args.raw else json.dumps(calls, ensure_ascii=False))
-    return 0
+    if not calls or calls.unread:
+        print(f"generate.py: {'unreadable' if calls.unread else 'no call'}; the model says: {spoken(text)!r}", file=sys.stderr)
+    print(json.dumps([] if calls.unread else calls, ensure_ascii=False))        # another call may stand inside the unreadable one
+    return 1 if calls.unread else 0
 
 
 def spoken(text: str) -> str:
@@ -399,9 +408,9 @@ def spoken(text: str) -> str:
     return text.strip()
 
 
-def session(ask, messages: list[dict], raw: bool) -> int:
+def session(ask: Callable[[list[dict]], str], messages: list[dict], raw: bool) -> int:
     """Questions from the terminal until it ends; for each call, the user pastes what the tool returns."""
-    print("Ask something; after a call, paste what the tool returns (JSON or text; an empty line returns nothing). Ctrl-D ends.")
+    print("Ask something; after a call, paste what the tool returns (JSON or text; an empty line: null). Ctrl-D ends.")
     try:
         while True:
             query = input("you> ").strip()
@@ -423,18 +432,16 @@ def session(ask, messages: list[dict], raw: bool) -> int:
                 messages.append({"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]})
                 for call in calls:
                     print(f"call>  {json.dumps(call, ensure_ascii=False)}")
-                returned = [(call["name"], input(f"{call['name']} returns> ").strip()) for call in calls]
-                messages += [{"role": "tool", "name": name, "content": json_or_text(value)} for name, value in returned if value]
-                if not any(value for _, value in returned):
-                    break
+                messages.append({"role": "tool", "content": [
+                    {"name": call["name"], "response": json_or_text(input(f"{call['name']} returns> ").strip())} for call in calls]})
     except EOFError:
         print()
         return 0
 
 
-def json_or_text(text: str):
+def json_or_text(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text) if text else None
     except ValueError:
         return text
 

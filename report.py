@@ -128,7 +128,7 @@ def read_log(path: Path) -> tuple[list[dict], dict[int, dict], dict[int, Any], d
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue                                      # the line that a kill tore
         step = number(record.get("step")) if isinstance(record, dict) else None
         if step is None:

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
     if world > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))     # rank 0 alone answers queries
     if args.device == "cuda":
         torch.cuda.set_device(device)
     say = print if rank == 0 else lambda *_, **__: None
@@ -309,8 +310,8 @@ def main(args: argparse.Namespace) -> int:
     if rank == 0 and state["best_loss"] is None:                                    # nothing held out: the last is the best
         save_result(model, args, model_folder, out)
     if rank == 0 and args.eval_calls and eval_rows:
-        best = (str(out), None) if args.full else (args.model, str(out))             # what the user gets, not what is at hand
-        count_calls(checkpoint.load_tuned(*best, args.dtype, args.device)[0])
+        result = (str(out), None) if args.full else (str(model_folder), str(out))    # what the user gets, not what is at hand
+        count_calls(checkpoint.load_tuned(*result, args.dtype, args.device)[0])
         say("\n" + before_and_after(out) + "\n")
     if rank == 0:
         say(f"report {report.write(out)}")
@@ -339,13 +340,14 @@ def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Convers
         kept_apart = [(number, row) for number, row in hashed if number < args.eval_fraction]
     kept_apart.sort(key=lambda pair: pair[0])               # so that the first --eval-rows are a fair share of every source
     held_out = [row for _, row in kept_apart]
+    evaluated = max(args.eval_rows, args.eval_calls)
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
-        + (f", of which {args.eval_rows} are evaluated" if len(held_out) > args.eval_rows else ""))
+        + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))
     for cause, count in (skipped or {}).items():
         say(f"data   {count} rows skipped: {cause}")
     if hidden := sum(row.hidden_parameters for row in rows):
         say(f"data   {hidden} rows have a parameter that the official template leaves undeclared (named {', '.join(sorted(SCHEMA_KEYS))})")
-    return train, held_out[:args.eval_rows]
+    return train, held_out[:evaluated]
 
 
 def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str,
@@ -440,7 +442,7 @@ def before_and_after(out: Path) -> str:
     files = sorted((out / "calls").glob("step-*.json"))
     before, after = checkpoint.read_json(files[0]), checkpoint.read_json(files[-1])
     earlier = {answer["source"]: answer["text"] for answer in before["answers"]}
-    samples = [f"  query   {a['query']}\n  wanted  {json.dumps(a['expected'], ensure_ascii=False)}\n"
+    samples = [f"  query   {a['query']!r}\n  wanted  {json.dumps(a['expected'], ensure_ascii=False)}\n"
                f"  before  {earlier.get(a['source'], '')[:200]!r}\n  after   {a['text'][:200]!r}" for a in after["answers"][:3]]
     return "\n\n".join([*samples, table({"before": before, "after": after})])
 
@@ -470,6 +472,7 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device):
     else:
         for folder in ("checkpoints", "adapter", "model", "calls"):
             shutil.rmtree(out / folder, ignore_errors=True)
+        (out / "report.html").unlink(missing_ok=True)
     checkpoint.write_json(out / "config.json", flags)
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

@@ -312,3 +312,39 @@ def test_control_text_in_any_field_of_a_row_stays_text(demo, hostile):
         ids = data.tokenize(parse_row(made, "x"), tokenizer).ids
         return sum(int(i) in set(tokenizer.control.values()) for i in ids)
     assert count(hostile) == count("plain")
+
+
+# The leaderboard's rows
+
+
+FUNCTION = {"name": "f", "description": "", "parameters": {"type": "dict", "properties": {"x": {"type": "string"}, "n": {"type": "integer"}}}}
+
+
+def leaderboard(truth, **more):
+    return {"question": [[{"role": "user", "content": "go"}]], "function": [FUNCTION], "ground_truth": truth, **more}
+
+
+def test_a_leaderboard_row_keeps_its_accepted_values_and_trains_the_first():
+    row = parse_row(leaderboard([{"f": {"x": ["a", "b"], "n": ["", 3], "d": [{"k": [1, 2], "o": ["", 5]}]}}]), "x:1")
+    assert row.query == "go" and row.calls == [{"name": "f", "arguments": {"x": "a", "d": {"k": 1}}}]
+    assert row.accepted == ({"f": {"x": ["a", "b"], "n": ["", 3], "d": [{"k": [1, 2], "o": ["", 5]}]}},)
+    same = parse_row({"query": "go", "tools": [FUNCTION], "ground_truth": json.dumps([{"f": {"x": ["a"]}}])}, "x:2")
+    assert same.calls == [{"name": "f", "arguments": {"x": "a"}}]
+    assert parse_row(leaderboard([{"f": {}}], function=FUNCTION), "x:3").tools[0]["function"]["name"] == "f"
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    (leaderboard({"f": {"x": ["a"]}}), "ground_truth must be a list"), (leaderboard([{"f": {"x": "abc"}}]), "ground_truth must be a list"),
+    (leaderboard([{"f": {"x": [{"a": 1}]}}]), "ground_truth must be a list"), (leaderboard([{"f": {"x": []}}]), "ground_truth must be a list"),
+    (leaderboard([{"g": {}}]), 'call to "g" is not one of its 1 tools'), (leaderboard([], question=[[], []]), "question must hold one message"),
+    (leaderboard([], function=None), "no column 'function'"), ({"question": [[]], "function": [FUNCTION]}, "question must hold one message"),
+    ({"question": [[{"role": "user", "content": "go"}]], "function": [FUNCTION]}, "no column 'ground_truth'"),
+    ({"query": "go", "tools": [FUNCTION], "answers": None}, "answers is null")])
+def test_a_leaderboard_row_that_cannot_be_right_says_so(row, message):
+    with pytest.raises(RowError, match=message):
+        parse_row(row, "x:1")
+
+
+def test_columns_of_other_names_do_not_make_a_row_the_leaderboard_s():
+    row = {"query": "go", "tools": [FUNCTION], "answers": [{"name": "f", "arguments": {"x": "a"}}], "question": "?", "ground_truth": 3}
+    assert parse_row(row, "x:1").calls == row["answers"]

@@ -7,7 +7,7 @@ import torch
 import data
 import demo as demo_module
 from checkpoint import load_model
-from evaluate import answers, exact_rows
+from evaluate import evaluate
 from generate import STOP_IDS, generate
 from model import GemmaConfig
 from tokenizer import Tokenizer, parse_calls
@@ -61,12 +61,11 @@ def test_the_demo_model_has_every_branch_of_the_real_one(demo, rows):
     assert tokenizer.control["<start_function_call>"] == 48 and tokenizer.control["<end_of_turn>"] == 106
 
 
-def test_exact_rows_says_what_decoding_would_give(demo, rows):
-    """A model that has learned one row by heart: exact on it, in one pass and by decoding, and not on another."""
+def test_a_row_learned_by_heart_is_answered_exactly_and_another_is_not(demo, rows):
     tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32)
     some = [rows[0], next(row for row in rows if row.calls[0]["name"] != rows[0].calls[0]["name"])]
     examples = [data.tokenize(row, tokenizer) for row in some]
-    assert exact_rows(model, examples, 4096) == [False, False]
+    assert evaluate(model, tokenizer, some)["exact_match"] == 0.0
     from loss_kernels import linear_cross_entropy
     batch = data.pack(examples[:1], 4096)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -74,9 +73,8 @@ def test_exact_rows_says_what_decoding_would_give(demo, rows):
         optimizer.zero_grad()
         linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents), model.head, batch.targets).backward()
         optimizer.step()
-    assert exact_rows(model, examples, 4096) == exact_rows(model, examples, 1) == [True, False]
-    said = answers(model, tokenizer, some, max_new_tokens=64)
-    assert [parse_calls(text) == row.calls for text, row in zip(said, some, strict=True)] == [True, False]
+    answers = evaluate(model, tokenizer, some)["answers"]
+    assert [answer["exact"] for answer in answers] == [parse_calls(a["text"]) == row.calls for a, row in zip(answers, some, strict=True)] == [True, False]
 
 
 def test_generate_stops_at_a_stop_token_and_does_not_mix_prompts(demo, rows):

@@ -107,6 +107,21 @@ def test_several_accepted_values_and_arguments_that_may_be_left_out():
         assert judged([truth], [given]).ast == right, given
 
 
+@pytest.mark.parametrize("given", ["", "-", "abc"])
+def test_an_empty_text_among_other_values_says_only_that_it_may_be_left_out(given):
+    truth = {"book": {"city": ["Rome"], "nights": [2, ""]}}
+    got = judged([truth], [call(city="Rome", nights=given)])
+    assert not got.ast and not got.exact and got.fault.cause == "wrong type"
+    assert judged([{"book": {"city": ["Rome", ""]}}], [call(city="")]).ast         # among texts it is one of them
+
+
+def test_recall_counts_an_optional_argument_where_it_was_given():
+    with_optional = judged([{"book": {"city": ["Rome"], "nights": [2, ""]}}], [call(city="Rome", nights=2)])
+    missing = judged([call(city="Rome")], [call()])
+    got = module.summary([with_optional, missing], [None, "missing argument"], [False, False])
+    assert got["argument_recall"] == 2 / 3 and got["argument_precision"] == 1.0
+
+
 def test_a_required_argument_must_be_there_even_where_the_answer_does_not_ask_for_it():
     assert judged([{"book": {"city": ["Rome", ""]}}], [call()]).fault.cause == "missing argument"
 
@@ -132,7 +147,7 @@ def test_what_was_written_by_the_template_is_an_exact_match_when_read_back():
 
 def test_hostile_declarations_are_no_crash():
     for parameters in ({}, {"properties": None}, {"properties": {"p": None}}, {"properties": {"p": {"type": ["string", "null"]}}},
-                       {"properties": {"p": {"type": "array", "items": "string"}}}, {"required": "p"}):
+                       {"properties": {"p": {"type": "array", "items": "string"}}}, {"required": "p"}, {"required": [["p"]]}, {"required": ["q"]}):
         tools = [{"function": {"name": "f", "parameters": parameters}}]
         assert score([accepted_values(call("f", p=["x"]))], [call("f", p=["x"])], tools).ast
     assert not accepts({"a": [1]}, {"b": 1}, {"properties": 3}, exact=False)
@@ -224,8 +239,12 @@ def test_the_command_writes_its_figures(demo, tmp_path, capsys):
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     assert result["rows"] == 3 and {"exact_match", "ast_match", "name_accuracy", "parse_failures"} <= set(result)
     assert "exact match" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no row to evaluate on"):
-        module.main(module.parse_args([*command[:4], "--held-out", "0"]))
+    with pytest.raises(ValueError, match="none of its 600 rows is left to evaluate on"):
+        module.main(module.parse_args([*command[:4], "--held-out", "1e-9"]))
+    with pytest.raises(ValueError, match="is a folder; --json names a file"):
+        module.main(module.parse_args([*command[:4], "--json", str(tmp_path)]))
+    with pytest.raises(SystemExit):
+        module.parse_args([*command[:4], "--held-out", "5"])
 
 
 def test_the_rows_held_out_are_those_that_training_leaves_out(demo, tmp_path, capsys):

@@ -12,7 +12,7 @@ import generate as module
 from checkpoint import load_model
 from generate import Cache, choose, empty_prefix, generate, read, shared_length, stream
 from model import Gemma3, GemmaConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, render
 
 SMALL = GemmaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                     head_dim=16, query_pre_attn_scalar=16, sliding_window=12, layer_types=("sliding_attention", "full_attention") * 2)
@@ -53,11 +53,7 @@ def test_scores_of_a_step_are_those_of_the_whole_sequence(small, shared, width):
     coming = torch.randint(97, (len(rows), 24), generator=torch.Generator().manual_seed(2))
     cache = Cache(small, len(rows), 100, width)
     for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(float("nan"))                             # whatever an earlier row left must not be seen
-    for tensor in cache.values:
-        tensor.nan_to_num_(1e4)                                # a hidden value is multiplied by 0, so it cannot be NaN
-    for tensor in cache.keys:
-        tensor.nan_to_num_(1e4)
+        tensor.fill_(1e4)                                      # whatever an earlier row left must not be seen
     prefix = read(small, empty_prefix(small), [start])[0] if start else empty_prefix(small)
     for i, own in enumerate(read(small, prefix, [row[shared:] for row in rows])):
         cache.fill(i, prefix, own)
@@ -129,12 +125,16 @@ def test_each_answer_comes_as_soon_as_it_is_done(small):
     prompts = prompts_of(LENGTHS)
     seen = [i for i, _ in stream(small, prompts, 4, batch_rows=2)]
     assert sorted(seen) == list(range(len(prompts)))
-    assert generate(small, [], 4) == [] and generate(small, prompts[:2], 0) == [[], []]
+    assert generate(small, [], 4) == []
+    assert [len(answer) for answer in generate(small, prompts[:3], [1, 5, 3])] == [1, 5, 3]
 
 
 def test_an_empty_prompt_is_named(small):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(small, [[2], []], 4)
+    for limits, options in (([4], {}), ([4, 0], {}), (4, {"batch_rows": 0})):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            generate(small, [[2], [2]], limits, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_a_session_passes_what_a_tool_returns_back_to_the_model(capsys, monkeypa
     module.session(lambda messages: heard.append([dict(m) for m in messages]) or next(said), [], raw=False)
     out = capsys.readouterr().out
     assert '{"name": "get_weather", "arguments": {"city": "Rome"}}' in out and "It is 21 degrees." in out
-    assert heard[1][-1] == {"role": "tool", "name": "get_weather", "content": {"degrees": 21}}
+    assert heard[1][-1] == {"role": "tool", "content": [{"name": "get_weather", "response": {"degrees": 21}}]}
     assert heard[2][-2:] == [{"role": "assistant", "content": "It is 21 degrees."}, {"role": "user", "content": "thanks"}]
 
 
@@ -248,6 +248,32 @@ def test_a_session_passes_what_a_tool_returns_back_to_the_model(capsys, monkeypa
 def test_errors_name_the_place_and_the_remedy(demo, args, message):
     with pytest.raises((ValueError, OSError), match=message):
         module.main(module.parse_args([str(demo / "model") if arg == "DEMO" else arg for arg in args]))
+
+
+@pytest.mark.parametrize(("typed", "rendered"), [
+    ("[1, 2]", "response:f{value:[1,2]}"), ("[]", "response:f{value:[]}"), ("", "response:f{value:None}"), ("sunny", "response:f{value:<escape>sunny<escape>}"),
+    ('{"name": "Bo", "response": "ok"}', "response:f{name:<escape>Bo<escape>,response:<escape>ok<escape>}")])
+def test_what_is_pasted_is_one_response_whatever_its_shape(typed, rendered, monkeypatch):
+    lines = iter(["go", typed])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
+    heard: list[list[dict]] = []
+
+    def ask(messages):
+        heard.append([dict(m) for m in messages])
+        if len(heard) == 2:
+            raise EOFError
+        return "<start_function_call>call:f{}<end_function_call><start_function_response>"
+
+    module.session(ask, [], raw=False)
+    assert render(heard[1]).count("<start_function_response>") == 1 and rendered in render(heard[1])
+
+
+def test_calls_beside_something_unreadable_are_not_printed(demo, tools, monkeypatch, capsys):
+    text = "<start_function_call>call:f{}<end_function_call><start_function_call>call:send{text:<escape>cut off"
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: text)
+    assert module.main(module.parse_args(["--model", str(demo / "model"), "--tools", tools, "--max-new-tokens", "1", "hi"])) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [] and "no closing <escape>" in err
 
 
 def test_flags_that_make_no_sense_are_refused(capsys):
