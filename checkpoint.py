@@ -214,11 +214,15 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
                        ("layers_to_transform", ([], None))):
         if stored.get(key, plain[0]) not in plain:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored[key]!r}; only plain LoRA is supported ({plain[0]!r})")
+    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float)), ("target_modules", list)):
+        if not isinstance(stored.get(key, 0.0 if key == "lora_dropout" else None), kinds):
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored.get(key)!r}; plain LoRA has r as an integer, lora_alpha and "
+                             "lora_dropout as numbers, target_modules as a list")
     try:
-        wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout") or 0.0,
-                               tuple(stored["target_modules"]), bool(stored.get("use_rslora"))))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: needs r, lora_alpha and target_modules as plain LoRA has them ({error})") from None
+        wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0), tuple(map(str, stored["target_modules"])),
+                               bool(stored.get("use_rslora"))))
+    except ValueError as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from None
     tensors = _read_tensors(folder / ADAPTER)
     for name, adapter in adapters(model):
         for part, parameter in (("lora_A", adapter.lora_a), ("lora_B", adapter.lora_b)):

@@ -102,7 +102,8 @@ def test_an_adapter_that_peft_saved_gives_the_same_logits(demo, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
-                                    {"target_modules": "all-linear"}, {"lora_alpha": None}, {"modules_to_save": ["lm_head"]}])
+                                    {"target_modules": "all-linear"}, {"lora_alpha": None}, {"r": "16"}, {"r": 16.0},
+                                    {"r": 0}, {"lora_dropout": None}, {"target_modules": [1]}, {"modules_to_save": ["lm_head"]}])
 def test_adapters_that_are_not_plain_lora_are_refused(demo, trained, tmp_path, change):
     save_adapter(trained[0], "base", tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
