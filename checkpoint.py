@@ -219,8 +219,8 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored.get(key)!r}; plain LoRA has r as an integer, lora_alpha and "
                              "lora_dropout as numbers, target_modules as a list")
     try:
-        wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0), tuple(map(str, stored["target_modules"])),
-                               bool(stored.get("use_rslora"))))
+        wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0),
+                               tuple(map(str, stored["target_modules"])), bool(stored.get("use_rslora"))))
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from None
     tensors = _read_tensors(folder / ADAPTER)

@@ -1,6 +1,6 @@
 """Write a tuned model for other tools: a merged model's folder, or an adapter's.
 
-    python export.py --model BASE --adapter runs/mine --out DIR --format merged     # transformers, vLLM, llama.cpp, Ollama
+    python export.py --model BASE --adapter runs/mine --out DIR --format merged     # transformers, llama.cpp, Ollama
     python export.py --model BASE --adapter runs/mine --out DIR --format peft       # PEFT, or whatever loads its adapters
 
 `merged` adds the adapter to the weights in fp32 and rounds each once, to bf16. The folder has the base's layout: config,

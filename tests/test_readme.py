@@ -19,6 +19,12 @@ def test_every_file_at_the_root_is_in_the_file_map():
         assert f"[{path.name}]({path.name})" in README, path.name
 
 
+def test_no_table_is_left_empty_and_no_placeholder_behind():
+    assert not re.findall(r"<!-- table (\w+) -->\n<!-- end -->", README)
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.findall(r"\b[A-Z]+_TABLE\b|TODO|FIXME", path.read_text(encoding="utf-8")), path.name
+
+
 def test_every_link_to_a_file_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
