@@ -155,6 +155,14 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     return model.eval()
 
 
+def decoding_copy(model: Gemma3) -> Gemma3:
+    """A model without adapters, its fp32 masters rounded to what it computes in once and not at every token."""
+    with torch.device("meta"):
+        copy = Gemma3(model.config, model.compute_dtype)
+    copy.load_state_dict({name: tensor.detach().to(model.compute_dtype) for name, tensor in model.state_dict().items()}, assign=True)
+    return copy.eval()
+
+
 def save_model(model: Gemma3, base: Path, folder: Path) -> None:
     """Write `folder` in the published layout: the weights in bf16, and the base's config and tokenizer files."""
     folder.mkdir(parents=True, exist_ok=True)

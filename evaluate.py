@@ -248,6 +248,8 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
         fault = scores[i].fault
         answers[i] = {"source": row.source, "query": row.query, "expected": row.calls, "given": list(calls), "text": text,
                       "cause": fault and fault.cause, "detail": fault and fault.detail, "exact": scores[i].exact, "ast": scores[i].ast}
+        if row.accepted:
+            answers[i]["accepted"] = list(row.accepted)
         generated, cut = generated + len(ids), cut + (ids[-1] not in STOP_IDS)
         if time.perf_counter() - told > 10:
             told = time.perf_counter()

@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default 16896 on a GPU, 2048 on a CPU; changes memory and speed, not the result)")
 
     add = parser.add_argument_group("optimizer (AdamW)").add_argument
-    add("--lr", type=float, default=None, help="highest learning rate (default 3e-4 for LoRA, 2e-5 for --full)")
+    add("--lr", type=float, default=None, help="highest learning rate (default 1e-3 for LoRA, 2e-5 for --full)")
     add("--min-lr", type=float, default=0.0, help="what a decaying schedule ends at")
     add("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate after warm-up")
     add("--warmup-steps", type=int, default=None, help="steps of linear warm-up (default a tenth of all, at most 50)")
@@ -125,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
     if args.batch_tokens:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
-    args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 3e-4
+    args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
     args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 2_048)
     return args
 
@@ -223,7 +223,7 @@ def main(args: argparse.Namespace) -> int:
         """Let the model call: figures to the log, every answer to out/calls/step-N.json."""
         if not (args.eval_calls and eval_rows and rank == 0):
             return
-        result = evaluate(model.eval(), tokenizer, eval_rows[:args.eval_calls])
+        result = evaluate(checkpoint.decoding_copy(model) if args.full else model.eval(), tokenizer, eval_rows[:args.eval_calls])
         say(f"step {step:5d}/{total} | exact match {result['exact_match']:.1%} | AST match {result['ast_match']:.1%} of {result['rows']} "
             "held-out queries", flush=True)
         write(log, {"step": step, **{key: result[key] for key in ("rows", "exact_match", "ast_match", "name_accuracy", "parse_failures")}})
