@@ -20,7 +20,7 @@ def summarise(run: Path) -> dict:
     header, *records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     taken = [record for record in records if "loss" in record]
     evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "calls").glob("step-*.json"))]
-    calls = [{key: value for key, value in e.items() if key != "answers"} | {"step": int(path.stem.removeprefix("step-"))}
+    calls = [{key: value for key, value in e.items() if key not in ("answers", "model", "adapter", "data")} | {"step": int(path.stem.removeprefix("step-"))}
              for path, e in zip(sorted((run / "calls").glob("step-*.json")), evaluations, strict=True)]
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     return {"steps": taken[-1]["step"], "tokens": sum(r["tokens"] for r in taken), "minutes": sum(r["seconds"] for r in taken) / 60,
@@ -28,7 +28,7 @@ def summarise(run: Path) -> dict:
             "peak_gib": max(r["peak_gib"] for r in taken), "held_out_loss": [held_out[0], held_out[-1]],
             "calls": calls, "data": [Path(source).name for source in header["flags"]["data"].split(",")],
             "device": header["device"], "commit": header["commit"], "torch": header["torch"],
-            "flags": {k: v for k, v in header["flags"].items() if k not in ("model", "data")}}
+            "flags": {k: v for k, v in header["flags"].items() if k not in ("model", "data", "eval_data")}}
 
 
 def tables() -> dict[str, str]:
@@ -73,6 +73,10 @@ def calls_table(runs: list[dict]) -> str:
         name = " + ".join(Path(file).stem for file in r["data"])
         lines.append(f"| {name}, {r['steps']} steps, {r['minutes']:.0f} minutes | {cells(before, after)} |")
         lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()]
+        between = [c for c in r["calls"] if 0 < c["step"]]
+        if len(between) > 1:
+            notes.append("Exact match after " + ", ".join(f"{c['step'] * flags['batch_rows']}" for c in between) + " rows: "
+                         + ", ".join(f"{c['exact_match']:.1%}" for c in between))
         way = "every parameter" if flags["full"] else f"LoRA rank {flags['lora_rank']}"
         notes.append(f"{r['steps']} steps of {flags['batch_rows']} rows, {way}, lr {flags['lr']:g}: {r['tokens'] / 1e3:.0f}k tokens at "
                      f"{r['tokens_per_second']:.0f} tokens/s, {r['peak_gib']:.1f} GiB, held-out loss {r['held_out_loss'][0]:.2f} → "

@@ -116,6 +116,17 @@ def test_prompts_read_in_several_passes_give_the_same_answers(small, monkeypatch
     assert generate(small, prompts, 6) == generate(small, prompts, 6, batch_rows=2) == want
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_head_gives_the_same_scores_however_it_is_laid_out(dtype):
+    model = Gemma3(SMALL, dtype)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = model.to(dtype)
+    for rows in (1, 3, 40):
+        hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(module.projection(model)(hidden), F.linear(hidden, model.head), atol=1e-2, rtol=1e-2)
+
+
 def test_the_longest_shared_beginning():
     assert shared_length([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
     assert shared_length([[1, 2]]) == 2 and shared_length([[], [1]]) == 0 and shared_length([[5], [6]]) == 0
