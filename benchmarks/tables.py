@@ -73,7 +73,7 @@ def calls_table(runs: list[dict]) -> str:
         name = " + ".join(Path(file).stem for file in r["data"])
         lines.append(f"| {name}, {r['steps']} steps, {r['minutes']:.0f} minutes | {cells(before, after)} |")
         lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()]
-        between = [c for c in r["calls"] if 0 < c["step"]]
+        between = [c for c in r["calls"] if c["step"] > 0]
         if len(between) > 1:
             notes.append("Exact match after " + ", ".join(f"{c['step'] * flags['batch_rows']}" for c in between) + " rows: "
                          + ", ".join(f"{c['exact_match']:.1%}" for c in between))
