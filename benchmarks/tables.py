@@ -19,9 +19,10 @@ def summarise(run: Path) -> dict:
     """What a run's log.jsonl says: accuracy and held-out loss before and after, time, memory, machine, flags."""
     header, *records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     taken = [record for record in records if "loss" in record]
-    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "calls").glob("step-*.json"))]
-    calls = [{key: value for key, value in e.items() if key not in ("answers", "model", "adapter", "data")} | {"step": int(path.stem.removeprefix("step-"))}
-             for path, e in zip(sorted((run / "calls").glob("step-*.json")), evaluations, strict=True)]
+    calls = []
+    for path in sorted((run / "calls").glob("step-*.json")):
+        evaluation = json.loads(path.read_text(encoding="utf-8")) | {"step": int(path.stem.removeprefix("step-"))}
+        calls.append({key: value for key, value in evaluation.items() if key not in ("answers", "model", "adapter", "data")})
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
     return {"steps": taken[-1]["step"], "tokens": sum(r["tokens"] for r in taken), "minutes": sum(r["seconds"] for r in taken) / 60,
             "tokens_per_second": sum(r["tokens"] for r in taken) / sum(r["seconds"] for r in taken),
