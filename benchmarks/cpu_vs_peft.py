@@ -190,10 +190,10 @@ def main() -> None:
     import peft
     import transformers
 
-    import train
+    import checkpoint
     report |= {"batch_rows": BATCH_ROWS, "data": [Path(f).name for f in args.data.split(",")], "device": args.device,
                "weights": "random, of full size" if missing else "real",
-               "machine": train.device_name(torch.device(args.device)) + f", {platform.machine()}",
+               "machine": checkpoint.device_name(torch.device(args.device)) + f", {platform.machine()}",
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
     print(json.dumps(report, indent=2))
     if args.save:
