@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -133,8 +132,9 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     bf16 compute are what full fine-tuning wants. Raises FileNotFoundError or ValueError naming the file.
     """
     folder = Path(folder)
+    stored = read_json(folder / "config.json")
     try:
-        config = GemmaConfig.from_dict(read_json(folder / "config.json"))
+        config = GemmaConfig.from_dict(stored)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     files = sorted(folder.glob("model*.safetensors"))
@@ -245,17 +245,17 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
 
 def base_of(model: str | None, adapter: str | None) -> str:
     """The base that `--model` names, or else the one that the adapter's config does."""
-    if model or not adapter:
-        return model or _no_model()
+    if model:
+        return model
+    if not adapter:
+        raise ValueError("name a model: --model FOLDER, --adapter RUN, or both")
     config = adapter_folder(adapter) / ADAPTER_CONFIG
-    base = read_json(config).get("base_model_name_or_path") or _no_model(f"{config} names no base; ")
+    base = read_json(config).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{config} names no base; name a model: --model FOLDER, --adapter RUN, or both")
     if base.startswith("/") and not Path(base).is_dir():
         raise FileNotFoundError(f"{base}: no such folder, though {config} names it as the base; give the base with --model")
     return base
-
-
-def _no_model(why: str = "") -> NoReturn:
-    raise ValueError(f"{why}name a model: --model FOLDER, --adapter RUN, or both")
 
 
 def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", device: str = "cpu") -> tuple[Gemma3, Path]:

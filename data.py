@@ -442,6 +442,16 @@ def query_hash(query: str) -> float:
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big") / 2**48
 
 
+def hold_out(rows: Iterable[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
+    """(the rows to train on, in their order; those whose query's hash is below `fraction`, by that hash).
+
+    In the hash's order the first few held-out rows are a fair share of every source.
+    """
+    hashed = [(query_hash(row.query), row) for row in rows]
+    kept_apart = sorted((pair for pair in hashed if pair[0] < fraction), key=lambda pair: pair[0])
+    return [row for number, row in hashed if number >= fraction], [row for _, row in kept_apart]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps and batches
 

@@ -30,13 +30,12 @@ import checkpoint
 import data
 import report
 from data import Conversation
-from generate import STOP_IDS, add_model_flags, call_phrases, stream
+from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
 from model import Gemma3
 from tokenizer import Tokenizer, parse_calls
 
 CAUSES = ("no call", "unparsable", "wrong count", "wrong function", "missing argument", "extra argument", "wrong type", "wrong argument",
           "unwanted call")
-SHARES = ("exact_match", "ast_match", "name_accuracy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,6 +166,7 @@ def paired(wanted: Sequence[dict], given: Sequence[dict], functions: dict[str, d
 class Score:
     """How one answer compares with what was wanted."""
 
+    silent: bool                    # no call was wanted
     exact: bool
     ast: bool
     names: bool                     # the right functions, each as often as wanted
@@ -212,7 +212,7 @@ def score(wanted: Sequence[dict], given: Sequence[dict], tools: Sequence[dict], 
             fault = Fault("wrong count", f"{len(given)} calls, wanted {len(wanted)}")
         elif wanted_names != given_names:
             fault = Fault("wrong function", f"{', '.join(given_names - wanted_names)}, wanted {', '.join(wanted_names - given_names)}")
-    return Score(exact, ast, wanted_names == given_names and not unread, None if ast else fault, not unread, right,
+    return Score(not wanted, exact, ast, wanted_names == given_names and not unread, None if ast else fault, not unread, right,
                  sum(len(g["arguments"]) for g in given),
                  optional + sum("" not in values for w in wanted for parameters in w.values() for values in parameters.values()))
 
@@ -232,11 +232,11 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
     """Answer the first query of every row greedily, and compare; returns what `--json` writes.
 
     max_new_tokens: of an answer; by default twice as many as the row wants, and 64 at least: a longer one is wrong. say:
-    hears of the progress.
-    Fractions are of 1; `answers` has an entry for each row, in order.
+    hears of the progress. Fractions are of 1; `answers` has an entry for each row, in order.
     """
-    prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
-    limits = [max_new_tokens or max(64, 2 * int(data.tokenize(row, tokenizer).trained.sum())) for row in rows]
+    examples = [data.tokenize(row, tokenizer) for row in rows]
+    prompts = [example.ids[:example.trained.argmax()].tolist() for example in examples]      # all before the first token to be produced
+    limits = [max_new_tokens or max(64, 2 * int(example.trained.sum())) for example in examples]
     answers: list[dict] = [{} for _ in rows]
     scores: dict[int, Score] = {}
     generated, cut = 0, 0
@@ -256,28 +256,26 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
             say(f"{len(scores)}/{len(rows)} answered | {sum(s.exact for s in scores.values()) / len(scores):.1%} exact | "
                 f"{generated / (told - began):.0f} tok/s")
     seconds = time.perf_counter() - began
-    result = summary([scores[i] for i in range(len(rows))], [answer["cause"] for answer in answers], [not row.calls for row in rows])
-    files = sorted({row.source.rpartition(":")[0] for row in rows})
-    if len(files) > 1:
-        result["files"] = {}
-        for file in files:
-            of_file = [i for i, row in enumerate(rows) if row.source.rpartition(":")[0] == file]
-            result["files"][file] = summary([scores[i] for i in of_file], [answers[i]["cause"] for i in of_file],
-                                            [not rows[i].calls for i in of_file])
+    result = summary(list(scores.values()))
+    of_file: dict[str, list[Score]] = {}
+    for i, row in enumerate(rows):
+        of_file.setdefault(row.source.rpartition(":")[0], []).append(scores[i])
+    if len(of_file) > 1:
+        result["files"] = {file: summary(of_file[file]) for file in sorted(of_file)}
     return result | {"prompt_tokens": sum(map(len, prompts)), "generated_tokens": generated, "seconds": seconds,
                      "tokens_per_second": generated / max(seconds, 1e-9), "cut_answers": cut, "answers": answers}
 
 
-def summary(scores: Sequence[Score], causes: Sequence[str | None], silent: Sequence[bool]) -> dict:
-    """The figures over some rows; `silent` says of each whether no call was wanted."""
+def summary(scores: Sequence[Score]) -> dict:
+    """The figures over some rows."""
     def share(flags: Sequence[bool]) -> float | None:
         return sum(flags) / len(flags) if flags else None
 
     flags = {"exact_match": [s.exact for s in scores], "ast_match": [s.ast for s in scores], "name_accuracy": [s.names for s in scores]}
     right = sum(s.right_arguments for s in scores)
     given, wanted = sum(s.given_arguments for s in scores), sum(s.wanted_arguments for s in scores)
-    silence = [s.ast for s, no_call in zip(scores, silent, strict=True) if no_call]
-    counted = Counter(causes)
+    silence = [s.ast for s in scores if s.silent]
+    counted = Counter(s.fault.cause for s in scores if s.fault)
     return {"rows": len(scores), **{name: share(of) for name, of in flags.items()},
             "argument_precision": right / given if given else None, "argument_recall": min(1.0, right / wanted) if wanted else None,
             "parse_failures": share([not s.readable for s in scores]), "no_call_rows": len(silence),
@@ -331,6 +329,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--report", nargs="?", const="", default=None, metavar="RUN", help="write report.html into this run's folder, from what the run "
         "itself left there (default: the --adapter's, or runs/last)")
     add_model_flags(parser)
+    add_machine_flags(parser)
     args = parser.parse_args(argv)
     if args.data is None and args.report is None:
         parser.error("give --data to evaluate on, or --report to write a run's report")
@@ -363,13 +362,12 @@ def main(args: argparse.Namespace) -> int:
 def evaluate_files(args: argparse.Namespace) -> dict:
     """Evaluate on `--data` and print the figures; returns them."""
     skipped = Counter() if args.skip_invalid else None
-    hashed = [(data.query_hash(row.query), row) for row in data.read_sources(args.data.split(","), skipped)]
-    hashed.sort(key=lambda pair: pair[0])
-    rows = [row for number, row in hashed if args.held_out is None or number < args.held_out][:args.limit]
+    found = data.read_sources(args.data.split(","), skipped)
+    rows = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)[1][:args.limit]
     for cause, count in (skipped or {}).items():
         print(f"{count} rows skipped: {cause}")
     if not rows:
-        raise ValueError(f"{args.data}: none of its {len(hashed)} rows is left to evaluate on; see --held-out")
+        raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
     result = evaluate(model, Tokenizer.load(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
                       say=lambda text: print(text, flush=True))

@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from generate import add_model_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a tuned model for other tools.")
     add = parser.add_argument
-    add("--model", default=None, help="the base: a folder in the published layout, a run's folder of full fine-tuning, or a name on the "
-        "Hugging Face Hub; default: what the adapter was trained on")
-    add("--adapter", default=None, metavar="RUN", help="a run's folder, or an adapter's in PEFT's layout")
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist yet, or be empty")
     add("--format", choices=("merged", "peft"), default="merged", help="a whole model, or the adapter alone (default: %(default)s)")
+    add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.format == "peft" and args.adapter is None:
         parser.error("--format peft writes an adapter: name one with --adapter")

@@ -61,26 +61,20 @@ def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[P
     lengths = [len(row) for row in rows]
     positions, _ = data.side_by_side(lengths)
     device, start = model.head.device, len(prefix.ids)
-    keys, values = [], []
+    keys, values, windows = [], [], model.config.windows
+    tiles = {window: tile(lengths, window, model.compute_dtype, device, before=start) for window in set(windows)}
 
-    tiles = {window: tile(lengths, window, model.compute_dtype, device, before=start) for window in set(windows(model))}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, window: int | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
         keys.append(k.split(lengths))
         values.append(v.split(lengths))
         if start:
             k, v = (torch.cat([part for own in of_rows for part in (shared[layer], own)])
                     for shared, of_rows in ((prefix.keys, keys[-1]), (prefix.values, values[-1])))
-        return attention(q, k, v, scale, tiles[window])
+        return attention(q, k, v, scale, tiles[windows[layer]])
 
     tokens = torch.tensor(list(itertools.chain(*rows)), device=device)
-    model.run(tokens, positions.to(device) + start, [partial(attend, layer=layer, window=w) for layer, w in enumerate(windows(model))])
+    model.run(tokens, positions.to(device) + start, [partial(attend, layer=layer) for layer in range(len(windows))])
     return [Prefix(list(row), [k[i] for k in keys], [v[i] for v in values]) for i, row in enumerate(rows)]
-
-
-def windows(model: Gemma3) -> list[int | None]:
-    """The tokens that each layer sees; None: all."""
-    return [model.config.sliding_window if kind == "sliding_attention" else None for kind in model.config.layer_types]
 
 
 def empty_prefix(model: Gemma3) -> Prefix:
@@ -120,7 +114,7 @@ class Cache:
     """
 
     def __init__(self, model: Gemma3, rows: int, room: int, width: int) -> None:
-        self.windows, self.device, self.project = windows(model), model.head.device, projection(model)
+        self.windows, self.device, self.project = model.config.windows, model.head.device, projection(model)
         slots = [room if window is None else min(room, window + width - 1) for window in self.windows]
         K, H = model.config.num_key_value_heads, model.config.head_dim
         self.keys = [torch.zeros(rows, K, s, H, dtype=model.compute_dtype, device=self.device) for s in slots]
@@ -172,10 +166,13 @@ class Cache:
 
 
 class Followed:
-    """What came last after a token, and after a pair of tokens."""
+    """What came last after a token, and after a pair of tokens, in some texts' ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: Sequence[list[int]] = ()) -> None:
         self.places: dict[int | tuple[int, int], tuple[list[int], int]] = {}
+        for ids in texts:
+            for at in range(1, len(ids)):
+                self.note(ids, at)
 
     def note(self, ids: list[int], at: int) -> None:
         """`ids[at]` came after what stands before it."""
@@ -192,9 +189,8 @@ class Row:
     """A prompt that is being answered: `ids` grows, and holds the answer at its end."""
 
     def __init__(self, index: int, prompt: Sequence[int]) -> None:
-        self.index, self.ids, self.length, self.prompt = index, list(prompt), len(prompt), Followed()
-        for at in range(1, len(prompt)):
-            self.prompt.note(self.ids, at)
+        self.index, self.ids, self.length = index, list(prompt), len(prompt)
+        self.prompt = Followed([self.ids])
 
     def guess(self, tokens: int, answers: Followed) -> list[int]:
         """Up to `tokens` tokens that may come next: what followed the latest pair of tokens in an answer, or in the
@@ -244,10 +240,7 @@ def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int 
     generator = torch.Generator(device).manual_seed(seed) if temperature else None
     waiting = sorted(range(len(prompts)), key=lambda i: list(prompts[i]), reverse=True)       # like beginnings in turn; taken from the end
     running: list[Row] = []
-    held, answers = empty_prefix(model), Followed()
-    for phrase in phrases:
-        for at in range(1, len(phrase)):
-            answers.note(list(phrase), at)
+    held, answers = empty_prefix(model), Followed([list(phrase) for phrase in phrases])
     while waiting or running:
         if waiting and len(running) <= B * 3 // 4:                # take in new rows, several at a time
             new = [waiting.pop() for _ in range(min(len(waiting), B - len(running)))]
@@ -353,11 +346,16 @@ def call_phrases(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every program that runs a tuned model; `checkpoint.load_tuned` takes their values."""
+    """The flags of every program that reads a tuned model; `checkpoint.base_of` and `load_adapter` take their values."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, help="folder in the published layout, a run's folder of full fine-tuning, or a name on the Hugging Face "
         "Hub (default: what the adapter was trained on)")
     add("--adapter", default=None, metavar="RUN", help="a run's folder, or an adapter's in PEFT's layout")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every program that runs one; with the model's, what `checkpoint.load_tuned` takes."""
+    add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in (default: %(default)s)")
 
@@ -375,6 +373,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="X", help="draw among the likeliest tokens that make up this share (default: all)")
     add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
     add_model_flags(parser)
+    add_machine_flags(parser)
     args = parser.parse_args(argv)
     if not (args.temperature == 0 or 1e-3 <= args.temperature < math.inf) or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         parser.error("--temperature is 0, or at least 0.001; --top-p in (0, 1], --max-new-tokens at least 1")

@@ -54,6 +54,11 @@ class GemmaConfig:
             types = ("full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", tuple(types))
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The tokens that each layer sees; None: all."""
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
     @classmethod
     def from_dict(cls, config: dict) -> GemmaConfig:
         """From the contents of a published config.json.  Raises ValueError for a model that is not Gemma 3 text."""
@@ -212,9 +217,8 @@ class Gemma3(nn.Module):
         its tokens side by side (kept on the CPU it costs no device synchronisation). Returns (T, D) in `compute_dtype`.
         """
         lengths = torch.unique_consecutive(documents, return_counts=True)[1].tolist()
-        local, full = (partial(attention, tiles=tile(lengths, window, self.compute_dtype, tokens.device))
-                       for window in (self.config.sliding_window, None))
-        return self.run(tokens, positions, [local if kind == "sliding_attention" else full for kind in self.config.layer_types])
+        tiles = {window: tile(lengths, window, self.compute_dtype, tokens.device) for window in set(self.config.windows)}
+        return self.run(tokens, positions, [partial(attention, tiles=tiles[window]) for window in self.config.windows])
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend]) -> Tensor:
         """The same with each layer's attention given: training packs documents, decoding keeps keys and values.

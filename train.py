@@ -328,18 +328,14 @@ def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Convers
     """The training rows and the held-out rows."""
     skipped = Counter() if args.skip_invalid else None
     rows = data.read_sources(args.data.split(","), skipped)
-    hashed = [(data.query_hash(row.query), row) for row in rows]
     if args.eval_data:
-        kept_apart = [(data.query_hash(row.query), row) for row in data.read_sources(args.eval_data.split(","), skipped)]
-        hashes = {number for number, _ in kept_apart}
-        train = [row for number, row in hashed if number not in hashes]
+        _, held_out = data.hold_out(data.read_sources(args.eval_data.split(","), skipped), 1.0)
+        hashes = {data.query_hash(row.query) for row in held_out}
+        train = [row for row in rows if data.query_hash(row.query) not in hashes]
         if len(train) < len(rows):
             say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
     else:
-        train = [row for number, row in hashed if number >= args.eval_fraction]
-        kept_apart = [(number, row) for number, row in hashed if number < args.eval_fraction]
-    kept_apart.sort(key=lambda pair: pair[0])               # so that the first --eval-rows are a fair share of every source
-    held_out = [row for _, row in kept_apart]
+        train, held_out = data.hold_out(rows, args.eval_fraction)
     evaluated = max(args.eval_rows, args.eval_calls)
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()
     model, folder = checkpoint.load_tuned(args.model, args.adapter, "bf16", args.device)
     tokenizer = Tokenizer.load(folder)
-    rows = sorted(data.read_sources([args.data]), key=lambda row: data.query_hash(row.query))[:16]
+    rows = data.hold_out(data.read_sources([args.data]), 1.0)[1][:16]
     prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device)
     missing, unknown = theirs.load_state_dict(model.state_dict(), strict=False)

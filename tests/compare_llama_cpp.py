@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from checkpoint import load_model
 from generate import STOP_IDS, generate
-from tokenizer import Tokenizer, parse_calls, render
+from tokenizer import Tokenizer, parse_calls
 
 
 def main(folder: str, gguf: str, rows_file: str, count: int = 10) -> None:
     from llama_cpp import Llama
-    rows = sorted(data.read_sources([rows_file]), key=lambda row: data.query_hash(row.query))[:count]
+    rows = data.hold_out(data.read_sources([rows_file]), 1.0)[1][:count]
     tokenizer = Tokenizer.load(folder)
     prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
     model = load_model(folder, torch.float32)
@@ -29,8 +29,7 @@ def main(folder: str, gguf: str, rows_file: str, count: int = 10) -> None:
     theirs = Llama(model_path=gguf, n_ctx=4096, verbose=False, type_k=0, type_v=0)           # keys and values in fp32
     tokenized_alike = same = 0
     for row, prompt, answer in zip(rows, prompts, ours, strict=True):
-        before = next(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
-        text = render(row.messages[:before], row.tools, add_generation_prompt=True)
+        text = "".join(segment.text for segment in row.prompt())
         tokenized_alike += theirs.tokenize(text.encode(), add_bos=False, special=True) == prompt
         theirs.reset()
         theirs.eval(prompt)

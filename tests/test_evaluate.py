@@ -118,7 +118,7 @@ def test_an_empty_text_among_other_values_says_only_that_it_may_be_left_out(give
 def test_recall_counts_an_optional_argument_where_it_was_given():
     with_optional = judged([{"book": {"city": ["Rome"], "nights": [2, ""]}}], [call(city="Rome", nights=2)])
     missing = judged([call(city="Rome")], [call()])
-    got = module.summary([with_optional, missing], [None, "missing argument"], [False, False])
+    got = module.summary([with_optional, missing])
     assert got["argument_recall"] == 2 / 3 and got["argument_precision"] == 1.0
 
 
@@ -161,7 +161,7 @@ def test_hostile_declarations_are_no_crash():
 def test_figures_over_rows_are_the_shares_counted_by_hand():
     scores = [judged([call(city="Rome")], [call(city="Rome")]), judged([call(city="Rome")], [call(city="rome")]),
               judged([call(city="Rome")], [call(city="Oslo")]), judged([call(city="Rome")], [], ["?"]), judged([], []), judged([], [call("cancel")])]
-    got = module.summary(scores, [s.fault and s.fault.cause for s in scores], [False] * 4 + [True] * 2)
+    got = module.summary(scores)
     assert got["rows"] == 6 and got["counts"] == {"exact_match": 2, "ast_match": 3, "name_accuracy": 4}
     assert got["exact_match"] == 2 / 6 and got["ast_match"] == 3 / 6 and got["name_accuracy"] == 4 / 6
     assert got["parse_failures"] == 1 / 6 and got["no_call_rows"] == 2 and got["correct_silence"] == 1 / 2
