@@ -6,14 +6,14 @@ An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import lora_linear
-from model import Linear
+from lora_kernels import BY_PYTORCH, Adapted, Choice, choose, lora_linears, lora_mlp
+from model import MLP, Attention, Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -51,9 +51,68 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(a.to(base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, device=base.weight.device))
 
+        self.choice = BY_PYTORCH
+
+    @property
+    def adapted(self) -> Adapted:
+        return self.weight, self.lora_a, self.lora_b
+
+    @property
+    def how(self) -> tuple[float, float]:
+        """Scale, and dropout while training."""
+        return self.config.scale, self.config.dropout if self.training else 0.0
+
     def forward(self, x: Tensor) -> Tensor:
-        dropout = self.config.dropout if self.training else 0.0
-        return lora_linear(x, self.weight, self.lora_a, self.lora_b, self.config.scale, dropout)
+        return lora_linears(x, [self.adapted], *self.how, self.choice)[0]
+
+
+class LoRAAttention(Attention):
+    """Attention whose q, k and v come from one pass over x, where all three have adapters."""
+
+    def __init__(self, base: Attention) -> None:
+        nn.Module.__init__(self)
+        self.head_dim, self.scale, self.choice = base.head_dim, base.scale, BY_PYTORCH
+        for name, child in base.named_children():
+            self.add_module(name, child)
+        if self.together:
+            _lay_below(self.q_proj, self.k_proj, self.v_proj)
+
+    @property
+    def together(self) -> bool:
+        return all(isinstance(linear, LoRALinear) for linear in (self.q_proj, self.k_proj, self.v_proj))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.together:
+            return super().project(x)
+        return lora_linears(x, [self.q_proj.adapted, self.k_proj.adapted, self.v_proj.adapted], *self.q_proj.how, self.choice)
+
+
+class LoRAMLP(MLP):
+    """The MLP as one function, where all three linears have adapters: GeGLU ends gate and up, its gradient ends down's."""
+
+    def __init__(self, base: MLP) -> None:
+        nn.Module.__init__(self)
+        self.choices = BY_PYTORCH, BY_PYTORCH               # of gate and up, and of down
+        for name, child in base.named_children():
+            self.add_module(name, child)
+        if self.together:
+            _lay_below(self.gate_proj, self.up_proj)
+
+    @property
+    def together(self) -> bool:
+        return all(isinstance(linear, LoRALinear) for linear in self.children())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.together:
+            return super().forward(x)
+        return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted, *self.gate_proj.how, self.choices)
+
+
+def _lay_below(*linears: LoRALinear) -> None:
+    """Put the frozen weights below each other in memory, as those of one wide linear."""
+    together = torch.cat([linear.weight for linear in linears])
+    for linear, weight in zip(linears, together.split([len(linear.weight) for linear in linears]), strict=True):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
@@ -63,6 +122,40 @@ def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None
         for name, child in list(parent.named_children()):
             if name in config.targets and isinstance(child, Linear):
                 setattr(parent, name, LoRALinear(child, config, generator))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Attention | MLP):
+                setattr(parent, name, LoRAAttention(child) if isinstance(child, Attention) else LoRAMLP(child))
+
+
+def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
+    """Decide, once, which operations of the adapters run by Triton kernels; a line about each shape that was compared.
+
+    kernels: "triton", "torch" or "auto", as for `lora_kernels.choose`; rows: tokens of a forward pass.
+    """
+    chosen: dict[tuple, tuple[Choice, dict]] = {}
+
+    def pick(linears: Sequence[LoRALinear], ends: str = "") -> Choice:
+        outputs, inputs, rank = tuple(len(linear.weight) for linear in linears), linears[0].weight.shape[1], linears[0].config.rank
+        key = inputs, outputs, ends
+        if key not in chosen:
+            chosen[key] = choose(kernels, rows, inputs, outputs, rank, linears[0].weight.dtype, linears[0].weight.device, ends)
+        return chosen[key][0]
+
+    grouped = set()
+    for module in model.modules():
+        if isinstance(module, LoRAAttention) and module.together:
+            module.choice = pick([module.q_proj, module.k_proj, module.v_proj])
+            grouped |= {module.q_proj, module.k_proj, module.v_proj}
+        elif isinstance(module, LoRAMLP) and module.together:
+            module.choices = pick([module.gate_proj, module.up_proj], "gated"), pick([module.down_proj], "gate")
+            grouped |= set(module.children())
+        elif isinstance(module, LoRALinear) and module not in grouped:
+            module.choice = pick([module])
+    return [f"{inputs} → {' + '.join(map(str, outputs))}{f' ({ends})' if ends else ''}, {rows} rows: " + ", ".join(
+                f"{name} {'triton' if ours < theirs else 'torch'} ({ours:.3f} against {theirs:.3f} ms)"
+                for name, (ours, theirs) in times.items())
+            for (inputs, outputs, ends), (_, times) in chosen.items() if times]
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

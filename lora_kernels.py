@@ -1,14 +1,40 @@
-"""The LoRA linear: y = x Wᵀ + s (x Aᵀ) Bᵀ, with W frozen and the low-rank A and B trained.
+"""LoRA linears: y = x Wᵀ + s (x Aᵀ) Bᵀ, W frozen, the low-rank A and B trained; base and adapter in one pass over x.
 
-Here are the definition and its gradients in plain PyTorch.
+    forward      S = s x Aᵀ      y = x Wᵀ + S Bᵀ
+    backward     T = s dY B     dX = dY W + T A      dA = Tᵀ x      dB = dYᵀ S         (W gets no gradient)
+
+Forward and dX have one form: a wide product, beside it a narrow one of the same left operand, and a second narrow product
+that brings it back. So a kernel reads each tile of x (of dY) once and multiplies it twice. Linears that share x, as q, k
+and v or gate and up do, are one launch: the parts of one wide linear. docs/derivations.md derives the gradients and draws
+the tiles.
+
+    M rows   I in   O out, of all parts together   P parts   R rank
+    x (M, I)   weight (O, I)   y (M, O)   S and T (M, P·R)   a part's lora_a (R, I) and lora_b (O of the part, R), fp32
+
+In this order: definitions, Triton kernels, operations (by kernel or by PyTorch), autograd functions, public functions,
+and the choice between kernel and PyTorch.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
 """
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope
+from triton_support import can_run, jit, milliseconds, remembered, tl, triton, tuned
+
+# A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
+Adapted = tuple[Tensor, Tensor, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The definitions
 
 
 def lora_linear_reference(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float,
@@ -22,33 +48,537 @@ def lora_linear_reference(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Ten
     return x @ weight.T + scale * shrunk @ lora_b.to(x.dtype).T
 
 
-class _LoRALinear(torch.autograd.Function):
-    """With S = x Aᵀ and T = dY B:  dX = dY W + s T A,  dA = s Tᵀ X,  dB = s dYᵀ S.  W gets no gradient.
+def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float) -> Tensor:
+    """down(gelu(gate(x)) · up(x)), each a `lora_linear_reference`.  x (M, D); returns (M, D)."""
+    h = geglu(lora_linear_reference(x, *gate, scale), lora_linear_reference(x, *up, scale))
+    return lora_linear_reference(h, *down, scale)
 
-    Saved are x, which the linears that share it share as well, and S (M, R). The adapter's masters and their gradients
-    are fp32; the products run in x's dtype.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels.  Products are of x's dtype and add up in fp32; S and T are rounded to x's dtype once.
+#
+# O0, O1, O2 are the parts' outputs, 0 for those that are not there. BLOCK_R is R rounded up to what the tensor cores take.
+
+
+@jit
+def _load(pointers, inside, EVEN: tl.constexpr):
+    """A tile, zeros outside; without a mask where every tile is full."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0.0)
+
+
+@jit
+def _kept(rows, columns, I, seed, dropout):  # noqa: E741
+    """Dropout's factor of each element of a tile of x, 0 or 1 / (1 − dropout): the same wherever it is asked for."""
+    drawn = tl.rand(seed, (rows[:, None] * I + columns[None, :]).to(tl.int32))
+    return tl.where(drawn < dropout, 0.0, 1 / (1 - dropout))
+
+
+@jit
+def _store_narrow(out, tile, rows, ranks, part, M, R: tl.constexpr, P: tl.constexpr):
+    """A tile of S or T to the columns of its part."""
+    tl.store(out + rows[:, None] * (P * R) + part * R + ranks[None, :], tile, mask=(rows[:, None] < M) & (ranks[None, :] < R))
+
+
+def _room(numbers: int, num_warps: int, PRECISION: str, CAPABILITY: int, **_) -> bool:
+    """Whether so many fp32 numbers leave a program registers for the rest, of the 255 a thread has (`make check-kernels`)."""
+    return numbers / (32 * num_warps) <= (48 if PRECISION == "ieee" else 80 if CAPABILITY < 90 else 144)
+
+
+def _tiles(*sizes: tuple[int, ...], names: tuple[str, ...]) -> list[dict]:
+    return [dict(zip((*names, "num_warps", "num_stages"), size, strict=True)) for size in sizes]
+
+
+@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 64, 8, 3),
+              names=("BLOCK_M", "BLOCK_O", "BLOCK_I")),
+       key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
+       fits=lambda BLOCK_M, BLOCK_O, BLOCK_R, GEGLU, DROPOUT, **more:
+           _room(BLOCK_M * (BLOCK_O + BLOCK_R) * (1 + GEGLU) * (1 + DROPOUT), **more))
+@jit
+def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
+                    I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
+                    GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    """y = x Wᵀ + S Bᵀ, S = s x Aᵀ;  with GEGLU y is [gate | up], and h = gelu(gate) · up.
+
+    x (M, I), w (O, I), a (P·R, I), b (O, R), y (M, O), s (M, P·R), h (M, O0); all row-major, x's dtype. A program owns
+    BLOCK_M rows and BLOCK_O outputs of one part, with GEGLU those of gate and of up. Programs that share rows run side
+    by side, so that x comes from memory once; a part's first one writes its columns of S.
     """
+    TILES0: tl.constexpr = (O0 + BLOCK_O - 1) // BLOCK_O
+    TILES1: tl.constexpr = 0 if GEGLU else (O1 + BLOCK_O - 1) // BLOCK_O
+    TILES2: tl.constexpr = (O2 + BLOCK_O - 1) // BLOCK_O
+    EVEN_I: tl.constexpr = I % BLOCK_I == 0
+    O: tl.constexpr = O0 + O1 + O2  # noqa: E741
+    dtype = x.dtype.element_ty
+    tile = tl.program_id(0) % (TILES0 + TILES1 + TILES2)
+    rows = (tl.program_id(0) // (TILES0 + TILES1 + TILES2)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if P == 1 or GEGLU:
+        part, first, last = 0, 0, O0
+    else:
+        part = (tile >= TILES0).to(tl.int32) + (tile >= TILES0 + TILES1).to(tl.int32)
+        first = tl.where(part == 0, 0, tl.where(part == 1, O0, O0 + O1))
+        last = tl.where(part == 0, O0, tl.where(part == 1, O0 + O1, O))
+        tile -= tl.where(part == 0, 0, tl.where(part == 1, TILES0, TILES0 + TILES1))
+    outs = first + tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    ins, ranks = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_R)
+
+    # Rows and outputs beyond the end repeat the last one and are never stored.
+    x_tiles = x + tl.minimum(rows, M - 1)[:, None] * I + ins[None, :]
+    w_tiles = w + tl.minimum(outs, last - 1)[None, :] * I + ins[:, None]
+    a_tiles = a + (part * R + ranks)[None, :] * I + ins[:, None]
+    sums, narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if GEGLU:
+        up_sums, up_narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for i in range(0, I, BLOCK_I):
+        inside = i + ins < I
+        x_tile = _load(x_tiles + i, inside[None, :], EVEN_I)
+        w_tile = _load(w_tiles + i, inside[:, None], EVEN_I)
+        a_tile = _load(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
+        seen = x_tile
+        if DROPOUT:
+            seen = (x_tile * _kept(rows, i + ins, I, seed + part, dropout)).to(dtype)
+        sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
+        narrow = tl.dot(seen, a_tile, narrow, input_precision=PRECISION)
+        if GEGLU:
+            w_tile = _load(w_tiles + O0 * I + i, inside[:, None], EVEN_I)
+            a_tile = _load(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
+            if DROPOUT:
+                seen = (x_tile * _kept(rows, i + ins, I, seed + 1, dropout)).to(dtype)
+            up_sums = tl.dot(x_tile, w_tile, up_sums, input_precision=PRECISION)
+            up_narrow = tl.dot(seen, a_tile, up_narrow, input_precision=PRECISION)
+
+    b_tiles = b + tl.minimum(outs, last - 1)[None, :] * R + ranks[:, None]
+    narrow = (narrow * scale).to(dtype)
+    b_tile = _load(b_tiles, (ranks < R)[:, None], R == BLOCK_R)
+    sums = tl.dot(narrow, b_tile, sums, input_precision=PRECISION).to(dtype)
+    if tile == 0:
+        _store_narrow(s, narrow, rows, ranks, part, M, R, P)
+    mine = (rows < M)[:, None] & (outs < last)[None, :]
+    tl.store(y + rows[:, None] * O + outs[None, :], sums, mask=mine)
+    if GEGLU:
+        up_narrow = (up_narrow * scale).to(dtype)
+        b_tile = _load(b_tiles + O0 * R, (ranks < R)[:, None], R == BLOCK_R)
+        up_sums = tl.dot(up_narrow, b_tile, up_sums, input_precision=PRECISION).to(dtype)
+        if tile == 0:
+            _store_narrow(s, up_narrow, rows, ranks, 1, M, R, P)
+        tl.store(y + rows[:, None] * O + O0 + outs[None, :], up_sums, mask=mine)
+        gated = gelu(sums.to(tl.float32)) * up_sums.to(tl.float32)
+        tl.store(h + rows[:, None] * O0 + outs[None, :], gated.to(dtype), mask=mine)
+
+
+@jit
+def _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M,
+              PART: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, O: tl.constexpr, I: tl.constexpr, R: tl.constexpr,  # noqa: E741
+              P: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    """sums + dYp Wp + Tp Ap of one part, the outputs FIRST to LAST; the tile of the first inputs writes Tp = s dYp Bp."""
+    EVEN_O: tl.constexpr = (LAST - FIRST) % BLOCK_O == 0
+    EVEN_I: tl.constexpr = I % BLOCK_I == 0
+    outs, ranks = FIRST + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_R)
+    dy_tiles = dy + tl.minimum(rows, M - 1)[:, None] * O + outs[None, :]
+    w_tiles = w + outs[:, None] * I + ins[None, :]
+    b_tiles = b + outs[:, None] * R + ranks[None, :]
+    narrow = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for o in range(0, LAST - FIRST, BLOCK_O):
+        inside = o + outs < LAST
+        dy_tile = _load(dy_tiles + o, inside[None, :], EVEN_O)
+        w_tile = _load(w_tiles + o * I, inside[:, None] & (ins < I)[None, :], EVEN_O and EVEN_I)
+        b_tile = _load(b_tiles + o * R, inside[:, None] & (ranks < R)[None, :], EVEN_O and R == BLOCK_R)
+        sums = tl.dot(dy_tile, w_tile, sums, input_precision=PRECISION)
+        narrow = tl.dot(dy_tile, b_tile, narrow, input_precision=PRECISION)
+    narrow = (narrow * scale).to(dy.dtype.element_ty)
+    if tl.program_id(0) % tl.cdiv(I, BLOCK_I) == 0:
+        _store_narrow(t, narrow, rows, ranks, PART, M, R, P)
+    a_tile = _load(a + (PART * R + ranks)[:, None] * I + ins[None, :], (ranks < R)[:, None] & (ins < I)[None, :], R == BLOCK_R and EVEN_I)
+    if DROPOUT:
+        return sums + tl.dot(narrow, a_tile, input_precision=PRECISION) * _kept(rows, ins, I, seed + PART, dropout)
+    else:
+        return tl.dot(narrow, a_tile, sums, input_precision=PRECISION)
+
+
+@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 8, 3),
+              names=("BLOCK_M", "BLOCK_I", "BLOCK_O")),
+       key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
+       fits=lambda BLOCK_M, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
+           _room(BLOCK_M * (BLOCK_I * (1 + GEGLU + 4 * DROPOUT) + BLOCK_R), **more))
+@jit
+def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, seed, dropout, M, M_BUCKET,
+                           I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
+                           GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+    """dX = Σ over parts of dYp Wp + Tp Ap, Tp = s dYp Bp;  with GEGLU dx is [dgate | dup], of dh = dX.
+
+    dy (M, O), w (O, I), a (P·R, I), b (O, R), t (M, P·R), dx (M, I), with GEGLU dx and gate_up (M, 2I); all row-major, dy's
+    dtype. A program owns BLOCK_M rows and BLOCK_I inputs and adds up the parts in one accumulator.
+    """
+    TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
+    O: tl.constexpr = O0 + O1 + O2  # noqa: E741
+    rows = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ins = tl.program_id(0) % TILES * BLOCK_I + tl.arange(0, BLOCK_I)
+    sums = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M, 0, 0, O0, O, I, R, P, DROPOUT, PRECISION,
+                     BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+    if P > 1:
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M, 1, O0, O0 + O1, O, I, R, P, DROPOUT, PRECISION,
+                         BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+    if P > 2:
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M, 2, O0 + O1, O, O, I, R, P, DROPOUT, PRECISION,
+                         BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+    mine = (rows < M)[:, None] & (ins < I)[None, :]
+    if GEGLU:
+        places = rows[:, None] * (2 * I) + ins[None, :]
+        gate = tl.load(gate_up + places, mask=mine, other=0.0).to(tl.float32)
+        tl.store(dx + places + I, (sums * gelu(gate)).to(dx.dtype.element_ty), mask=mine)
+        up = tl.load(gate_up + places + I, mask=mine, other=0.0).to(tl.float32)
+        gate = tl.load(gate_up + places, mask=mine, other=0.0).to(tl.float32)         # again: to keep it would take registers
+        tl.store(dx + places, (sums * up * gelu_slope(gate)).to(dx.dtype.element_ty), mask=mine)
+    else:
+        tl.store(dx + rows[:, None] * I + ins[None, :], sums.to(dx.dtype.element_ty), mask=mine)
+
+
+@tuned(_tiles((64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 4), names=("BLOCK_M", "BLOCK_N")),
+       key=("M_BUCKET", "N0", "N1", "N2", "C", "DROPOUT"),
+       fits=lambda BLOCK_N, BLOCK_C, **more: _room(BLOCK_N * (BLOCK_C + 32), **more))
+@jit
+def _token_sum_kernel(wide, narrow, partial, seed, dropout, M, M_BUCKET, rows_a_split,
+                      WIDE: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
+                      SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Over the tokens of a split, Σ wide[m, n] narrow[m, c]: dB = dYᵀ S, and dA = Tᵀ x (TRANSPOSED).
+
+    wide (M, WIDE): its columns are parts of N0, N1 and N2, or with SHARED every part is all of them. narrow (M, NARROW): C
+    columns a part. partial (splits, N·C) fp32, N = N0 + N1 + N2: as (N, C), TRANSPOSED as (N / N0 · C, N0), where parts are
+    alike. A program owns BLOCK_N columns of a part, BLOCK_C of its narrow columns, and one split's tokens, in their order;
+    the splits are added up after it, so that no two programs write to one place.
+    """
+    TILES0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
+    TILES1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    part = (tile >= TILES0).to(tl.int32) + (tile >= TILES0 + TILES1).to(tl.int32)
+    first = tl.where(part == 0, 0, tl.where(part == 1, N0, N0 + N1))
+    size = tl.where(part == 0, N0, tl.where(part == 1, N1, N2))
+    tile -= tl.where(part == 0, 0, tl.where(part == 1, TILES0, TILES0 + TILES1))
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    places = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = tl.program_id(1).to(tl.int64) * rows_a_split
+    tokens = (tl.minimum(M - start, rows_a_split)).to(tl.int32)
+    rows = tl.arange(0, BLOCK_M)
+    wide_tiles = wide + tl.where(SHARED, 0, first) + start * WIDE + rows[:, None] * WIDE + columns[None, :]
+    narrow_tiles = narrow + start * NARROW + rows[:, None] * NARROW + (part * C + places)[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for m in range(0, tokens, BLOCK_M):
+        inside = m + rows < tokens
+        wide_tile = tl.load(wide_tiles, mask=inside[:, None] & (columns < size)[None, :], other=0.0)
+        narrow_tile = tl.load(narrow_tiles, mask=inside[:, None] & (places < C)[None, :], other=0.0)
+        if DROPOUT:
+            wide_tile = (wide_tile * _kept(start + m + rows, columns, N0, seed + part, dropout)).to(wide.dtype.element_ty)
+        sums = tl.dot(tl.trans(wide_tile), narrow_tile, sums, input_precision=PRECISION)
+        wide_tiles += BLOCK_M * WIDE
+        narrow_tiles += BLOCK_M * NARROW
+    if TRANSPOSED:
+        out = partial + (part * C + places)[None, :] * N0 + columns[:, None]
+    else:
+        out = partial + (first + columns)[:, None] * C + places[None, :]
+    tl.store(out + tl.program_id(1).to(tl.int64) * ((N0 + N1 + N2) * C), sums, mask=(columns < size)[:, None] & (places < C)[None, :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operations, each by kernel or by PyTorch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which operations of a group of linears run by Triton kernels; the others run by PyTorch."""
+
+    forward: bool = False           # y and S
+    input_gradient: bool = False    # dX and T
+    sums: bool = False              # dA and dB
+
+
+BY_PYTORCH, BY_TRITON = Choice(), Choice(True, True, True)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears that share x, with adapters of one rank, as parts of one wide linear."""
+
+    outputs: tuple[int, ...]        # of each part
+    rank: int
+    scale: float
+    dropout: float = 0.0            # on what the adapters see of x
+    seed: int = 0                   # of dropout
+
+    def constants(self, x: Tensor) -> dict:
+        """The kernels' constants."""
+        O0, O1, O2 = (*self.outputs, 0, 0)[:3]
+        return {"O0": O0, "O1": O1, "O2": O2, "R": self.rank, "P": len(self.outputs), "BLOCK_R": max(16, triton.next_power_of_2(self.rank)),
+                "DROPOUT": self.dropout > 0, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
+
+    def numbers(self, M: int) -> tuple:
+        """The kernels' numbers; timings are compared anew only where the rows double."""
+        return self.scale, self.seed, self.dropout, M, triton.next_power_of_2(M)
+
+
+def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
+    return torch.cat((wide, narrow), dim=1)
+
+
+def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
+             gated: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y (M, O), S (M, P·R) and, where gated, h (M, O/2); a (P·R, I) and b (O, R) in x's dtype."""
+    (M, I), O = x.shape, len(weight)  # noqa: E741
+    if by_triton:
+        y, s, h = x.new_empty(M, O), x.new_empty(M, len(a)), x.new_empty(M, O // 2) if gated else None
+        if M:
+            parts = group.outputs[:1] if gated else group.outputs
+            _forward_kernel[lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]) * sum(triton.cdiv(part, sizes["BLOCK_O"]) for part in parts),)](
+                x, weight, a, b, y, s, h, *group.numbers(M), I=I, GEGLU=gated, **group.constants(x))
+        return y, s, h
+    diagonal = torch.block_diag(*b.split(group.outputs))                                # (O, P·R): each part's B at its place
+    s = torch.addmm(x.new_empty(()), x, a.T, beta=0, alpha=group.scale)
+    # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x costs less than another pass over y.
+    y = _beside(x, s) @ _beside(weight, diagonal).T if I < O else (x @ weight.T).addmm_(s, diagonal.T)
+    return y, s, geglu(*y.chunk(2, dim=1)) if gated else None
+
+
+def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
+                    gate_up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """dX (M, I), or [dgate | dup] (M, 2I) where the linear's input was gated, and T (M, P·R)."""
+    M, (O, I) = len(dy), weight.shape  # noqa: E741
+    if by_triton:
+        dx, t = torch.empty_like(gate_up) if gate_up is not None else dy.new_empty(M, I), dy.new_empty(M, len(a))
+        if M:
+            _input_gradient_kernel[lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(I, sizes["BLOCK_I"]),)](
+                dy, weight, a, b, dx, t, gate_up, *group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
+        return dx, t
+    t = _narrow_gradient(dy, b, group)
+    dx = _beside(dy, t) @ torch.cat((weight, a)) if O < I else (dy @ weight).addmm_(t, a)
+    return dx if gate_up is None else geglu_gradient(dx, *gate_up.chunk(2, dim=1)), t
+
+
+def _narrow_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
+    """T = s dY B (M, P·R)."""
+    return torch.addmm(dy.new_empty(()), dy, torch.block_diag(*b.split(group.outputs)), beta=0, alpha=group.scale)
+
+
+def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], columns: int, group: _Group, of_x: bool) -> Tensor:
+    """Σ over tokens of wide[m, n] narrow[m, c], fp32, part by part: (N, columns), or (parts · columns, I) where wide is x."""
+    M, N, dropped = len(wide), sum(parts), of_x and group.dropout > 0
+    blocks = sum(triton.cdiv(part, 128) for part in parts) * triton.cdiv(columns, 64)
+    splits = max(1, min(triton.cdiv(M, 256), 512 // blocks))               # enough programs for any GPU, the same on each
+    partial = torch.empty(splits, N * columns, dtype=torch.float32, device=wide.device)
+    N0, N1, N2 = (*parts, 0, 0)[:3]
+    BLOCK_C = min(64, max(16, triton.next_power_of_2(columns)))
+    _token_sum_kernel[lambda sizes: (sum(triton.cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, triton.cdiv(columns, BLOCK_C))](
+        wide, narrow, partial, *group.numbers(M)[1:], triton.cdiv(M, splits), WIDE=wide.shape[1], N0=N0, N1=N1, N2=N2,
+        NARROW=narrow.shape[1], C=columns, SHARED=of_x, TRANSPOSED=of_x, DROPOUT=dropped, BLOCK_C=BLOCK_C,
+        PRECISION="ieee" if wide.dtype == torch.float32 else "tf32")
+    total = partial.sum(0)
+    return total.view(-1, wide.shape[1]) if of_x else total.view(N, columns)
+
+
+def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Group, by_triton: bool) -> list[Tensor]:
+    """dA (R, I) and dB (O, R) of each part in turn, fp32 from the kernel, else x's dtype."""
+    parts, R = group.outputs, group.rank
+    if by_triton and len(x):
+        P, I = len(parts), x.shape[1]  # noqa: E741
+        da = (_token_sums(x, t, (I,) * P, R, group, of_x=True) if group.dropout else        # each part saw another x
+              _token_sums(x, t, (I,), P * R, group, of_x=True))
+        db = _token_sums(dy, s, parts, R, group, of_x=False)
+        return list(itertools.chain(*zip(da.split(R), db.split(parts), strict=True)))
+    da = t.T @ x
+    return list(itertools.chain(*((a, y.T @ shrunk) for a, y, shrunk in
+                                  zip(da.split(R), dy.split(parts, dim=1), s.split(R, dim=1), strict=True))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autograd functions
+
+
+def _narrow(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The A's (P·R, I) and the B's (O, R) below each other, in the dtype of the products."""
+    return torch.cat(list(adapters[0::2])).to(dtype), torch.cat(list(adapters[1::2])).to(dtype)
+
+
+class _LoRALinears(torch.autograd.Function):
+    """Saved are x, which other linears may share, and S. Masters and gradients of the adapters are fp32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        shrunk = x @ a.T                                                       # (M, R)
-        ctx.save_for_backward(x, weight, a, b, shrunk)
-        ctx.scale, ctx.master_dtype = scale, lora_a.dtype
-        return torch.addmm(x @ weight.T, shrunk, b.T, alpha=scale)
+    def forward(ctx, x: Tensor, weight: Tensor, group: _Group, choice: Choice, *adapters: Tensor) -> Tensor:
+        a, b = _narrow(adapters, x.dtype)
+        y, s, _ = _forward(x, weight, a, b, group, choice.forward)
+        ctx.save_for_backward(x, weight, a, b, s)
+        ctx.group, ctx.choice, ctx.master_dtype = group, choice, adapters[0].dtype
+        return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
-        x, weight, a, b, shrunk = ctx.saved_tensors
-        dshrunk = dy @ b                                                       # (M, R)
-        dx = torch.addmm(dy @ weight, dshrunk, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
-        da = (dshrunk.T @ x).to(ctx.master_dtype).mul_(ctx.scale)
-        db = (dy.T @ shrunk).to(ctx.master_dtype).mul_(ctx.scale)
-        return dx, None, da, db, None
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, s = ctx.saved_tensors
+        dy = dy.contiguous()
+        if ctx.needs_input_grad[0]:
+            dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient)
+        else:
+            dx, t = None, _narrow_gradient(dy, b, ctx.group)
+        gradients = _adapter_gradients(x, dy, s, t, ctx.group, ctx.choice.sums)
+        return dx, None, None, None, *(gradient.to(ctx.master_dtype) for gradient in gradients)
 
 
-def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.  Shapes as in `lora_linear_reference`; W must not require a gradient."""
-    if dropout:
-        return lora_linear_reference(x, weight, lora_a, lora_b, scale, F.dropout(x, dropout))
-    return _LoRALinear.apply(x, weight, lora_a, lora_b, scale)
+class _LoRAMLP(torch.autograd.Function):
+    """gate and up as one group, GeGLU at its end; down, whose dX ends in GeGLU's gradient.  Saved are x, [gate | up] and h."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, groups: tuple[_Group, _Group], choices: tuple[Choice, Choice],
+                *adapters: Tensor) -> Tensor:
+        narrow = (*_narrow(adapters[:4], x.dtype), *_narrow(adapters[4:], x.dtype))
+        gate_up, s, h = _forward(x, weight, *narrow[:2], groups[0], choices[0].forward, gated=True)
+        y, s_down, _ = _forward(h, down, *narrow[2:], groups[1], choices[1].forward)
+        ctx.save_for_backward(x, weight, down, *narrow, gate_up, s, h, s_down)
+        ctx.groups, ctx.choices, ctx.master_dtype = groups, choices, adapters[0].dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, a, b, a_down, b_down, gate_up, s, h, s_down = ctx.saved_tensors
+        (group, group_down), (choice, choice_down) = ctx.groups, ctx.choices
+        dy = dy.contiguous()
+        dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up)
+        of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums)
+        if ctx.needs_input_grad[0]:
+            dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient)
+        else:
+            dx, t = None, _narrow_gradient(dgate_up, b, group)
+        gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums) + of_down
+        return dx, None, None, None, None, *(gradient.to(ctx.master_dtype) for gradient in gradients)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The public functions
+
+
+def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float = 0.0,
+                choice: Choice = BY_PYTORCH) -> Tensor:
+    """y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ (M, O); as `lora_linears` with one linear."""
+    return lora_linears(x, [(weight, lora_a, lora_b)], scale, dropout, choice)[0]
+
+
+def lora_linears(x: Tensor, linears: Sequence[Adapted], scale: float, dropout: float = 0.0,
+                 choice: Choice = BY_PYTORCH) -> tuple[Tensor, ...]:
+    """The outputs (M, O) of each of up to three adapted linears that share x (M, I); gradients for x and the adapters.
+
+    Operands are row-major (contiguous), x and the frozen weights of one dtype: fp32, bf16, fp16. Weights that lie below
+    each other in memory (lora.py lays them so) are read in place, others are copied. dropout: the share of x's elements
+    that an adapter does not see, drawn anew for each linear from PyTorch's CPU generator. Raises ValueError for operands
+    that do not fit.
+    """
+    _check(x, linears, dropout, choice)
+    if dropout and not choice.forward:
+        return tuple(lora_linear_reference(x, *linear, scale, F.dropout(x, dropout)) for linear in linears)
+    group = _group(linears, scale, dropout)
+    adapters = [narrow for linear in linears for narrow in linear[1:]]
+    y = _LoRALinears.apply(x, _below([weight for weight, *_ in linears]), group, BY_TRITON if dropout else choice, *adapters)
+    return y.split(group.outputs, dim=1) if len(linears) > 1 else (y,)
+
+
+def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float, dropout: float = 0.0,
+             choices: tuple[Choice, Choice] = (BY_PYTORCH, BY_PYTORCH)) -> Tensor:
+    """down(gelu(gate(x)) · up(x)) (M, D), each an adapted linear; choices: of gate and up, and of down.  Else as `lora_linears`."""
+    _check(x, (gate, up), dropout, choices[0])
+    _check(x.new_empty(0, len(gate[0])), (down,), dropout, choices[1])
+    if len(gate[0]) != len(up[0]):
+        raise ValueError(f"gate and up must give equally many outputs; got {len(gate[0])} and {len(up[0])}")
+    if dropout and not (choices[0].forward and choices[1].forward):
+        h = geglu(*lora_linears(x, (gate, up), scale, dropout))
+        return lora_linears(h, (down,), scale, dropout)[0]
+    groups = _group((gate, up), scale, dropout), _group((down,), scale, dropout)
+    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, (BY_TRITON, BY_TRITON) if dropout else choices,
+                          *gate[1:], *up[1:], *down[1:])
+
+
+def _group(linears: Sequence[Adapted], scale: float, dropout: float) -> _Group:
+    return _Group(tuple(len(weight) for weight, *_ in linears), len(linears[0][1]), scale, dropout,
+                  int(torch.randint(2**31 - 4, ())) if dropout else 0)
+
+
+def _below(weights: Sequence[Tensor]) -> Tensor:
+    """(O, I): the weights of linears that share x, one below the other; without a copy where they lie so in memory."""
+    first, places = weights[0], [weight.data_ptr() for weight in weights]
+    steps = [weight.numel() * weight.element_size() for weight in weights[:-1]]
+    if len(weights) > 1 and places[1:] == [place + step for place, step in zip(places, steps, strict=False)] \
+            and all(weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for weight in weights):
+        return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
+    return torch.cat(list(weights)) if len(weights) > 1 else first
+
+
+def _check(x: Tensor, linears: Sequence[Adapted], dropout: float, choice: Choice) -> None:
+    """Raises ValueError, saying what was given, for operands that the products do not take."""
+    def fail(what: str) -> None:
+        raise ValueError(f"LoRA linear: {what}")
+    if x.dim() != 2 or not x.is_contiguous():
+        fail(f"x must be (M, I) and contiguous; got shape {tuple(x.shape)}, strides {x.stride()}")
+    if not 1 <= len(linears) <= 3:
+        fail(f"one to three linears share x; got {len(linears)}")
+    if not 0 <= dropout < 1:
+        fail(f"dropout is a share, 0 ≤ dropout < 1; got {dropout}")
+    for weight, lora_a, lora_b in linears:
+        O, I, R = len(weight), x.shape[1], len(linears[0][1])  # noqa: E741
+        for name, tensor, shape in (("weight", weight, (O, I)), ("lora_a", lora_a, (R, I)), ("lora_b", lora_b, (O, R))):
+            if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                fail(f"{name} must be {shape} beside x {tuple(x.shape)}, and contiguous; got shape {tuple(tensor.shape)}, "
+                     f"strides {tensor.stride()}")
+            if tensor.device != x.device:
+                fail(f"{name} is on {tensor.device}, x on {x.device}")
+        if weight.dtype != x.dtype:
+            fail(f"weight is {weight.dtype}, x {x.dtype}; convert one of them")
+        if weight.requires_grad:
+            fail("weight is frozen here; to train it, use a plain linear")
+    if choice != BY_PYTORCH:
+        if not 1 <= R <= 128 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            fail(f"the kernels take ranks 1 to 128 and fp32, bf16, fp16; got rank {R}, {x.dtype}; use PyTorch's way (--kernels torch)")
+        if not can_run(x.device):
+            fail(f"the Triton kernels run on a CUDA device, x is on {x.device}; use PyTorch's way (--kernels torch)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice, once at the start
+
+
+def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
+           ends: str = "") -> tuple[Choice, dict[str, tuple[float, float]]]:
+    """Kernel or PyTorch for each operation of a group of linears, and the milliseconds of both where they were compared.
+
+    kernels: "triton", "torch", or "auto": on a CUDA device whichever is faster for M rows of this shape, remembered on
+    disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate" where its input is gated.
+    """
+    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
+        return BY_PYTORCH, {}
+    if not can_run(device):
+        raise ValueError(f"--kernels triton: Triton's kernels need a CUDA device, this is {device}; use --kernels auto")
+    if not 1 <= rank <= 128:
+        if kernels == "auto":
+            return BY_PYTORCH, {}
+        raise ValueError(f"--kernels triton: the kernels take ranks 1 to 128, this is {rank}; use --kernels auto")
+    if kernels == "triton":
+        if device.type == "cuda":
+            for run in operations(M, I, outputs, rank, dtype, device, ends).values():
+                run(True)                       # compiles and tunes now, not in the first step
+        return BY_TRITON, {}
+
+    times = remembered("lora", device, [str(dtype), M, I, outputs, rank, ends], lambda: {
+        name: [milliseconds(lambda: run(True)), milliseconds(lambda: run(False))]              # noqa: B023
+        for name, run in operations(M, I, outputs, rank, dtype, device, ends).items()})
+    return Choice(**{name: kernel < pytorch for name, (kernel, pytorch) in times.items()}), times
+
+
+def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
+               ends: str = "", dropout: float = 0.0) -> dict[str, Callable[[bool], object]]:
+    """Each operation of a group of linears on random operands, to be timed: by its name in `Choice`, by_triton → result."""
+    group, O = _Group(outputs, rank, 1.0, dropout), sum(outputs)  # noqa: E741
+    draw = lambda *shape: torch.randn(shape, dtype=dtype, device=device)  # noqa: E731
+    x, dy, weight, a, b = draw(M, I), draw(M, O), draw(O, I), draw(len(outputs) * rank, I), draw(O, rank)
+    s, t, gate_up = draw(M, len(a)), draw(M, len(a)), draw(M, 2 * I) if ends == "gate" else None
+    return {"forward": lambda by_triton: _forward(x, weight, a, b, group, by_triton, gated=ends == "gated"),
+            "input_gradient": lambda by_triton: _input_gradient(dy, weight, a, b, group, by_triton, gate_up),
+            "sums": lambda by_triton: _adapter_gradients(x, dy, s, t, group, by_triton)}

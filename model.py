@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_kernels import attention, tile
+from geglu_kernels import geglu
 
 # What a published config.json means by leaving a size out (the 4B and larger do).
 DEFAULTS = {"vocab_size": 262_208, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26, "num_attention_heads": 8,
@@ -120,11 +121,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu_tanh(gate) · up, (T, F) each."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
 # What a layer asks for its attention: (q (T, N, H), k (T, K, H), v (T, K, H), scale of the scores) -> (T, N, H).
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -162,11 +158,14 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(H, config.rms_norm_eps), RMSNorm(H, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        T, H = len(x), self.head_dim
-        q = rotate(self.q_norm(self.q_proj(x).view(T, -1, H)), *rope)           # (T, N, H)
-        k = rotate(self.k_norm(self.k_proj(x).view(T, -1, H)), *rope)           # (T, K, H)
-        v = self.v_proj(x).view(T, -1, H)
+        T = len(x)
+        q, k, v = (part.view(T, -1, self.head_dim) for part in self.project(x))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)     # (T, N, H), (T, K, H)
         return self.o_proj(attend(q, k, v, self.scale).reshape(T, -1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q (T, N·H), k and v (T, K·H): in one place, for they share x."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class MLP(nn.Module):

@@ -34,7 +34,7 @@ import checkpoint
 import data
 import report
 from evaluate import evaluate, table
-from lora import TARGETS, LoRAConfig, wrap
+from lora import TARGETS, LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
 from tokenizer import Tokenizer
@@ -94,6 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in")
+    add("--kernels", choices=("auto", "triton", "torch"), default="auto", help="who computes the adapters' linears: Triton's "
+        "kernels, PyTorch, or whichever is faster on this GPU, timed at the start (on a CPU PyTorch)")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/last", help="the run's folder")
@@ -178,6 +180,13 @@ def main(args: argparse.Namespace) -> int:
     size, trained_size = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), parameters))
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
         f"{args.dtype} on {checkpoint.device_name(device)}")
+    if not args.full:
+        began = time.perf_counter()
+        a_step = args.batch_tokens or args.batch_rows * sum(lengths) / len(lengths)
+        for line in choose_kernels(model, args.kernels, min(args.micro_tokens, math.ceil(a_step / world))):
+            say(f"kernels {line}")
+        if args.device == "cuda" and args.kernels != "torch":
+            say(f"kernels compiled and timed in {time.perf_counter() - began:.1f} s; kept on disk for the next start")
 
     # A new run, or an old one from its last checkpoint.
     state = {"position": 0, "best_loss": None}

@@ -1,0 +1,95 @@
+"""What every kernel file needs of Triton: an import that may fail, where kernels can run, and tuning that is remembered.
+
+Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before the first import), which is how
+the tests check them anywhere, and are compiled for GPUs that are not there by `make check-kernels`.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                     # no Triton for this platform: the kernels stay unused
+    triton = tl = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(function: Callable) -> Callable:
+    """`triton.jit`. M, the number of rows, and the seed change from call to call, and no value of theirs is compiled in."""
+    return triton.jit(do_not_specialize=["M", "M_BUCKET", "seed"])(function) if triton else function
+
+
+def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) -> Callable[[Callable], Callable]:
+    """Run a kernel with whichever of at most six configurations is fastest on this device.
+
+    tiles: sizes by name, with `num_warps` and `num_stages`. key: arguments for which the choice is made anew. fits: of
+    a configuration's sizes, the kernel's arguments and CAPABILITY (90 for Hopper), by name, whether it may be tried. Choices
+    are kept on disk in Triton's own cache. Under the interpreter the first configuration is taken.
+    """
+    if triton is None:
+        return lambda kernel: kernel
+    configs = [triton.Config({name: size for name, size in sizes.items() if name.isupper()}, num_warps=sizes["num_warps"],
+                             num_stages=sizes["num_stages"]) for sizes in tiles]
+
+    def prune(configs: list, named: dict, **arguments) -> list:
+        return fitting(configs, fits, named | arguments, torch.cuda.get_device_capability())
+
+    def decorate(kernel: Callable) -> Callable:
+        made = triton.autotune(configs[:1] if INTERPRETED else configs, key=list(key), cache_results=True, do_bench=_bench,
+                               prune_configs_by={"early_config_prune": prune})(kernel)
+        made.fits = fits
+        return made
+    return decorate
+
+
+def fitting(configs: list, fits: Callable[..., bool], arguments: dict, capability: tuple[int, int]) -> list:
+    """Those of a kernel's configurations that fit its arguments and the card; the last one, the smallest, where none does."""
+    known = arguments | {"CAPABILITY": 10 * capability[0] + capability[1]}
+    return [config for config in configs if fits(**{**known, **config.all_kwargs()})] or configs[-1:]
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call on the GPU, its launches included."""
+    return _bench(call, (0.5, 0.5))[0]
+
+
+def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
+    return triton.testing.do_bench(call, warmup=10, rep=30, quantiles=quantiles)
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether Triton kernels can run on tensors of `device`."""
+    return triton is not None and (INTERPRETED or device.type == "cuda")
+
+
+def remembered(name: str, device: torch.device, key: Sequence, make: Callable[[], dict]) -> dict:
+    """A JSON object that depends on the device, the versions and `key`: from the disk, or else made and kept there.
+
+    In ~/.cache/nano-functiongemma, or $NANO_FUNCTIONGEMMA_CACHE.
+    """
+    what = json.dumps([torch.cuda.get_device_name(device), torch.__version__, triton.__version__, *key])
+    folder = Path(os.environ.get("NANO_FUNCTIONGEMMA_CACHE") or Path.home() / ".cache/nano-functiongemma")
+    file = folder / f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+    try:
+        kept = json.loads(file.read_text())
+        if kept["for"] == what:
+            return kept["value"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass                            # not there, or torn: made anew
+    value = make()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"for": what, "value": value}, indent=1))
+        temporary.rename(file)
+    except OSError:
+        pass                            # a folder that cannot be written costs time at the next start, no more
+    return value
