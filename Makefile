@@ -14,10 +14,10 @@ DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 4e-3 --beta2 0.98 --batch-ro
               --eval-rows 200 --eval-calls 200 --eval-every 550 --save-every 550 --log-every 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev test test-gpu lint finetune report bench clean
+.PHONY: help setup setup-dev test test-gpu check-kernels lint finetune report bench clean
 
 help:                    ## this list
-	@awk -F '##' '/^[a-z-]+:.*##/ { split($$0, name, ":"); printf "  make %-10s %s\n", name[1], $$2 }' Makefile
+	@awk -F '##' '/^[a-z-]+:.*##/ { split($$0, name, ":"); printf "  make %-13s %s\n", name[1], $$2 }' Makefile
 
 setup: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)       ## .venv with what training needs
 
@@ -40,11 +40,14 @@ finetune: setup          ## train: the embedded demo, or MODEL=name-or-folder DA
 report: setup            ## a run's report.html: make report OUT=runs/mine
 	$(PYTHON) evaluate.py --report $(OUT)
 
-test: setup-dev real-model lint     ## all tests that this machine can run
+test: setup-dev real-model lint check-kernels     ## all tests that this machine can run
 	$(PYTHON) -m pytest
 
 test-gpu: setup-dev      ## the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
+
+check-kernels: setup-dev ## compile every kernel for sm_80 and sm_90, no GPU needed: registers, spills, tensor cores
+	$(PYTHON) tests/check_kernels.py
 
 lint: setup-dev          ## ruff
 	$(PYTHON) -m ruff check .

@@ -83,15 +83,18 @@ def _store_narrow(out, tile, rows, ranks, part, M, R: tl.constexpr, P: tl.conste
 
 
 def _room(numbers: int, num_warps: int, PRECISION: str, CAPABILITY: int, **_) -> bool:
-    """Whether so many fp32 numbers leave a program registers for the rest, of the 255 a thread has (`make check-kernels`)."""
-    return numbers / (32 * num_warps) <= (48 if PRECISION == "ieee" else 80 if CAPABILITY < 90 else 144)
+    """Whether so many fp32 numbers leave a program registers for the rest, of the 255 a thread has (`make check-kernels`).
+
+    Products of fp32 do without tensor cores and want the smallest tiles there are.
+    """
+    return PRECISION == "tf32" and numbers / (32 * num_warps) <= (80 if CAPABILITY < 90 else 144)
 
 
 def _tiles(*sizes: tuple[int, ...], names: tuple[str, ...]) -> list[dict]:
     return [dict(zip((*names, "num_warps", "num_stages"), size, strict=True)) for size in sizes]
 
 
-@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 64, 8, 3),
+@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3),
               names=("BLOCK_M", "BLOCK_O", "BLOCK_I")),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
        fits=lambda BLOCK_M, BLOCK_O, BLOCK_R, GEGLU, DROPOUT, **more:
@@ -199,7 +202,7 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M,
         return tl.dot(narrow, a_tile, sums, input_precision=PRECISION)
 
 
-@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 64, 8, 3),
+@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3),
               names=("BLOCK_M", "BLOCK_I", "BLOCK_O")),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
        fits=lambda BLOCK_M, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
@@ -486,9 +489,9 @@ def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
              choices: tuple[Choice, Choice] = (BY_PYTORCH, BY_PYTORCH)) -> Tensor:
     """down(gelu(gate(x)) · up(x)) (M, D), each an adapted linear; choices: of gate and up, and of down.  Else as `lora_linears`."""
     _check(x, (gate, up), dropout, choices[0])
-    _check(x.new_empty(0, len(gate[0])), (down,), dropout, choices[1])
     if len(gate[0]) != len(up[0]):
-        raise ValueError(f"gate and up must give equally many outputs; got {len(gate[0])} and {len(up[0])}")
+        raise ValueError(f"LoRA MLP: gate and up must give equally many outputs; got {len(gate[0])} and {len(up[0])}")
+    _check(x.new_empty(0, len(gate[0])), (down,), dropout, choices[1])
     if dropout and not (choices[0].forward and choices[1].forward):
         h = geglu(*lora_linears(x, (gate, up), scale, dropout))
         return lora_linears(h, (down,), scale, dropout)[0]

@@ -1,8 +1,12 @@
-"""Compile every kernel in every configuration in use, for GPUs that need not be there, and look at what came out.
+"""Compile every kernel in every configuration in use, for cards that need not be there, and look at what came out.
 
-    python tests/check_kernels.py            # a line a kernel; exits 1 for a spill or a missing tensor-core instruction
+    python tests/check_kernels.py            # a line a kernel and card; exits 1 where something is wrong
+    python tests/check_kernels.py --all      # a line a configuration
 
-"In use" is what the operations launch for Gemma 3 270M, seen by standing in for the launch.
+Wrong is: a register spilled to memory, more shared memory than a program may have, 16-bit products without tensor cores,
+and a tile read in pieces of less than 4 bytes (whatever hides from the compiler that its addresses follow each other
+costs the asynchronous copies, and with them most of the speed). "In use" is what the operations launch for Gemma 3 270M,
+seen by standing in for the launch.
 """
 from __future__ import annotations
 
@@ -12,44 +16,60 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.autotuner import Autotuner
 
 import lora_kernels
-from triton_support import fitting
+from triton_support import fitting, triton
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED_KIB = {80: 163, 90: 227}          # what one program may have
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+SHARED_KIB = {80: 163, 90: 227}          # what one program may have on an A100 and an H100
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+SCALARS = {"scale": "fp32", "dropout": "fp32", "seed": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32"}
 
 
-def launches() -> list[tuple[str, Autotuner, dict]]:
+def launches() -> list[tuple[str, object, dict]]:
     """(what for, kernel, arguments by name) of every launch of a step."""
-    seen = []
-    usual = Autotuner.run
-    Autotuner.run = lambda kernel, *args, grid, warmup, **kwargs: seen.append((label, kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+    from triton.runtime.autotuner import Autotuner
+    seen, usual = [], Autotuner.run
+
+    def note(kernel: Autotuner, *args, grid, warmup, **kwargs) -> None:
+        seen.append((what, kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
+    Autotuner.run = note
     try:
-        for rank, dropout in ((16, 0.0), (128, 0.0), (16, 0.1)):
+        for dtype, rank, dropout in ((torch.bfloat16, 16, 0.0), (torch.bfloat16, 128, 0.0), (torch.bfloat16, 16, 0.1), (torch.float32, 16, 0.0)):
             for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),  # noqa: E741
                                            ("gate_up", 640, (2048, 2048), "gated"), ("down", 2048, (640,), "gate")):
-                label = f"{name} r={rank}" + (" dropout" if dropout else "")
-                for run in lora_kernels.operations(256, I, outputs, rank, torch.bfloat16, torch.device("cpu"), ends, dropout).values():
+                what = f"{name} {str(dtype).removeprefix('torch.')} R={rank}{' dropout' if dropout else ''}"
+                for run in lora_kernels.operations(256, I, outputs, rank, dtype, torch.device("cpu"), ends, dropout).values():
                     run(True)
     finally:
         Autotuner.run = usual
     return seen
 
 
+def jobs() -> list[tuple]:
+    """Every configuration of every different launch, for both generations of cards."""
+    made = {}
+    for what, kernel, arguments in launches():
+        types = {key: TYPES[value.dtype] if isinstance(value, torch.Tensor) else SCALARS.get(key, value) for key, value in arguments.items()}
+        for capability in SHARED_KIB:
+            for config in fitting(kernel.configs, kernel.fits, arguments, divmod(capability, 10)):
+                sizes = {key: value for key, value in config.all_kwargs().items() if value is not None and key != "num_ctas"}
+                job = kernel.base_fn.__module__, kernel.base_fn.__name__, types, sizes, capability
+                made.setdefault(str(job), (what, *job))
+    return list(made.values())
+
+
 def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
-    """Compile one configuration; what the assembler says of it."""
+    """Compile one configuration; what the compiler and the assembler say of it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
     what, module, name, arguments, config, capability = job
     kernel = getattr(sys.modules[module], name).fn
     constants = {key for key, parameter in zip(kernel.arg_names, kernel.params, strict=True) if parameter.is_constexpr}
@@ -62,35 +82,45 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     ptx = made.asm["ptx"]
-    return {"what": what, "kernel": name, "sm": capability, "config": config, "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-            "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "local": int(re.search(r"LOCAL:(\d+)", usage)[1]),
-            "shared_kib": made.metadata.shared / 1024,
-            "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""}
+    reads = [int(width) // 8 * int(vector or 1) for vector, width in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)]
+    reads += [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[\w:.]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
+    return {"what": what, "kernel": name, "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+            "shared_kib": made.metadata.shared / 1024, "too_large": made.metadata.shared / 1024 > SHARED_KIB[capability],
+            "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "", "narrowest_read": min(reads)}
 
 
-def jobs() -> list[tuple]:
-    """Every configuration of every different launch, for both generations of cards."""
-    made = {}
-    for what, kernel, arguments in launches():
-        types = {key: TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) and key in ("scale", "dropout")
-                 else "i32" if key in ("seed", "M", "M_BUCKET", "rows_a_split") else value for key, value in arguments.items()}
-        for capability in SHARED_KIB:
-            for config in fitting(kernel.configs, kernel.fits, arguments, divmod(capability, 10)):
-                sizes = {key: value for key, value in config.all_kwargs().items() if value is not None and key != "num_ctas"}
-                made.setdefault(str((kernel.base_fn.__name__, types, sizes, capability)),
-                                (what, kernel.base_fn.__module__, kernel.base_fn.__name__, types, sizes, capability))
-    return list(made.values())
+def wrong(made: dict) -> str:
+    return ", ".join(name for name, bad in (
+        (f"{made['spilled']} bytes spilled", made["spilled"]), ("too much shared memory", made["too_large"]),
+        ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"]),
+        (f"reads of {made['narrowest_read']} bytes", made["narrowest_read"] < 4)) if bad)
+
+
+def main(everything: bool) -> int:
+    if triton is None:
+        print("no Triton for this platform: the kernels were not compiled")
+        return 0
+    line = "{kernel:24} {what:26} {card:6} {configs:>24} {registers:>9} {spilled:>8} {shared:>11} {cores:>12} {reads:>14}  {wrong}"
+    print(line.format(kernel="kernel", what="for", card="card", configs="tiles warps stages" if everything else "configurations", registers="registers",
+                      spilled="spilled", shared="shared KiB", cores="tensor cores", reads="reads of bytes", wrong=""))
+    groups: dict[tuple, list[dict]] = {}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+        for made in pool.map(compile_one, jobs()):
+            groups.setdefault((made["kernel"], made["what"], made["card"], made["config"] if everything or wrong(made) else ""), []).append(made)
+    for (kernel, what, card, config), made in sorted(groups.items()):
+        print(line.format(kernel=kernel, what=what, card=card, configs=config or len(made), registers=max(m["registers"] for m in made),
+                          spilled=max(m["spilled"] for m in made), shared=f"{max(m['shared_kib'] for m in made):.0f}",
+                          cores=" ".join(sorted({m["tensor_cores"] or "-" for m in made})),
+                          reads=min(m["narrowest_read"] for m in made), wrong=wrong(made[0])))
+    failed = [made for group in groups.values() for made in group if wrong(made)]
+    print(f"{sum(map(len, groups.values()))} configurations compiled, {len(failed)} wrong")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    import time
-    t = time.time()
-    todo = jobs()
-    print(len(todo))
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for r in pool.map(compile_one, todo):
-            print(f"{r['what']:22s} {r['kernel']:24s} sm_{r['sm']} {' '.join(map(str, r['config'].values())):20s} regs {r['registers']:3d} stack {r['stack']:4d} shared {r['shared_kib']:6.1f} {r['tensor_cores']}"
-              , "SPILL" if r["stack"] or r["local"] else "", "TOO BIG" if r["shared_kib"]>SHARED_KIB[r["sm"]] else "", flush=True)
-    print(time.time() - t)
+    sys.exit(main("--all" in sys.argv))

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))

@@ -1,71 +1,13 @@
-"""lora.py and lora_kernels.py: the LoRA linear against its definition in float64, wrapping and merging."""
+"""lora.py: wrapping, the choice of kernels, and merging."""
 import pytest
 import torch
 
+import lora
+import lora_kernels
 from checkpoint import load_model
-from lora import LoRAConfig, adapters, merge, wrap
-from lora_kernels import lora_linear, lora_linear_reference
+from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, merge, wrap
+from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear
-
-
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
-
-
-def operands(M, I, O, R, generator, dtype):  # noqa: E741
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return draw(M, I).to(dtype), (draw(O, I) / I**0.5).to(dtype), draw(R, I) / I**0.5, draw(O, R) / R**0.5
-
-
-def outputs_and_gradients(function, x, weight, a, b, scale, dy):
-    x, a, b = (t.detach().clone().requires_grad_() for t in (x, a, b))
-    y = function(x, weight, a, b, scale)
-    y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
-
-
-def faults(function, x, weight, a, b, scale, dy):
-    """The names of outputs that are further from float64 than twice the reference's own rounding, or that are all zero."""
-    exact = outputs_and_gradients(lora_linear_reference, *(t.double() for t in (x, weight, a, b)), scale, dy.double())
-    naive = outputs_and_gradients(lora_linear_reference, x, weight, a, b, scale, dy)
-    ours = outputs_and_gradients(function, x, weight, a, b, scale, dy)
-    return [name for name in exact if not ours[name].norm() > 0 or ours[name].dtype != naive[name].dtype
-            or not error(ours[name], exact[name]) <= 2 * error(naive[name], exact[name]) + 1e-7]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("M", "I", "O", "R"), [(1, 64, 32, 1), (33, 640, 256, 16), (257, 256, 640, 5)])
-def test_lora_linear_and_its_gradients_are_as_accurate_as_the_reference(M, I, O, R, dtype, generator):  # noqa: E741
-    x, weight, a, b = operands(M, I, O, R, generator, dtype)
-    assert faults(lora_linear, x, weight, a, b, 1.5, torch.randn(M, O, generator=generator).to(dtype)) == []
-
-
-@pytest.mark.parametrize("broken", ["dx", "da", "db"])
-def test_a_broken_gradient_is_caught(broken, generator):
-    """Mutation: the check above fails if one gradient is zeroed, halved or flipped."""
-    x, weight, a, b = operands(33, 64, 32, 4, generator, torch.float32)
-    dy = torch.randn(33, 32, generator=generator)
-    for damage in (lambda g: g * 0, lambda g: g * 0.5, lambda g: g.flip(0)):
-        def function(x, weight, a, b, scale, damage=damage):
-            {"dx": x, "da": a, "db": b}[broken].register_hook(damage)
-            return lora_linear(x, weight, a, b, scale)
-        assert faults(function, x, weight, a, b, 1.5, dy) == [broken]
-
-
-def test_gradcheck(generator):
-    x, weight, a, b = (t.double() for t in operands(3, 5, 4, 2, generator, torch.float64))
-    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, weight, a, b, 0.7),
-                                    tuple(t.requires_grad_() for t in (x, a, b)))
-
-
-def test_dropout_touches_the_adapter_alone(generator):
-    x, weight, a, b = operands(64, 32, 16, 4, generator, torch.float32)
-    plain = x @ weight.T
-    torch.manual_seed(0)
-    once = lora_linear(x, weight, a, b, 2.0, dropout=0.5) - plain
-    torch.manual_seed(0)
-    kept = torch.nn.functional.dropout(x, 0.5)
-    torch.testing.assert_close(once, 2.0 * (kept @ a.T) @ b.T, rtol=1e-4, atol=1e-5)
 
 
 def test_wrapping_trains_adapters_alone_and_starts_at_the_base_model(demo, generator):
@@ -99,3 +41,80 @@ def test_impossible_adapters_are_refused(flags):
 
 def test_rank_stabilised_scale_divides_by_the_root():
     assert LoRAConfig(rank=16, alpha=16).scale == 1 and LoRAConfig(rank=16, alpha=16, rslora=True).scale == 4
+
+
+# What runs where
+
+
+def wrapped(demo, **config):
+    model = load_model(demo / "model", torch.float32)
+    wrap(model, LoRAConfig(rank=4, **config), torch.Generator().manual_seed(0))
+    for _, adapter in adapters(model):
+        adapter.lora_b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def test_linears_that_share_their_input_lie_below_each_other_in_memory(demo):
+    for module in wrapped(demo).modules():
+        if isinstance(module, LoRAAttention | LoRAMLP):
+            group = [module.q_proj, module.k_proj, module.v_proj] if isinstance(module, LoRAAttention) else [module.gate_proj, module.up_proj]
+            below = lora_kernels._below([linear.weight for linear in group])
+            assert below.data_ptr() == group[0].weight.data_ptr()
+            assert torch.equal(below, torch.cat([linear.weight for linear in group]))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("gate_proj",), ("o_proj", "down_proj")], ids="-".join)
+def test_some_adapters_alone_give_what_all_of_them_with_the_others_at_zero_give(demo, targets, generator):
+    ids = torch.randint(110, 1000, (1, 40), generator=generator)
+    everything, some = wrapped(demo), wrapped(demo, targets=targets)
+    few = dict(adapters(some))
+    for name, adapter in adapters(everything):
+        if name in few:
+            adapter.lora_a.data.copy_(few[name].lora_a)
+            adapter.lora_b.data.copy_(few[name].lora_b)
+        else:
+            adapter.lora_b.data.zero_()
+    torch.testing.assert_close(some.logits(ids), everything.logits(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_every_operation_of_a_model_can_be_chosen(demo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lora, "choose", lambda *what: asked.append(what) or (Choice(forward=len(asked) % 2 == 0),
+                                                                           {"forward": (2.0, 1.0) if len(asked) % 2 else (1.0, 2.0)}))
+    model = wrapped(demo)
+    lines = choose_kernels(model, "auto", 64)
+    D, F = model.config.hidden_size, model.config.intermediate_size
+    q, k = (heads * model.config.head_dim for heads in (model.config.num_attention_heads, model.config.num_key_value_heads))
+    assert [(kernels, rows, inputs, outputs, ends) for kernels, rows, inputs, outputs, _, _, _, ends in asked] == [
+        ("auto", 64, D, (q, k, k), ""), ("auto", 64, q, (D,), ""), ("auto", 64, D, (F, F), "gated"), ("auto", 64, F, (D,), "gate")]
+    assert len(lines) == 4 and "torch (2.000 against 1.000 ms)" in lines[0] and "triton (1.000 against 2.000 ms)" in lines[1]
+    block = model.model.layers[-1]
+    assert [block.self_attn.choice.forward, block.self_attn.o_proj.choice.forward, *(c.forward for c in block.mlp.choices)] == [
+        False, True, False, True]
+
+
+def test_a_cpu_computes_by_pytorch_unless_told_otherwise(demo, monkeypatch):
+    model = wrapped(demo)
+    assert choose_kernels(model, "auto", 64) == [] and model.model.layers[0].self_attn.choice == BY_PYTORCH
+    choose_kernels(model, "triton", 64)                    # under the interpreter
+    assert model.model.layers[0].mlp.choices == (BY_TRITON, BY_TRITON)
+    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"--kernels triton: .* need a CUDA device, this is cpu; use --kernels auto"):
+        choose_kernels(model, "triton", 64)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator, dropout):
+    """Logits and every gradient; with dropout the draws differ, so only the eval pass is compared."""
+    model = wrapped(demo, dropout=dropout)
+    model.train(dropout == 0)
+    ids = torch.randint(110, 1000, (1, 24), generator=generator)
+    results = []
+    for kernels in ("torch", "triton"):
+        choose_kernels(model, kernels, 24)
+        logits = model.logits(ids)
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())

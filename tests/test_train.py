@@ -304,6 +304,31 @@ def test_every_flag_has_a_help_text():
         assert re.search(rf"^  {flag}\b.*\S", text, flags=re.MULTILINE), flag
 
 
+# Kernels
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no CUDA device")
+@pytest.mark.parametrize("flags", [(), ("--lora-targets", "q_proj,up_proj", "--lora-rank", 3)], ids=["all", "some"])
+def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_path, flags):
+    for kernels in ("torch", "triton"):
+        run(demo, tmp_path / kernels, *flags, "--steps", 4, "--batch-rows", 2, "--kernels", kernels)
+    assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "torch"), rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no CUDA device")
+def test_the_kernels_dropout_is_drawn_anew_each_step_and_alike_in_each_run(demo, tmp_path):
+    for name, dropout in (("once", 0.5), ("again", 0.5), ("never", 0)):
+        run(demo, tmp_path / name, "--steps", 2, "--batch-rows", 1, "--lora-dropout", dropout, "--kernels", "triton")
+    once, again, never = (losses(tmp_path / name) for name in ("once", "again", "never"))
+    assert once == again and once[0] == never[0] and once[1] != never[1]           # B starts at zero: the first loss sees no adapter
+
+
+def test_kernels_that_cannot_run_here_are_refused_with_the_remedy(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"--kernels triton: .* need a CUDA device, this is cpu; use --kernels auto"):
+        run(demo, tmp_path / "run", "--kernels", "triton")
+
+
 # On a GPU
 
 

@@ -1,0 +1,387 @@
+"""lora_kernels.py against float64, by the reference's own rounding: PyTorch's way, and the kernels (interpreted without a GPU)."""
+import importlib.util
+import inspect
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lora_kernels
+from geglu_kernels import geglu
+from lora_kernels import (
+    BY_PYTORCH,
+    BY_TRITON,
+    lora_linear,
+    lora_linear_reference,
+    lora_linears,
+    lora_mlp,
+    lora_mlp_reference,
+)
+
+CUDA = torch.cuda.is_available()
+INTERPRETER = pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device"))
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+# Where, in what dtype, by what: bf16 products are garbage under the interpreter, so there the kernels take fp16.
+WAYS = [pytest.param("cpu", dtype, BY_PYTORCH, id=f"pytorch-{name}") for name, dtype in (("fp32", FP32), ("bf16", BF16))]
+WAYS += [pytest.param(*INTERPRETER.values, dtype, BY_TRITON, id=f"interpreted-{name}", marks=INTERPRETER.marks)
+         for name, dtype in (("fp32", FP32), ("fp16", FP16))]
+WAYS += [pytest.param(*GPU.values, dtype, choice, id=f"cuda-{way}-{name}", marks=GPU.marks) for way, choice in
+         (("pytorch", BY_PYTORCH), ("triton", BY_TRITON)) for name, dtype in (("fp32", FP32), ("fp16", FP16), ("bf16", BF16))]
+
+# M, I, the parts' outputs, R: full tiles and ragged ones, one to three parts, several tiles and several splits of the tokens.
+LINEARS = {"one-row": (1, 64, (32,), 6), "ragged": (33, 70, (50,), 5), "qkv": (130, 640, (256, 64, 64), 16), "odd": (77, 40, (24, 9, 130), 3),
+           "splits": (530, 96, (300, 280), 40), "wide-rank": (65, 72, (48, 40), 128)}
+MLPS = {"one-row": (1, 64, 80, 6), "ragged": (35, 70, 90, 5), "tiles": (150, 64, 320, 16), "splits": (520, 40, 56, 17)}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def linears_operands(M, I, outputs, R, generator, dtype, device):  # noqa: E741
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    x, linears = draw(M, I).to(dtype), [((draw(O, I) / I**0.5).to(dtype), draw(R, I) / I**0.5, draw(O, R) / R**0.5) for O in outputs]  # noqa: E741
+    return x, linears, [draw(M, O).to(dtype) for O in outputs]  # noqa: E741
+
+
+def mlp_operands(M, D, F, R, generator, dtype, device):
+    x, linears, _ = linears_operands(M, D, (F, F), R, generator, dtype, device)
+    _, down, dys = linears_operands(M, F, (D,), R, generator, dtype, device)
+    return x, linears + down, dys
+
+
+def outputs_and_gradients(function, x, linears, dys):
+    x = x.detach().clone().requires_grad_()
+    linears = [(weight, a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()) for weight, a, b in linears]
+    ys = function(x, linears)
+    torch.autograd.backward(ys, dys)
+    found = {f"y{i}": y.detach() for i, y in enumerate(ys)} | {"dx": x.grad}
+    for i, (_, a, b) in enumerate(linears):
+        found |= {f"da{i}": a.grad, f"db{i}": b.grad}
+    return found
+
+
+def faults(function, reference, x, linears, dys):
+    """The names of outputs further from float64 than twice the reference's own error and one rounding, all zero, or of another dtype."""
+    doubled = x.double(), [tuple(t.double() for t in linear) for linear in linears], [dy.double() for dy in dys]
+    exact, naive = outputs_and_gradients(reference, *doubled), outputs_and_gradients(reference, x, linears, dys)
+    ours = outputs_and_gradients(function, x, linears, dys)
+    return [name for name in exact if not ours[name].norm() > 0 or ours[name].dtype != naive[name].dtype
+            or not error(ours[name], exact[name]) <= 2 * error(naive[name], exact[name]) + torch.finfo(x.dtype).eps / 2]
+
+
+def reference_linears(x, linears):
+    return [lora_linear_reference(x, *linear, 1.5) for linear in linears]
+
+
+def reference_mlp(x, linears):
+    return [lora_mlp_reference(x, *linears, 1.5)]
+
+
+def by(choice, module=lora_kernels):
+    """(our linears, our MLP) with one choice for all."""
+    def mlp(x, linears):
+        return [module.lora_mlp(x, *linears, 1.5, choices=(choice, choice))]
+    return lambda x, linears: module.lora_linears(x, linears, 1.5, choice=choice), mlp
+
+
+@pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
+@pytest.mark.parametrize("case", LINEARS)
+def test_lora_linears_and_their_gradients_are_as_accurate_as_the_reference(case, device, dtype, choice, generator):
+    operands = linears_operands(*LINEARS[case], generator, dtype, device)
+    assert faults(by(choice)[0], reference_linears, *operands) == []
+
+
+@pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
+@pytest.mark.parametrize("case", MLPS)
+def test_the_lora_mlp_and_its_gradients_are_as_accurate_as_the_reference(case, device, dtype, choice, generator):
+    operands = mlp_operands(*MLPS[case], generator, dtype, device)
+    assert faults(by(choice)[1], reference_mlp, *operands) == []
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+@pytest.mark.parametrize("rank", [1, 2, 7, 16, 31, 64, 127, 128])
+def test_any_rank_from_1_to_128_will_do(rank, device, generator):
+    operands = linears_operands(20, 48, (33, 16), rank, generator, FP32, device)
+    assert faults(by(BY_TRITON)[0], reference_linears, *operands) == []
+
+
+@pytest.mark.parametrize("part", ["forward", "input_gradient", "sums"])
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+def test_kernel_and_pytorch_may_share_the_work(part, device, generator):
+    operands = mlp_operands(20, 24, 40, 4, generator, FP32, device)
+    assert faults(by(replace(BY_TRITON, **{part: False}))[1], reference_mlp, *operands) == []
+    assert faults(by(replace(BY_PYTORCH, **{part: True}))[1], reference_mlp, *operands) == []
+
+
+@pytest.mark.parametrize("choice", [BY_PYTORCH, pytest.param(BY_TRITON, marks=INTERPRETER.marks)], ids=["pytorch", "interpreted"])
+def test_no_rows_give_empty_outputs_and_zero_gradients(choice, generator):
+    for operands, function in ((linears_operands(0, 24, (40, 8), 4, generator, FP32, "cpu"), by(choice)[0]),
+                               (mlp_operands(0, 24, 40, 4, generator, FP32, "cpu"), by(choice)[1])):
+        found = outputs_and_gradients(function, *operands)
+        assert all(found[name].numel() == 0 if name[0] in "yd" and name[1] not in "ab" else not found[name].any() for name in found)
+
+
+@pytest.mark.parametrize("choice", [BY_PYTORCH, pytest.param(BY_TRITON, marks=INTERPRETER.marks)], ids=["pytorch", "interpreted"])
+def test_the_first_layer_needs_no_gradient_of_its_input(choice, generator):
+    for operands, function in ((linears_operands(20, 24, (40, 8), 4, generator, FP32, "cpu"), by(choice)[0]),
+                               (mlp_operands(20, 24, 40, 4, generator, FP32, "cpu"), by(choice)[1])):
+        x, linears, dys = operands
+        expected = outputs_and_gradients(function, x, linears, dys)
+        linears = [(weight, a.requires_grad_(), b.requires_grad_()) for weight, a, b in linears]
+        torch.autograd.backward(function(x, linears), dys)
+        for i, (_, a, b) in enumerate(linears):
+            torch.testing.assert_close([a.grad, b.grad], [expected[f"da{i}"], expected[f"db{i}"]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+def test_kernels_give_the_same_bits_each_time(device, generator):
+    operands = mlp_operands(520, 40, 56, 17, generator, FP16, device)
+    once, again = (outputs_and_gradients(by(BY_TRITON)[1], *operands) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+# Mutations: what the checks above are worth.
+
+
+@pytest.mark.parametrize("broken", ["dx", "da0", "db1"])
+def test_a_zeroed_halved_or_flipped_gradient_is_caught(broken, generator):
+    operands = linears_operands(33, 64, (32, 48), 4, generator, FP32, "cpu")
+    for damage in (lambda g: g * 0, lambda g: g * 0.5, lambda g: g.flip(0)):
+        def function(x, linears, damage=damage):
+            named = {"dx": x} | {f"da{i}": a for i, (_, a, _) in enumerate(linears)} | {f"db{i}": b for i, (_, _, b) in enumerate(linears)}
+            named[broken].register_hook(damage)
+            return lora_linears(x, linears, 1.5)
+        assert faults(function, reference_linears, *operands) == [broken]
+
+
+@pytest.mark.skipif(CUDA, reason="the mutants are interpreted")
+@pytest.mark.parametrize(("sound", "broken", "where"), [
+    ("narrow = (narrow * scale).to(dtype)", "narrow = narrow.to(dtype)", {"y0", "db0"}),
+    ("narrow = (narrow * scale).to(dy.dtype.element_ty)", "narrow = narrow.to(dy.dtype.element_ty)", {"dx", "da0"}),
+    ("sums = tl.dot(narrow, b_tile, sums,", "sums = tl.dot(narrow * 0, b_tile, sums,", {"y0"}),
+    ("a + (part * R + ranks)[None, :] * I", "a + ranks[None, :] * I", {"y1", "db1"}),
+    ("    if tile == 0:\n        _store_narrow(s, narrow", "    if tile == 1:\n        _store_narrow(s, narrow", {"db0"}),
+    ("for i in range(0, I, BLOCK_I):", "for i in range(0, I - BLOCK_I, BLOCK_I):", {"y0", "y1"}),
+    ("for o in range(0, LAST - FIRST, BLOCK_O):", "for o in range(BLOCK_O, LAST - FIRST, BLOCK_O):", {"dx", "da0"}),
+    ("    if P > 1:\n", "    if P > 2:\n", {"dx", "da1"}),
+    ("start * NARROW + rows", "rows", {"da0", "db0"}),
+    ("m + rows < tokens", "m + rows < tokens - 1", {"da0", "db0"}),
+    ("(sums * gelu(gate))", "(sums * gate)", {"dx", "da1"}),
+    ("sums * up * gelu_slope(gate)", "sums * up * gelu(gate)", {"dx", "da0"}),
+    ("gelu(sums.to(tl.float32)) * up_sums", "gelu(up_sums.to(tl.float32)) * sums", {"y0"}),
+    ("up_narrow = tl.dot(seen, a_tile, up_narrow", "up_narrow = tl.dot(seen, a_tile, narrow", {"y0", "db1"}),
+])
+def test_a_broken_kernel_is_caught(sound, broken, where, generator, tmp_path):
+    source = inspect.getsource(lora_kernels)
+    assert source.count(sound) == 1, sound
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(sound, broken), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    sys.modules["mutant"] = mutant
+    spec.loader.exec_module(mutant)
+    linears, mlp = by(mutant.BY_TRITON, mutant)
+    found = set(faults(linears, reference_linears, *linears_operands(530, 96, (150, 140), 5, generator, FP32, "cpu")))
+    found |= set(faults(mlp, reference_mlp, *mlp_operands(70, 64, 140, 5, generator, FP32, "cpu")))
+    assert where <= found
+
+
+# Derivatives by finite differences
+
+
+def tiny(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, linears, _ = mlp_operands(3, 5, 4, 2, generator, dtype, "cpu")
+    return x.requires_grad_(), [(weight, a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()) for weight, a, b in linears]
+
+
+@pytest.mark.parametrize("function", [lambda x, linears: lora_linears(x, linears[:2], 0.7), lambda x, linears: lora_mlp(x, *linears, 0.7)],
+                         ids=["linears", "mlp"])
+def test_gradcheck(function):
+    x, linears = tiny(torch.float64)
+    adapters = [t for _, *adapter in linears for t in adapter]
+    assert torch.autograd.gradcheck(lambda x, *adapters: function(x, [(weight, *adapters[2 * i:2 * i + 2]) for i, (weight, *_) in
+                                                                        enumerate(linears)]), (x, *adapters))
+
+
+@pytest.mark.skipif(CUDA, reason="interpreted")
+def test_the_kernels_gradients_are_the_differences_of_their_outputs():
+    """In fp32, so by wide central differences of a random sum of the outputs."""
+    x, linears = tiny(FP32)
+    dy = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    leaves = [x, *(t for _, *adapter in linears for t in adapter)]
+
+    def value():
+        return (lora_mlp(x, *linears, 0.7, choices=(BY_TRITON, BY_TRITON)) * dy).sum()
+
+    value().backward()
+    for leaf in leaves:
+        for i in range(0, leaf.numel(), 3):
+            with torch.no_grad():
+                kept = leaf.view(-1)[i].item()
+                sides = []
+                for step in (0.02, -0.02):
+                    leaf.view(-1)[i] = kept + step
+                    sides.append(value().item())
+                leaf.view(-1)[i] = kept
+            assert leaf.grad.view(-1)[i].item() == pytest.approx((sides[0] - sides[1]) / 0.04, rel=1e-2, abs=2e-3)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+def test_dropouts_mask_is_the_same_in_forward_and_backward(device, generator):
+    """What an adapter saw is worked out from S of an adapter that copies x; then all outputs and gradients must follow from it."""
+    M, I, p = 40, 16, 0.4  # noqa: E741
+    x, linears, dys = linears_operands(M, I, (24, 8, 12), I, generator, FP32, device)
+    eye = [(torch.zeros(I, I, device=device), torch.eye(I, device=device), torch.eye(I, device=device)) for _ in range(3)]
+    torch.manual_seed(7)
+    seen = lora_linears(x, eye, 1.0, p, BY_TRITON)
+    for mask in ((s / x).round(decimals=3) for s in seen):
+        assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p), abs=1e-3)]
+        assert (mask == 0).float().mean().item() == pytest.approx(p, abs=0.08)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+    def reference(x, linears):
+        return [lora_linear_reference(x, *linear, 1.5, x * (s / original).to(x.dtype)) for linear, s in zip(linears, seen, strict=True)]
+
+    def ours(x, linears):
+        torch.manual_seed(7)
+        return lora_linears(x, linears, 1.5, p, BY_TRITON)
+
+    original = x.clone()
+    assert faults(ours, reference, x, linears, dys) == []
+    assert not torch.equal(lora_linears(x, eye, 1.0, p, BY_TRITON)[0], seen[0])           # the next call draws anew
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+def test_the_mlps_dropout_is_the_same_in_forward_and_backward(device, generator):
+    """Differences of the outputs with the draws held fixed."""
+    x, linears, dys = mlp_operands(9, 12, 16, 4, generator, FP32, device)
+    x.requires_grad_()
+
+    def value(x):
+        torch.manual_seed(3)
+        return (lora_mlp(x, *linears, 1.0, 0.3, (BY_TRITON, BY_TRITON)) * dys[0]).sum()
+
+    value(x).backward()
+    direction = torch.randn(x.shape, generator=generator).to(device)
+    with torch.no_grad():
+        difference = (value(x + 0.01 * direction) - value(x - 0.01 * direction)) / 0.02
+    assert (x.grad * direction).sum().item() == pytest.approx(difference.item(), rel=5e-3)
+
+
+def test_dropout_touches_the_adapter_alone(generator):
+    x, [(weight, a, b)], _ = linears_operands(64, 32, (16,), 4, generator, FP32, "cpu")
+    plain = x @ weight.T
+    torch.manual_seed(0)
+    once = lora_linear(x, weight, a, b, 2.0, dropout=0.5) - plain
+    torch.manual_seed(0)
+    kept = torch.nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(once, 2.0 * (kept @ a.T) @ b.T, rtol=1e-4, atol=1e-5)
+
+
+def test_pytorchs_mlp_with_dropout_draws_for_each_linear(generator):
+    x, linears, _ = mlp_operands(50, 16, 24, 4, generator, FP32, "cpu")
+    torch.manual_seed(0)
+    got = lora_mlp(x, *linears, 1.5, 0.5)
+    torch.manual_seed(0)
+    gate, up = (lora_linear_reference(x, *linear, 1.5, torch.nn.functional.dropout(x, 0.5)) for linear in linears[:2])
+    h = geglu(gate, up)
+    torch.testing.assert_close(got, lora_linear_reference(h, *linears[2], 1.5, torch.nn.functional.dropout(h, 0.5)))
+
+
+# Operands that do not fit
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda x, w, a, b: (x.T.contiguous().T, w, a, b), r"x must be \(M, I\) and contiguous; got shape \(6, 8\), strides \(1, 6\)"),
+    (lambda x, w, a, b: (x[None], w, a, b), r"x must be \(M, I\)"),
+    (lambda x, w, a, b: (x, w.T.contiguous().T, a, b), "weight must be .* contiguous"),
+    (lambda x, w, a, b: (x, w[:, :7].contiguous(), a, b), r"weight must be \(5, 8\) beside x \(6, 8\).* got shape \(5, 7\)"),
+    (lambda x, w, a, b: (x, w, a[:, ::2], b), "lora_a must be"),
+    (lambda x, w, a, b: (x, w, a, b[:, :1]), "lora_b must be"),
+    (lambda x, w, a, b: (x.half(), w, a, b), "weight is torch.float32, x torch.float16"),
+    (lambda x, w, a, b: (x, w.requires_grad_(), a, b), "weight is frozen here"),
+])
+def test_operands_that_do_not_fit_are_named(change, message):
+    operands = change(torch.randn(6, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2))
+    with pytest.raises(ValueError, match=message):
+        lora_linear(*operands, 1.0)
+
+
+def test_calls_that_cannot_be_are_refused(monkeypatch):
+    x, linear = torch.randn(6, 8), (torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2))
+    with pytest.raises(ValueError, match="one to three linears share x; got 4"):
+        lora_linears(x, [linear] * 4, 1.0)
+    with pytest.raises(ValueError, match=r"0 ≤ dropout < 1; got 1\.0"):
+        lora_linears(x, [linear], 1.0, 1.0)
+    with pytest.raises(ValueError, match="equally many outputs; got 5 and 4"):
+        lora_mlp(x, linear, (linear[0][:4], linear[1], linear[2][:4]), linear, 1.0)
+    with pytest.raises(ValueError, match=r"ranks 1 to 128 .* got rank 129"):
+        lora_linear(x, linear[0], torch.randn(129, 8), torch.randn(5, 129), 1.0, choice=BY_TRITON)
+    with pytest.raises(ValueError, match=r"fp32, bf16, fp16; got rank 2, torch\.float64"):
+        lora_linear(*(t.double() for t in (x, *linear)), 1.0, choice=BY_TRITON)
+    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    with pytest.raises(ValueError, match="run on a CUDA device, x is on cpu"):
+        lora_linear(x, *linear, 1.0, choice=BY_TRITON)
+
+
+def test_weights_below_each_other_are_seen_as_one_and_others_are_copied():
+    together = torch.randn(7, 4)
+    parts = together.split((2, 4, 1))
+    seen = lora_kernels._below(parts)
+    assert torch.equal(seen, together) and seen.data_ptr() == together.data_ptr()
+    for parts in ([together[2:6], together[:2]], [together[:2], together[3:]], [torch.randn(2, 4), torch.randn(3, 4)]):
+        assert torch.equal(lora_kernels._below(parts), torch.cat(parts))
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("M", [16_896, 1_000])
+def test_the_models_own_shapes_in_bf16(M, device, generator):
+    for outputs, inputs in (((1024, 256, 256), 640), ((640,), 1024)):
+        operands = linears_operands(M, inputs, outputs, 16, generator, BF16, device)
+        assert faults(by(BY_TRITON)[0], reference_linears, *operands) == []
+    assert faults(by(BY_TRITON)[1], reference_mlp, *mlp_operands(M, 640, 2048, 16, generator, BF16, device)) == []
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_outputs_of_more_than_two_to_the_31_numbers(device):
+    M, I, O, R = 2**21 + 5, 16, 1024, 4  # noqa: E741
+    x = torch.randn(M, I, dtype=BF16, device=device, requires_grad=True)
+    weight, a, b = torch.randn(O, I, device=device).to(BF16), torch.randn(R, I, device=device), torch.randn(O, R, device=device)
+    y = lora_linear(x, weight, a.requires_grad_(), b.requires_grad_(), 1.0, choice=BY_TRITON)
+    last = slice(M - 300, M)
+    expected = lora_linear_reference(x[last].detach().float(), weight.float(), a.detach(), b.detach(), 1.0)
+    assert error(y[last].detach(), expected.double()) < 1e-2
+    dy = torch.zeros_like(y)
+    dy[last] = torch.randn(300, O, device=device).to(BF16)
+    y.backward(dy)
+    assert error(x.grad[last], (dy[last].float() @ (weight.float() + b.detach() @ a.detach())).double()) < 2e-2
+    assert error(b.grad, (dy[last].float().T @ (x[last].detach().float() @ a.detach().T)).double()) < 2e-2
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_auto_compares_and_remembers(device, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANO_FUNCTIONGEMMA_CACHE", str(tmp_path))
+    first, times = lora_kernels.choose("auto", 512, 640, (1024, 256, 256), 16, BF16, torch.device(device))
+    assert set(times) == {"forward", "input_gradient", "sums"} and all(ms > 0 for pair in times.values() for ms in pair)
+    monkeypatch.setattr(lora_kernels, "milliseconds", lambda call: pytest.fail("compared again"))
+    assert lora_kernels.choose("auto", 512, 640, (1024, 256, 256), 16, BF16, torch.device(device)) == (first, times)

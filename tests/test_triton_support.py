@@ -1,0 +1,57 @@
+"""triton_support.py: what is remembered on disk, and which configurations are tried."""
+import json
+
+import pytest
+import torch
+
+import triton_support
+from lora_kernels import _forward_kernel
+from triton_support import fitting, remembered
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A graphics card by name alone, and a folder to remember in."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setenv("NANO_FUNCTIONGEMMA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_value_is_made_once_for_a_key_and_a_card(card, monkeypatch):
+    made = []
+
+    def ask(*key):
+        return remembered("times", torch.device("cuda"), key, lambda: made.append(key) or {"ms": [len(made), 0.5]})
+
+    assert ask(1, "bf16") == ask(1, "bf16") == {"ms": [1, 0.5]}
+    assert ask(2, "bf16") == {"ms": [2, 0.5]} and len(made) == 2
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another card")
+    assert ask(1, "bf16") == {"ms": [3, 0.5]}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"for": "something else", "value": {}}'])
+def test_a_torn_or_foreign_file_is_made_anew(card, content):
+    def ask():
+        return remembered("times", torch.device("cuda"), [1], lambda: {"ms": 1})
+    ask()
+    [file] = card.glob("*.json")
+    file.write_text(content)
+    assert ask() == {"ms": 1} and json.loads(file.read_text())["value"] == {"ms": 1}
+
+
+def test_a_folder_that_cannot_be_written_costs_time_alone(card):
+    card.parent.joinpath("cache").write_text("a file in the folder's place")
+    assert remembered("times", torch.device("cuda"), [1], lambda: {"ms": 1}) == {"ms": 1}
+
+
+def test_large_tiles_are_left_out_where_registers_are_few():
+    def tiles(capability, **arguments):
+        usual = {"BLOCK_R": 16, "GEGLU": False, "DROPOUT": False, "PRECISION": "tf32"}
+        return [config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_O"] for config in
+                fitting(configs, _forward_kernel.fits, usual | arguments, capability)]
+
+    configs = [triton_support.triton.Config({"BLOCK_M": m, "BLOCK_O": o, "BLOCK_I": 64}, num_warps=8) for m, o in
+               ((128, 256), (128, 128), (64, 64))]
+    assert tiles((9, 0)) == [32768, 16384, 4096] and tiles((8, 0)) == [16384, 4096]
+    assert tiles((9, 0), GEGLU=True) == [16384, 4096] and tiles((9, 0), PRECISION="ieee") == [4096]
+    assert tiles((8, 0), GEGLU=True, DROPOUT=True, BLOCK_R=128) == [4096]                # nothing fits: the smallest
