@@ -97,8 +97,8 @@ def _tiles(*sizes: tuple[int, ...], names: tuple[str, ...]) -> list[dict]:
 @tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3),
               names=("BLOCK_M", "BLOCK_O", "BLOCK_I")),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
-       fits=lambda BLOCK_M, BLOCK_O, BLOCK_R, GEGLU, DROPOUT, **more:
-           _room(BLOCK_M * (BLOCK_O + BLOCK_R) * (1 + GEGLU) * (1 + DROPOUT), **more))
+       fits=lambda BLOCK_M, BLOCK_O, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
+           _room(BLOCK_M * ((BLOCK_O + BLOCK_R) * (1 + GEGLU) + 2 * BLOCK_I * (1 + GEGLU) * DROPOUT), **more))
 @jit
 def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
                     I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
@@ -114,6 +114,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
     TILES1: tl.constexpr = 0 if GEGLU else (O1 + BLOCK_O - 1) // BLOCK_O
     TILES2: tl.constexpr = (O2 + BLOCK_O - 1) // BLOCK_O
     EVEN_I: tl.constexpr = I % BLOCK_I == 0
+    EVEN_O: tl.constexpr = O0 % BLOCK_O == 0 and O1 % BLOCK_O == 0 and O2 % BLOCK_O == 0
     O: tl.constexpr = O0 + O1 + O2  # noqa: E741
     dtype = x.dtype.element_ty
     tile = tl.program_id(0) % (TILES0 + TILES1 + TILES2)
@@ -128,17 +129,16 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
     outs = first + tile * BLOCK_O + tl.arange(0, BLOCK_O)
     ins, ranks = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_R)
 
-    # Rows and outputs beyond the end repeat the last one and are never stored.
-    x_tiles = x + tl.minimum(rows, M - 1)[:, None] * I + ins[None, :]
-    w_tiles = w + tl.minimum(outs, last - 1)[None, :] * I + ins[:, None]
+    x_tiles = x + rows[:, None] * I + ins[None, :]
+    w_tiles = w + outs[None, :] * I + ins[:, None]
     a_tiles = a + (part * R + ranks)[None, :] * I + ins[:, None]
     sums, narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if GEGLU:
         up_sums, up_narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(0, I, BLOCK_I):
         inside = i + ins < I
-        x_tile = _load(x_tiles + i, inside[None, :], EVEN_I)
-        w_tile = _load(w_tiles + i, inside[:, None], EVEN_I)
+        x_tile = _load(x_tiles + i, (rows < M)[:, None] & inside[None, :], False)
+        w_tile = _load(w_tiles + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
         a_tile = _load(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
         seen = x_tile
         if DROPOUT:
@@ -146,16 +146,16 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
         narrow = tl.dot(seen, a_tile, narrow, input_precision=PRECISION)
         if GEGLU:
-            w_tile = _load(w_tiles + O0 * I + i, inside[:, None], EVEN_I)
+            w_tile = _load(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
             a_tile = _load(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
             if DROPOUT:
                 seen = (x_tile * _kept(rows, i + ins, I, seed + 1, dropout)).to(dtype)
             up_sums = tl.dot(x_tile, w_tile, up_sums, input_precision=PRECISION)
             up_narrow = tl.dot(seen, a_tile, up_narrow, input_precision=PRECISION)
 
-    b_tiles = b + tl.minimum(outs, last - 1)[None, :] * R + ranks[:, None]
+    b_tiles = b + outs[None, :] * R + ranks[:, None]
     narrow = (narrow * scale).to(dtype)
-    b_tile = _load(b_tiles, (ranks < R)[:, None], R == BLOCK_R)
+    b_tile = _load(b_tiles, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
     sums = tl.dot(narrow, b_tile, sums, input_precision=PRECISION).to(dtype)
     if tile == 0:
         _store_narrow(s, narrow, rows, ranks, part, M, R, P)
@@ -163,7 +163,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
     tl.store(y + rows[:, None] * O + outs[None, :], sums, mask=mine)
     if GEGLU:
         up_narrow = (up_narrow * scale).to(dtype)
-        b_tile = _load(b_tiles + O0 * R, (ranks < R)[:, None], R == BLOCK_R)
+        b_tile = _load(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
         up_sums = tl.dot(up_narrow, b_tile, up_sums, input_precision=PRECISION).to(dtype)
         if tile == 0:
             _store_narrow(s, up_narrow, rows, ranks, 1, M, R, P)
@@ -181,13 +181,13 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M,
     EVEN_O: tl.constexpr = (LAST - FIRST) % BLOCK_O == 0
     EVEN_I: tl.constexpr = I % BLOCK_I == 0
     outs, ranks = FIRST + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_R)
-    dy_tiles = dy + tl.minimum(rows, M - 1)[:, None] * O + outs[None, :]
+    dy_tiles = dy + rows[:, None] * O + outs[None, :]
     w_tiles = w + outs[:, None] * I + ins[None, :]
     b_tiles = b + outs[:, None] * R + ranks[None, :]
     narrow = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for o in range(0, LAST - FIRST, BLOCK_O):
         inside = o + outs < LAST
-        dy_tile = _load(dy_tiles + o, inside[None, :], EVEN_O)
+        dy_tile = _load(dy_tiles + o, (rows < M)[:, None] & inside[None, :], False)
         w_tile = _load(w_tiles + o * I, inside[:, None] & (ins < I)[None, :], EVEN_O and EVEN_I)
         b_tile = _load(b_tiles + o * R, inside[:, None] & (ranks < R)[None, :], EVEN_O and R == BLOCK_R)
         sums = tl.dot(dy_tile, w_tile, sums, input_precision=PRECISION)
@@ -473,8 +473,8 @@ def lora_linears(x: Tensor, linears: Sequence[Adapted], scale: float, dropout: f
 
     Operands are row-major (contiguous), x and the frozen weights of one dtype: fp32, bf16, fp16. Weights that lie below
     each other in memory (lora.py lays them so) are read in place, others are copied. dropout: the share of x's elements
-    that an adapter does not see, drawn anew for each linear from PyTorch's CPU generator. Raises ValueError for operands
-    that do not fit.
+    that an adapter does not see, drawn anew for each linear: by the kernels with a seed from PyTorch's CPU generator, else
+    by PyTorch. Raises ValueError for operands that do not fit.
     """
     _check(x, linears, dropout, choice)
     if dropout and not choice.forward:

@@ -54,4 +54,4 @@ def test_large_tiles_are_left_out_where_registers_are_few():
                ((128, 256), (128, 128), (64, 64))]
     assert tiles((9, 0)) == [32768, 16384, 4096] and tiles((8, 0)) == [16384, 4096]
     assert tiles((9, 0), GEGLU=True) == [16384, 4096] and tiles((9, 0), PRECISION="ieee") == [4096]
-    assert tiles((8, 0), GEGLU=True, DROPOUT=True, BLOCK_R=128) == [4096]                # nothing fits: the smallest
+    assert tiles((8, 0), GEGLU=True, BLOCK_R=128) == [4096]                # nothing fits: the smallest
