@@ -44,6 +44,8 @@ def tables() -> dict[str, str]:
         made["decode"] = decode_table(decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
         made["peft"] = peft_table(found["cpu_vs_peft"], found["cpu_parity"])
+    if "lora" in found:
+        made["lora"] = lora_table(found["lora"])
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
     return made
@@ -106,6 +108,26 @@ def peft_table(s: dict, p: dict) -> str:
         f"| {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
         f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers {s['versions']['transformers']}, "
         f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` for the loss"])
+
+
+def lora_table(r: dict) -> str:
+    """Forward and backward of each group by each way, and how often that of the linears without adapters."""
+    M = 16896 if "16896" in r["rows"] else next(iter(r["rows"]))
+    groups = r["rows"][str(M)]
+
+    def cell(group: str, way: str) -> str:
+        made, floor = groups[group].get(way, {}), groups[group].get("frozen", {})
+        if "both" not in made:
+            return next(iter(made), "–")                                       # wrong, or failed
+        times = f"{made['both']['ms']:.3f}"
+        return f"{times} ({made['both']['ms'] / floor['both']['ms']:.2f} ×)" if "both" in floor else times
+
+    ways = list(dict.fromkeys(way for of in groups.values() for way in of))
+    lines = [f"| {f'**{way}**' if way == 'ours' else way} | " + " | ".join(cell(group, way) for group in groups) + " |" for way in ways]
+    return "\n".join([
+        f"| forward + backward of {M} tokens, ms (× frozen) | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines, "",
+        f"Rank {r['rank']}, {r['dtype']}; {r['device']}: {r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
+        f"torch {r['versions']['torch']}, triton {r['versions']['triton']}; `python benchmarks/lora.py --save`"])
 
 
 def tokenizer_table(r: dict) -> str:
