@@ -1,7 +1,8 @@
 """Attention over documents that lie side by side: O = softmax(s Q Kᵀ) V, each token seeing its own document, itself and before.
 
-The work is cut into tiles, some queries of one document and the keys they may see, so that no score is computed outside
-a document or far outside a window, and no (T, T) mask exists. On a CPU a tile is a few matrix products, here with their
+The work is cut into tiles, some queries and the keys they may see, so that no score is computed outside a document or far
+outside a window, and no (T, T) mask exists. Documents that begin alike may share that beginning, computed once: each then
+continues it, and its tiles see the beginning's keys before their own. On a CPU a tile is a few matrix products, here with their
 gradients; on a GPU it is one call of PyTorch's fused attention.
 
 Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query heads that share
@@ -9,8 +10,9 @@ a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150)
 """
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,32 +43,76 @@ class Tile:
 
     queries: slice
     keys: slice
-    mask: Tensor | None     # (queries, keys): 0 where seen, else -inf; None on a GPU where query i sees just keys 0 to i
+    mask: Tensor | None             # (queries, keys seen): 0 where seen, else -inf; None on a GPU where query i sees just keys 0 to i
+    beginning: slice | None = None  # of a shared beginning, the keys that stand before `keys`
+
+    def seen(self, x: Tensor) -> Tensor:
+        """The rows of all keys or values (…, keys, H) that the tile sees."""
+        own = x[..., self.keys, :]
+        return own if self.beginning is None else torch.cat((x[..., self.beginning, :], own), dim=-2)
+
+    def add_to(self, x: Tensor, part: Tensor) -> None:
+        """Add rows for what `seen` gives to where they come from."""
+        before = 0 if self.beginning is None else self.beginning.stop - self.beginning.start
+        x[..., self.keys, :] += part[before:]
+        if before:
+            x[..., self.beginning, :] += part[:before]
 
 
-def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, before: int = 0) -> list[Tile]:
+def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, starts: Sequence[int] | None = None,
+         keys_only: int = 0) -> list[Tile]:
     """The tiles of documents of these lengths, one after another.
 
-    window: tokens that a query sees, itself included (None: all). before: keys that stand before each document's own and
-    are seen by it as well (a prefix computed earlier); the keys then lie as before + length, before + length, …
+    window: tokens that a query sees, itself included (None: all). starts: each document's first position (default 0): one
+    that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only: so many
+    documents at the beginning have keys but no queries.
     """
+    firsts = list(itertools.accumulate(lengths, initial=0))                        # where each document's keys begin
+    reach = window or firsts[-1] + max(starts or [0])                              # tokens seen, itself included
     masks: dict[tuple[int, int], Tensor] = {}
-    tiles, first_query, first_key = [], 0, 0
-    for length in lengths:
-        at_once = QUERIES if device.type == "cpu" else length if window is None else window
-        for start in range(0, length, at_once):
-            size = min(at_once, length - start)
-            lowest = 0 if window is None else max(0, before + start - window + 1)
-            keys = before + start + size - lowest
-            causal = device.type != "cpu" and size == keys and size <= (window or size)
-            if not causal and (size, keys) not in masks:     # the tile's query i stands at its key i + keys - size
-                ago = torch.arange(size, device=device)[:, None] + keys - size - torch.arange(keys, device=device)
-                hidden = (ago < 0) | (ago >= (window or keys + size))
-                masks[size, keys] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-            tiles.append(Tile(slice(first_query + start, first_query + start + size),
-                              slice(first_key + lowest, first_key + lowest + keys), None if causal else masks[size, keys]))
-        first_query, first_key = first_query + length, first_key + before + length
+    tiles = []
+    for root, run in _runs(starts or [0] * len(lengths)):
+        if run[0] < keys_only:
+            continue
+        start, base = (starts or [0] * len(lengths))[run[0]], firsts[run[0]]
+        documents = torch.tensor(run).repeat_interleave(torch.tensor([lengths[i] for i in run]))
+        positions = torch.cat([torch.arange(start, start + lengths[i]) for i in run])
+        at_once = QUERIES if device.type == "cpu" else len(positions) if window is None else window
+        for first in range(0, len(positions), at_once):
+            stop = min(first + at_once, len(positions))
+            lowest = max(firsts[documents[first]] - base, first - reach + 1)           # the first of the run's keys seen by any query
+            oldest = max(0, int(positions[first:stop].min()) - reach + 1)              # and of the beginning's
+            beginning = slice(firsts[root] + oldest, firsts[root] + start) if oldest < start else None
+            plain = beginning is None and len(run) == 1                                # query i stands at key i + keys - queries
+            shape = stop - first, stop - lowest
+            if plain and device.type != "cpu" and shape[0] == shape[1] <= reach:
+                mask = None
+            elif plain and shape in masks:
+                mask = masks[shape]
+            else:
+                ago = positions[first:stop, None] - positions[lowest:stop]
+                hidden = (ago < 0) | (ago >= reach) | (documents[first:stop, None] != documents[lowest:stop])
+                if beginning:
+                    hidden = torch.cat((positions[first:stop, None] - torch.arange(oldest, start) >= reach, hidden), dim=1)
+                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf).to(device)
+                if plain:
+                    masks[shape] = mask
+            asked = base - firsts[keys_only]
+            tiles.append(Tile(slice(asked + first, asked + stop), slice(base + lowest, base + stop), mask, beginning))
     return tiles
+
+
+def _runs(starts: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """(the document that is continued, the documents that continue it from one position), or a whole document and itself."""
+    document = root = 0
+    while document < len(starts):
+        if starts[document] == 0:
+            root, run = document, [document]
+        else:
+            others = (i for i in range(document, len(starts)) if starts[i] != starts[document])
+            run = list(range(document, next(others, len(starts))))
+        yield root, run
+        document = run[-1] + 1
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: Sequence[Tile]) -> Tensor:
@@ -76,7 +122,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: Se
     k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
     outs = []
     for t in tiles:
-        outs.append(F.scaled_dot_product_attention(q[:, :, t.queries], k[:, :, t.keys], v[:, :, t.keys], attn_mask=t.mask, scale=scale,
+        outs.append(F.scaled_dot_product_attention(q[:, :, t.queries], t.seen(k), t.seen(v), attn_mask=t.mask, scale=scale,
                                                    is_causal=t.mask is None))
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
@@ -95,10 +141,10 @@ class _Attention(torch.autograd.Function):
         out, weights = torch.empty_like(q), []
         for t in tiles:
             for head, heads in _kv_heads(q, k):
-                scores = _stack(q[t.queries, heads]).to(wide) @ k[t.keys, head].to(wide).T        # (N/K · queries, keys)
+                scores = _stack(q[t.queries, heads]).to(wide) @ t.seen(k[:, head]).to(wide).T     # (N/K · queries, keys)
                 scores.mul_(scale).view(-1, *t.mask.shape).add_(t.mask)
                 p = torch.softmax(scores, -1).to(q.dtype)
-                out[t.queries, heads] = _unstack(p @ v[t.keys, head], heads)
+                out[t.queries, heads] = _unstack(p @ t.seen(v[:, head]), heads)
                 if any(ctx.needs_input_grad):
                     weights.append(p)
         ctx.save_for_backward(q, k, v, out, *weights)
@@ -115,10 +161,10 @@ class _Attention(torch.autograd.Function):
         for t in ctx.tiles:
             for head, heads in _kv_heads(q, k):
                 p, do = next(saved), _stack(dout[t.queries, heads])
-                ds = (do @ v[t.keys, head].T).to(wide).sub_(_stack(delta[t.queries, heads])).mul_(p).mul_(ctx.scale).to(q.dtype)
-                dv[t.keys, head] += p.T @ do
-                dk[t.keys, head] += ds.T @ _stack(q[t.queries, heads])
-                dq[t.queries, heads] = _unstack(ds @ k[t.keys, head], heads)
+                ds = (do @ t.seen(v[:, head]).T).to(wide).sub_(_stack(delta[t.queries, heads])).mul_(p).mul_(ctx.scale).to(q.dtype)
+                t.add_to(dv[:, head], p.T @ do)
+                t.add_to(dk[:, head], ds.T @ _stack(q[t.queries, heads]))
+                dq[t.queries, heads] = _unstack(ds @ t.seen(k[:, head]), heads)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 

@@ -35,6 +35,7 @@ from tokenizer import Segment, Tokenizer, render_segments
 from tokenizer.chat import SCHEMA_KEYS
 
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
+SHORTEST_BEGINNING = 32      # tokens; sharing fewer is not worth a document of its own
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
 
 
@@ -458,7 +459,11 @@ def hold_out(rows: Iterable[Conversation], fraction: float) -> tuple[list[Conver
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents."""
+    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents.
+
+    A beginning that several rows share is there once, as a document of its own; each row then continues it, as a document
+    whose positions go on from there (`Gemma3.forward`).
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -468,8 +473,8 @@ class Batch:
     sources: tuple[str, ...]
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(tokens, targets, positions) on the device; documents stay on the CPU, where their borders are read."""
-        return (*(t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.positions)), self.documents)
+        """(tokens, targets) on the device; positions and documents stay on the CPU, where borders are read."""
+        return self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.positions, self.documents
 
 
 def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -477,32 +482,74 @@ def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.cat([torch.arange(n) for n in lengths]), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
 
-def pack(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
-    """Put the examples, in order, into as few batches of at most `max_tokens` tokens as that order allows.
+def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> list[Batch]:
+    """Put the examples into few batches of at most `max_tokens` tokens, in their order, rows that begin alike together.
 
-    No example is cut: one that is longer than `max_tokens` gets a batch of its own.
+    No example is cut: one that is longer than `max_tokens` gets a batch of its own. share: compute a beginning that rows of
+    a batch have in common once; losses and gradients are the same.
     """
-    batches, room = [], 0
-    groups: list[list[Example]] = []
-    for example in examples:
-        if len(example) > room or not groups:
-            groups.append([])
-            room = max_tokens
-        groups[-1].append(example)
-        room -= len(example)
-    for group in groups:
-        ids = [torch.from_numpy(example.ids.astype(np.int64)) for example in group]
-        positions, documents = side_by_side([len(example) for example in group])
-        targets = torch.cat([row[1:] for row in ids])
-        trained = torch.from_numpy(np.concatenate([example.trained[1:] for example in group]))
-        batches.append(Batch(
-            tokens=torch.cat([row[:-1] for row in ids]),
-            targets=torch.where(trained, targets, IGNORE),
-            positions=positions,
-            documents=documents,
-            trained_tokens=int(trained.sum()),
-            sources=tuple(example.source for example in group)))
-    return batches
+    batches: list[list[tuple[Example, int, int]]] = []           # of each batch: (example, its tokens from, to)
+    room = 0
+    for shared, group in shared_beginnings(examples) if share else ((0, [example]) for example in examples):
+        whole = shared + sum(len(example) - shared for example in group)
+        begun = False
+        for example in group:
+            own = len(example) - shared
+            if not batches or own + (0 if begun else shared) > room or (not begun and room < whole <= max_tokens):
+                batches.append([])
+                room, begun = max_tokens, False
+            if shared and not begun:
+                batches[-1].append((example, 0, shared))
+                room, begun = room - shared, True
+            batches[-1].append((example, shared, len(example)))
+            room -= own
+    return [_batch(parts) for parts in batches]
+
+
+def _batch(parts: Sequence[tuple[Example, int, int]]) -> Batch:
+    def ids(ahead: int) -> Tensor:
+        whole = np.concatenate([example.ids[start + ahead:stop + ahead] for example, start, stop in parts])
+        return torch.from_numpy(whole.astype(np.int64))
+
+    trained = torch.from_numpy(np.concatenate([example.trained[start + 1:stop + 1] for example, start, stop in parts]))
+    positions, documents = side_by_side([stop - start for _, start, stop in parts])
+    firsts = torch.tensor([start for _, start, _ in parts])
+    return Batch(ids(0), torch.where(trained, ids(1), IGNORE), positions + firsts[documents], documents, int(trained.sum()),
+                 tuple(example.source for example, _, stop in parts if stop == len(example)))
+
+
+def shared_beginnings(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
+    """(tokens that a group's examples begin with alike, the group), so that few tokens are left to compute.
+
+    A beginning ends before the token that predicts its row's first trained one, so that every loss is its own row's. A row
+    that shares too little stands alone, with 0. Groups and rows keep the order of the examples.
+    """
+    keys = [example.ids.astype(">u4").tobytes() for example in examples]        # in lexicographic order like rows are neighbours
+    order = sorted(range(len(examples)), key=keys.__getitem__)
+    common = [_begin_alike(examples[a], examples[b]) for a, b in itertools.pairwise(order)]
+
+    def best(first: int, last: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """Tokens saved among order[first:last + 1], and the groups (length, first, last) that save them."""
+        if first == last:
+            return 0, [(0, first, last)]
+        least = min(common[first:last])
+        together = least * (last - first), [(least, first, last)]
+        if least and together[0] >= sum(common[first:last]) - least:             # no division can save more
+            return together
+        middle = first + common[first:last].index(least)
+        (left, a), (right, b) = best(first, middle), best(middle + 1, last)
+        return together if least and together[0] >= left + right else (left + right, a + b)
+
+    groups = [(length, sorted(order[first:last + 1])) for length, first, last in (best(0, len(order) - 1)[1] if order else [])]
+    return [(length, [examples[i] for i in rows]) for length, rows in sorted(groups, key=lambda group: group[1][0])]
+
+
+def _begin_alike(a: Example, b: Example) -> int:
+    """How many tokens two rows may share, 0 for too few."""
+    most = min(*(int(example.trained.argmax()) - 1 if example.trained.any() else len(example) - 1 for example in (a, b)))
+    differ = a.ids[:most] != b.ids[:most] if most > 0 else np.array([True])
+    alike = int(differ.argmax()) if differ.any() else most
+    return alike if alike >= SHORTEST_BEGINNING else 0
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -62,14 +62,13 @@ def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[P
     positions, _ = data.side_by_side(lengths)
     device, start = model.head.device, len(prefix.ids)
     keys, values, windows = [], [], model.config.windows
-    tiles = {window: tile(lengths, window, model.compute_dtype, device, before=start) for window in set(windows)}
+    layout = ([start, *lengths], [0] + [start] * len(lengths), 1) if start else (lengths, None, 0)
+    tiles = {window: tile(layout[0], window, model.compute_dtype, device, *layout[1:]) for window in set(windows)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
         keys.append(k.split(lengths))
         values.append(v.split(lengths))
-        if start:
-            k, v = (torch.cat([part for own in of_rows for part in (shared[layer], own)])
-                    for shared, of_rows in ((prefix.keys, keys[-1]), (prefix.values, values[-1])))
+        k, v = torch.cat((prefix.keys[layer], k)), torch.cat((prefix.values[layer], v))
         return attention(q, k, v, scale, tiles[windows[layer]])
 
     tokens = torch.tensor(list(itertools.chain(*rows)), device=device)

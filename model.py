@@ -212,12 +212,16 @@ class Gemma3(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
         """Hidden states after the last norm.
 
-        tokens (T) int64; positions (T), each document counting from 0; documents (T), one value for each document,
-        its tokens side by side (kept on the CPU it costs no device synchronisation). Returns (T, D) in `compute_dtype`.
+        tokens (T) int64; documents (T), one value for each document, its tokens side by side; positions (T), each document
+        counting from 0. A document that counts from n > 0 continues the first n tokens of the last one that counts from 0,
+        and is computed as if it held them. Positions and documents that are kept on the CPU cost no device
+        synchronisation. Returns (T, D) in `compute_dtype`.
         """
-        lengths = torch.unique_consecutive(documents, return_counts=True)[1].tolist()
-        tiles = {window: tile(lengths, window, self.compute_dtype, tokens.device) for window in set(self.config.windows)}
-        return self.run(tokens, positions, [partial(attention, tiles=tiles[window]) for window in self.config.windows])
+        lengths = torch.unique_consecutive(documents, return_counts=True)[1]
+        starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
+        tiles = {window: tile(lengths.tolist(), window, self.compute_dtype, tokens.device, starts) for window in set(self.config.windows)}
+        return self.run(tokens, positions.to(tokens.device, non_blocking=True),
+                        [partial(attention, tiles=tiles[window]) for window in self.config.windows])
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend]) -> Tensor:
         """The same with each layer's attention given: training packs documents, decoding keeps keys and values.

@@ -44,17 +44,46 @@ def test_attention_and_its_gradients_equal_the_masked_definition(function, queri
         torch.testing.assert_close(mine, exact)
 
 
+def shared_and_whole(lengths, starts):
+    """For documents that continue others: the same documents whole, and where each of their tokens lies in the shared layout."""
+    firsts, root, places, documents = [sum(lengths[:i]) for i in range(len(lengths))], 0, [], []
+    for i, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+        root = i if start == 0 else root
+        places += [*range(firsts[root], firsts[root] + start), *range(firsts[i], firsts[i] + length)]
+        documents += [i] * (start + length)
+    return torch.tensor(places), torch.tensor(documents)
+
+
+@pytest.mark.parametrize("function", [attention, attention_reference], ids=["ours", "reference"])
+@pytest.mark.parametrize("queries", [5, 256])
+@pytest.mark.parametrize(("lengths", "starts"), [([7, 3], [0, 7]), ([7, 3, 12, 1, 4], [0, 7, 7, 7, 7]), ([20, 9, 2], [0, 20, 20]),
+                                                 ([3, 6, 4, 2, 11, 5, 9], [0, 0, 6, 6, 0, 8, 8]), ([12, 4, 4, 4], [0, 5, 12, 5])], ids=str)
+@pytest.mark.parametrize("window", [8, None])
+def test_documents_that_continue_a_shared_beginning_are_as_if_each_held_it(function, queries, lengths, starts, window, generator, monkeypatch):
+    monkeypatch.setattr(module, "QUERIES", queries)
+    T = sum(lengths)
+    places, documents = shared_and_whole(lengths, starts)
+    inputs, dout = operands(T, generator)
+    tiles = tile(lengths, window, torch.float64, torch.device("cpu"), starts)
+    assert sorted(row for t in tiles for row in range(t.queries.start, t.queries.stop)) == list(range(T))
+    last = torch.zeros(T, dtype=torch.int64).scatter_(0, places, torch.arange(len(places)))        # a whole copy of each token
+
+    def whole(q, k, v):
+        return naive_attention(q[places], k[places], v[places], documents, window or len(places), 0.3)[last]
+
+    for mine, exact in zip(gradients(lambda q, k, v: function(q, k, v, 0.3, tiles), inputs, dout), gradients(whole, inputs, dout), strict=True):
+        torch.testing.assert_close(mine, exact)
+
+
 @pytest.mark.parametrize("window", [8, None])
 @pytest.mark.parametrize("before", [1, 7, 8, 20])
-def test_keys_that_stand_before_are_seen_as_if_the_document_held_them(before, window, generator, monkeypatch):
+def test_a_beginning_may_give_keys_alone(before, window, generator, monkeypatch):
     monkeypatch.setattr(module, "QUERIES", 5)
-    lengths = [3, 12, 1]
-    T = sum(lengths) + before * len(lengths)
-    documents = torch.arange(3).repeat_interleave(torch.tensor([before + n for n in lengths]))
-    (q, k, v), _ = operands(T, generator)
-    own = torch.cat([torch.arange(before, before + n) + sum(lengths[:i]) + i * before for i, n in enumerate(lengths)])
-    got = attention(q[own], k, v, 0.3, tile(lengths, window, torch.float64, torch.device("cpu"), before))
-    torch.testing.assert_close(got, naive_attention(q, k, v, documents, window or T, 0.3)[own])
+    lengths, starts = [before, 3, 12, 1], [0, before, before, before]
+    (q, k, v), _ = operands(sum(lengths), generator)
+    everything = attention(q, k, v, 0.3, tile(lengths, window, torch.float64, torch.device("cpu"), starts))
+    some = attention(q[before:], k, v, 0.3, tile(lengths, window, torch.float64, torch.device("cpu"), starts, keys_only=1))
+    torch.testing.assert_close(some, everything[before:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

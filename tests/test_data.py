@@ -269,6 +269,89 @@ def test_a_document_longer_than_the_bound_stands_alone():
     assert [len(batch.tokens) for batch in pack(examples(5, 200, 5), 100)] == [5, 200, 5]
 
 
+def rows_that_begin(*groups, trained=2, seed=1):
+    """Examples in groups: (tokens in common, tokens of each)."""
+    rng, made = np.random.default_rng(seed), []
+    for common, lengths in groups:
+        beginning = rng.integers(3, 100, common)
+        for n in lengths:
+            ids = np.concatenate((beginning, rng.integers(100, 200, n + 1 - common))).astype(np.int32)
+            made.append(Example(ids, np.arange(n + 1) > n - trained, f"f:{len(made)}"))
+    return made
+
+
+def unpacked(batch):
+    """Of every row of a batch its whole tokens and its own targets, by the model's rule for documents that continue others."""
+    rows, root = [], None
+    lengths = torch.unique_consecutive(batch.documents, return_counts=True)[1].tolist()
+    parts = [list(zip(*(x.tolist() for x in part), strict=True)) for part in
+             zip(batch.tokens.split(lengths), batch.targets.split(lengths), batch.positions.split(lengths), strict=True)]
+    for i, part in enumerate(parts):
+        first = part[0][2]
+        assert [p for _, _, p in part] == list(range(first, first + len(part)))
+        if first == 0:
+            root = part
+        if first or i + 1 == len(parts) or parts[i + 1][0][2] == 0:             # a beginning is no row itself
+            rows.append(([t for t, _, _ in (root[:first] if first else []) + part], [target for _, target, _ in part]))
+    return rows
+
+
+def test_rows_that_begin_alike_hold_their_beginning_once():
+    made = rows_that_begin((50, [60, 70, 65]), (0, [40]), (40, [45, 80]))
+    rng = np.random.default_rng(3)
+    made = [made[i] for i in rng.permutation(len(made))]
+    [batch] = pack(made, 1000)
+    assert len(batch.tokens) == 50 + 10 + 20 + 15 + 40 + 40 + 5 + 40 and len(pack(made, 1000, share=False)[0].tokens) == 360
+    rows = unpacked(batch)
+    by_source = {e.source: e for e in made}
+    assert sorted(batch.sources) == sorted(by_source) and len(rows) == len(made)
+    for (tokens, targets), source in zip(rows, batch.sources, strict=True):
+        example = by_source[source]
+        assert tokens == example.ids[:-1].tolist()
+        assert [t for t in targets if t != IGNORE] == example.ids[example.trained].tolist()
+    assert batch.trained_tokens == 2 * len(made)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("bound", [90, 200, 1000])
+def test_sharing_loses_no_row_and_no_loss_whatever_rows_share(seed, bound, monkeypatch):
+    """Random trees of beginnings: rows that branch off one another anywhere."""
+    monkeypatch.setattr(data, "SHORTEST_BEGINNING", 3)
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(40):
+        parent = made[rng.integers(len(made))].ids if made and rng.random() < 0.8 else np.zeros(0, np.int32)
+        kept = parent[:rng.integers(len(parent) + 1)]
+        ids = np.concatenate((kept, rng.integers(3, 6, rng.integers(2, 60)))).astype(np.int32)
+        first = rng.integers(1, len(ids))
+        made.append(Example(ids, (np.arange(len(ids)) >= first) & (rng.random(len(ids)) < 0.7), f"f:{i}"))
+    batches, by_source = pack(made, bound), {e.source: e for e in made}
+    assert sorted(source for batch in batches for source in batch.sources) == sorted(by_source)
+    assert all(len(batch.tokens) <= max(bound, *(len(by_source[source]) for source in batch.sources)) for batch in batches)
+    assert sum(len(batch.tokens) for batch in batches) < sum(map(len, made))
+    for batch in batches:
+        for (tokens, targets), source in zip(unpacked(batch), batch.sources, strict=True):
+            example = by_source[source]
+            assert tokens == example.ids[:-1].tolist()
+            own = example.ids[len(example.ids) - len(targets):][example.trained[len(example.ids) - len(targets):]]
+            assert [t for t in targets if t != IGNORE] == own.tolist() and example.trained[1:].sum() == len(own)
+
+
+def test_a_beginning_ends_before_the_token_that_predicts_a_trained_one():
+    ids = np.arange(3, 103, dtype=np.int32)
+    made = [Example(ids, np.arange(100) >= first, f"f:{first}") for first in (60, 80, 95)]
+    [(shared, group)] = data.shared_beginnings(made)
+    assert shared == 59 - 0 and len(group) == 3
+    [batch] = pack(made, 1000)
+    assert batch.trained_tokens == 40 + 20 + 5 and (batch.targets[:shared] == IGNORE).all()
+
+
+def test_rows_that_share_little_or_nothing_are_packed_as_they_come():
+    made = rows_that_begin((20, [30, 50, 20]), (0, [90, 10, 10]))
+    for shared, plain in zip(pack(made, 100), pack(made, 100, share=False), strict=True):
+        assert all(torch.equal(getattr(shared, name), getattr(plain, name)) for name in ("tokens", "targets", "positions", "documents"))
+
+
 # Steps
 
 

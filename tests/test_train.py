@@ -18,7 +18,7 @@ from loss_kernels import linear_cross_entropy
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "seconds", "tokens_per_second", "peak_gib"}
+RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "trained_tokens", "seconds", "tokens_per_second", "peak_gib"}
 
 
 def flags(demo, out, *more):
@@ -302,6 +302,25 @@ def test_every_flag_has_a_help_text():
     for flag in ("--model", "--data", "--out", "--steps", "--epochs", "--batch-rows", "--batch-tokens", "--max-tokens", "--lr", "--lora-rank",
                  "--lora-alpha", "--full", "--dtype", "--device", "--seed", "--save-every", "--eval-every", "--resume", "--preview"):
         assert re.search(rf"^  {flag}\b.*\S", text, flags=re.MULTILINE), flag
+
+
+# Beginnings that rows share
+
+
+@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+def test_a_shared_beginning_is_computed_once_to_the_same_losses_and_gradients(demo, tmp_path, mode):
+    """Rows with one set of tools, some of them longer than the window; several forward passes a step."""
+    rows = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()][:40]
+    every = {tool["name"]: tool for row in rows for tool in json.loads(row["tools"])}
+    (tmp_path / "one_set.jsonl").write_text("".join(json.dumps(row | {"tools": list(every.values())}) + "\n" for row in rows))
+    for name, flag in (("once", "--share-beginnings"), ("each", "--no-share-beginnings")):
+        run(demo, tmp_path / name, *mode, "--steps", 6, "--data", tmp_path / "one_set.jsonl", "--micro-tokens", 1200, "--batch-rows", 6, flag)
+    once, each = log(tmp_path / "once"), log(tmp_path / "each")
+    for a, b in zip(once, each, strict=True):
+        for key in ("loss", "grad_norm", "eval_loss"):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-4)
+        if "loss" in a:
+            assert a["tokens"] == b["tokens"] == b["computed_tokens"] > 2 * a["computed_tokens"]
 
 
 # Kernels
