@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from attention_kernels import attention, tile
 from geglu_kernels import geglu
+from norm_kernels import rms_norm
 
 # What a published config.json means by leaving a size out (the 4B and larger do).
 DEFAULTS = {"vocab_size": 262_208, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26, "num_attention_heads": 8,
@@ -97,14 +98,7 @@ class GemmaConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Leaves: what a layer is made of, as plain functions
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · (1 + weight) over the last axis, in fp32, rounded once to x's dtype.  x (..., D), weight (D)."""
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * (1.0 + weight.float())).to(x.dtype)
+# Leaves
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -113,12 +107,6 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, factor: float, d
     angles = positions.float()[:, None] * (theta ** -exponents / factor)       # (T, H/2)
     angles = torch.cat((angles, angles), dim=-1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: pairs (x[i], x[i + H/2]) turned by their angle.  x (T, heads, H)."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 # What a layer asks for its attention: (q (T, N, H), k (T, K, H), v (T, K, H), scale of the scores) -> (T, N, H).
@@ -144,8 +132,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The norm of x over its last axis, added to `residual` or turned by `rope`."""
+        return rms_norm(x, self.weight, self.eps, residual, rope)
 
 
 class Attention(nn.Module):
@@ -160,7 +149,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         T = len(x)
         q, k, v = (part.view(T, -1, self.head_dim) for part in self.project(x))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)     # (T, N, H), (T, K, H)
+        q, k = self.q_norm(q, rope=rope), self.k_norm(k, rope=rope)             # (T, N, H), (T, K, H)
         return self.o_proj(attend(q, k, v, self.scale).reshape(T, -1))
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -189,8 +178,8 @@ class Block(nn.Module):
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, attend))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, attend), residual=x)
+        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), residual=x)
 
 
 class Gemma3(nn.Module):

@@ -2,11 +2,15 @@
 
     python benchmarks/cpu_vs_peft.py --save                 # speed and memory: ours and theirs in turn
     python benchmarks/cpu_vs_peft.py --parity 60 --save     # held-out loss after 60 steps on both sides (long)
+    python benchmarks/cpu_vs_peft.py --one-set --save       # rows that all have the same tools, as an application's have
 
 Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in bf16 with PEFT adapters (fp32, as
 PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
-take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping. Parity lets
-theirs project trained rows alone (`selected`), which changes its speed and not its result.
+take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
+gets the malloc settings that train.py gives itself. Parity lets theirs project trained rows alone (`selected`), which
+changes its speed and not its result. With --one-set every row is given all of the file's tools in one order: ours takes
+32 of them a step, with the shared beginning computed once and without; theirs 2 of them, one by one, as all logits of
+four would not fit into 24 GiB.
 
 --save writes benchmarks/results/DEVICE_vs_peft.json or DEVICE_parity.json. Where the real weights and rows are not at
 hand, speed is measured on random weights of the same size and the demo's rows, and the report says so.
@@ -30,28 +34,38 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-BATCH_ROWS, PADDED_ROWS, WARMUP_STEPS = 8, 4, 1
+
+import train  # noqa: E402
+
+WARMUP_STEPS = 1
 
 
-def flags(args: argparse.Namespace, steps: int, out: Path) -> list[str]:
+def batch_rows(args: argparse.Namespace, side: str) -> int:
+    return 8 if not args.one_set else 32 if side == "ours" else 2
+
+
+def flags(args: argparse.Namespace, steps: int, out: Path, side: str) -> list[str]:
     """The flags of train.py that both sides follow."""
     return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", "--lora-rank", "16", "--lr", "3e-4",
-            "--steps", str(steps), "--batch-rows", str(BATCH_ROWS), "--dtype", "bf16", "--device", args.device, "--save-every", "0",
+            "--steps", str(steps), "--batch-rows", str(batch_rows(args, side)), "--dtype", "bf16", "--device", args.device,
+            "--save-every", "0",
             "--eval-every", "0", "--eval-calls", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
 
 
-def run_ours(args: argparse.Namespace, steps: int, folder: Path) -> dict:
+def run_ours(args: argparse.Namespace, steps: int, folder: Path, *more: str) -> dict:
     out = folder / "ours"
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(args, steps, out)], check=True, stdout=sys.stderr)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(args, steps, out, "ours"), *more], check=True, stdout=sys.stderr)
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     taken = [record for record in records if "loss" in record]
     return {"seconds": [r["seconds"] for r in taken], "tokens": [r["tokens"] for r in taken], "losses": [r["loss"] for r in taken],
+            "row_tokens": [r["tokens"] / (records[0]["flags"]["batch_rows"]) for r in taken],
             "peak_gib": max(r["peak_gib"] for r in taken), "held_out": [r["eval_loss"] for r in records if "eval_loss" in r]}
 
 
 def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) -> dict:
     command = [sys.executable, __file__, "--worker", mode, "--folder", str(folder), "--steps", str(steps), "--parity", str(args.parity),
-               "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows)]
+               "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows),
+               *(["--one-set"] if args.one_set else [])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -62,10 +76,9 @@ def worker(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     import data
-    import train
     from tokenizer import Tokenizer
 
-    ours = train.parse_args(flags(args, args.steps, Path(args.folder)))
+    ours = train.parse_args(flags(args, args.steps, Path(args.folder), "theirs"))
     tokenizer = Tokenizer.load(args.model)
     train_rows, eval_rows = train.read_conversations(ours, lambda *_: None)
     examples, held_out = ([data.tokenize(row, tokenizer) for row in rows] for rows in (train_rows, eval_rows))
@@ -94,7 +107,7 @@ def worker(args: argparse.Namespace) -> None:
         rows = labels >= 0
         return F.cross_entropy(base.lm_head(hidden[rows]).float(), labels[rows], reduction="sum")
 
-    result: dict = {"seconds": [], "tokens": [], "losses": []}
+    result: dict = {"seconds": [], "tokens": [], "losses": [], "row_tokens": []}
     lengths = [len(example) for example in examples]
     plan = data.steps(lengths, ours.seed, batch_rows=ours.batch_rows)
     warmup = min(50, args.steps // 10)
@@ -106,8 +119,9 @@ def worker(args: argparse.Namespace) -> None:
             group["lr"] = train.learning_rate(step, args.steps, warmup, ours)
         trained = sum(int(row.trained[1:].sum()) for row in rows)
         total = 0.0
-        for start in range(0, len(rows), PADDED_ROWS):
-            loss = loss_sum(padded(rows[start:start + PADDED_ROWS])) / trained
+        together = 1 if args.one_set else 4
+        for start in range(0, len(rows), together):
+            loss = loss_sum(padded(rows[start:start + together])) / trained
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, ours.clip)
@@ -116,6 +130,7 @@ def worker(args: argparse.Namespace) -> None:
         result["seconds"].append(time.perf_counter() - began)
         result["tokens"].append(sum(len(row) for row in rows))
         result["losses"].append(total)
+        result["row_tokens"].append(result["tokens"][-1] / len(rows))
         print(f"{args.worker}: step {step + 1}/{args.steps} loss {total:.4f} {result['tokens'][-1] / result['seconds'][-1]:.0f} tok/s",
               file=sys.stderr, flush=True)
     result["peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda"
@@ -137,6 +152,14 @@ def write_start(args: argparse.Namespace, folder: Path) -> None:
     checkpoint.save_adapter(model, args.model, folder / "start")
 
 
+def with_one_set_of_tools(file: str, out: Path) -> None:
+    """The file's first 2,000 rows, each with all of the file's tools in one order."""
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    every = {tool["name"]: tool for row in rows for tool in (json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"])}
+    tools = [every[name] for name in sorted(every)]
+    out.write_text("".join(json.dumps(row | {"tools": tools}) + "\n" for row in rows[:2_000]), encoding="utf-8")
+
+
 def speed(result: dict) -> float:
     return statistics.median(t / s for t, s in list(zip(result["tokens"], result["seconds"], strict=True))[WARMUP_STEPS:])
 
@@ -149,13 +172,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of each run; the first warms up")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, in turn")
     parser.add_argument("--parity", type=int, default=0, metavar="STEPS", help="compare held-out losses after so many steps instead")
+    parser.add_argument("--one-set", action="store_true", help="rows that all have the same tools (of --data's first file, or snips.jsonl)")
     parser.add_argument("--eval-rows", type=int, default=50)
     parser.add_argument("--save", action="store_true", help="keep the report in benchmarks/results")
     parser.add_argument("--worker", choices=("peft", "selected"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
+        if args.device == "cpu":
+            train.keep_memory()
         return worker(args)
+    if args.one_set:
+        args.data = args.data.split(",")[0].replace("seal.jsonl", "snips.jsonl")
     missing = [path for path in (f"{args.model}/config.json", *args.data.split(",")) if not Path(path).exists()]
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -165,6 +193,9 @@ def main() -> None:
             print(f"{', '.join(missing)}: not here; random weights of full size and the demo's rows instead", file=sys.stderr)
             demo.write(folder / "demo", rows=2_000, config=demo.FULL_SIZE)
             args.model, args.data = str(folder / "demo/model"), str(folder / "demo/rows.jsonl")
+        if args.one_set:
+            with_one_set_of_tools(args.data, folder / Path(args.data).name)
+            args.data = str(folder / Path(args.data).name)
         write_start(args, folder)
         if args.parity:
             ours, theirs = run_ours(args, args.parity, folder), run_theirs(args, args.parity, folder, "selected")
@@ -175,29 +206,36 @@ def main() -> None:
                       "seconds": {"ours": sum(ours["seconds"]), "peft_selected": sum(theirs["seconds"])},
                       "peak_gib": {"ours": ours["peak_gib"], "peft_selected": theirs["peak_gib"]}}
         else:
-            runs: dict[str, list] = {"ours": [], "peft": []}
+            runs: dict[str, list] = {"ours": [], "peft": []} | ({"ours, each alone": []} if args.one_set else {})
             for _ in range(args.repeats):
                 runs["ours"].append(run_ours(args, args.steps, folder))
+                if args.one_set:
+                    runs["ours, each alone"].append(run_ours(args, 1 + WARMUP_STEPS, folder, "--no-share-beginnings", "--batch-rows", "8"))
                 runs["peft"].append(run_theirs(args, args.steps, folder, "peft"))
             report = {"what": "LoRA rank 16, bf16: real tokens a second and peak memory"}
             for name, results in runs.items():
                 report[name] = {"tokens_per_second": [round(speed(r), 1) for r in results],
+                                "rows_per_second": [round(speed(r) / statistics.mean(r["row_tokens"]), 3) for r in results],
                                 "peak_gib": round(max(r["peak_gib"] for r in results), 2)}
             pairs = zip(report["ours"]["tokens_per_second"], report["peft"]["tokens_per_second"], strict=True)
             report["speed_ratio"] = [round(ours / theirs, 2) for ours, theirs in pairs]
+            if args.one_set:
+                report["times_each_alone"] = [round(ours / alone, 2) for ours, alone in zip(
+                    report["ours"]["rows_per_second"], report["ours, each alone"]["rows_per_second"], strict=True)]
             report["memory_ratio"] = report["ours"]["peak_gib"] / report["peft"]["peak_gib"]
 
     import peft
     import transformers
 
     import checkpoint
-    report |= {"batch_rows": BATCH_ROWS, "data": [Path(f).name for f in args.data.split(",")], "device": args.device,
+    report |= {"batch_rows": {side: batch_rows(args, side) for side in ("ours", "theirs")},
+               "data": [Path(f).name for f in args.data.split(",")], "device": args.device,
                "weights": "random, of full size" if missing else "real",
                "machine": checkpoint.device_name(torch.device(args.device)) + f", {platform.machine()}",
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
     print(json.dumps(report, indent=2))
     if args.save:
-        path = ROOT / "benchmarks/results" / f"{args.device}_{'parity' if args.parity else 'vs_peft'}.json"
+        path = ROOT / "benchmarks/results" / f"{args.device}_{'parity' if args.parity else 'one_set' if args.one_set else 'vs_peft'}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

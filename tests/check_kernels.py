@@ -4,8 +4,8 @@
     python tests/check_kernels.py --all      # a line a configuration
 
 Wrong is: a register spilled to memory, more shared memory than a program may have, 16-bit products without tensor cores,
-and a tile read in pieces of less than 4 bytes (whatever hides from the compiler that its addresses follow each other
-costs the asynchronous copies, and with them most of the speed). "In use" is what the operations launch for Gemma 3 270M,
+and a tile that a thread reads in many pieces of less than 4 bytes (whatever hides from the compiler that its addresses
+follow each other costs the asynchronous copies, and with them most of the speed). "In use" is what the operations launch for Gemma 3 270M,
 seen by standing in for the launch.
 """
 from __future__ import annotations
@@ -25,23 +25,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import lora_kernels
+import norm_kernels
 from triton_support import fitting, triton
 
 SHARED_KIB = {80: 163, 90: 227}          # what one program may have on an A100 and an H100
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-SCALARS = {"scale": "fp32", "dropout": "fp32", "seed": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32"}
+SCALARS = {"scale": "fp32", "dropout": "fp32", "seed": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
+           "stride_t": "i32", "rows_a_program": "i32"}
 
 
 def launches() -> list[tuple[str, object, dict]]:
     """(what for, kernel, arguments by name) of every launch of a step."""
     from triton.runtime.autotuner import Autotuner
-    seen, usual = [], Autotuner.run
+    from triton.runtime.jit import JITFunction
+    seen, usual = [], (Autotuner.run, JITFunction.run)
 
-    def note(kernel: Autotuner, *args, grid, warmup, **kwargs) -> None:
+    def note(kernel: Autotuner | JITFunction, *args, grid, warmup, **kwargs) -> None:
         seen.append((what, kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
-    Autotuner.run = note
+    Autotuner.run = JITFunction.run = note
     try:
+        for dtype in (torch.bfloat16, torch.float32):
+            tables = torch.empty(256, 1, 256, dtype=dtype), torch.empty(256, 1, 256, dtype=dtype)
+            for name, shape, residual, rope, weight in (("norm", (256, 640), False, None, dtype), ("norm + residual", (256, 640), True, None, dtype),
+                                                        ("q", (256, 4, 256), False, tables, dtype), ("norm, dw", (256, 640), False, None, None)):
+                what = f"{name} {str(dtype).removeprefix('torch.')}"
+                x = torch.empty(shape, dtype=dtype, requires_grad=True)
+                w = torch.empty(shape[-1], dtype=weight or torch.float32, requires_grad=weight is None)
+                norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, by_triton=True).sum().backward()
         for dtype, rank, dropout in ((torch.bfloat16, 16, 0.0), (torch.bfloat16, 128, 0.0), (torch.bfloat16, 16, 0.1), (torch.float32, 16, 0.0)):
             for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),  # noqa: E741
                                            ("gate_up", 640, (2048, 2048), "gated"), ("down", 2048, (640,), "gate")):
@@ -49,7 +60,7 @@ def launches() -> list[tuple[str, object, dict]]:
                 for run in lora_kernels.operations(256, I, outputs, rank, dtype, torch.device("cpu"), ends, dropout).values():
                     run(True)
     finally:
-        Autotuner.run = usual
+        Autotuner.run, JITFunction.run = usual
     return seen
 
 
@@ -58,10 +69,13 @@ def jobs() -> list[tuple]:
     made = {}
     for what, kernel, arguments in launches():
         types = {key: TYPES[value.dtype] if isinstance(value, torch.Tensor) else SCALARS.get(key, value) for key, value in arguments.items()}
+        types |= {key: "i32:16" for key in ("stride_t",) if arguments.get(key, 1) % 16 == 0}          # as a launch finds out
         for capability in SHARED_KIB:
-            for config in fitting(kernel.configs, kernel.fits, arguments, divmod(capability, 10)):
-                sizes = {key: value for key, value in config.all_kwargs().items() if value is not None and key != "num_ctas"}
-                job = kernel.base_fn.__module__, kernel.base_fn.__name__, types, sizes, capability
+            tuned = hasattr(kernel, "configs")
+            for config in fitting(kernel.configs, kernel.fits, arguments, divmod(capability, 10)) if tuned else [None]:
+                sizes = {key: value for key, value in config.all_kwargs().items() if value is not None and key != "num_ctas"} if tuned else {}
+                function = kernel.base_fn if tuned else kernel.fn
+                job = function.__module__, function.__name__, types, sizes, capability
                 made.setdefault(str(job), (what, *job))
     return list(made.values())
 
@@ -71,14 +85,17 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     what, module, name, arguments, config, capability = job
-    kernel = getattr(sys.modules[module], name).fn
+    kernel = getattr(sys.modules[module], name)
+    kernel = kernel.fn if config else kernel
     constants = {key for key, parameter in zip(kernel.arg_names, kernel.params, strict=True) if parameter.is_constexpr}
     values = arguments | {key: value for key, value in config.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in constants or values[key] is None else values[key] for key in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if str(signature[key]).startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if str(signature[key]).startswith("*")
+               or signature[key] == "i32:16"}
+    signature = {key: "i32" if kind == "i32:16" else kind for key, kind in signature.items()}
     source = ASTSource(kernel, signature, {key: values[key] for key in kernel.arg_names if signature[key] == "constexpr"}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                          options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]})
+                          options={key: config[key] for key in ("num_warps", "num_stages") if config})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -87,18 +104,19 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
     ptx = made.asm["ptx"]
     reads = [int(width) // 8 * int(vector or 1) for vector, width in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)]
     reads += [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[\w:.]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
-    return {"what": what, "kernel": name, "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
+    return {"what": what, "kernel": f"{module.removesuffix('_kernels')}{name.removesuffix('_kernel')}", "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
             "shared_kib": made.metadata.shared / 1024, "too_large": made.metadata.shared / 1024 > SHARED_KIB[capability],
-            "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "", "narrowest_read": min(reads)}
+            "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "", "narrowest_read": min(reads),
+            "narrow_reads": sum(size < 4 for size in reads)}
 
 
 def wrong(made: dict) -> str:
     return ", ".join(name for name, bad in (
         (f"{made['spilled']} bytes spilled", made["spilled"]), ("too much shared memory", made["too_large"]),
-        ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"]),
-        (f"reads of {made['narrowest_read']} bytes", made["narrowest_read"] < 4)) if bad)
+        ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"] and not made["kernel"].startswith("norm")),
+        (f"{made['narrow_reads']} reads of {made['narrowest_read']} bytes", made["narrow_reads"] > 4)) if bad)
 
 
 def main(everything: bool) -> int:

@@ -3,6 +3,7 @@
     python tests/compare_layers.py MODEL [TEXT]
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import load_model
+from model import RMSNorm
 from tokenizer import Tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it calls a function with 3 arguments. " * 40
@@ -18,10 +20,16 @@ TEXT = "The quick brown fox jumps over the lazy dog, and then it calls a functio
 def record(model: torch.nn.Module, wanted) -> dict[str, torch.Tensor]:
     """Hook every module whose name `wanted` accepts; its output lands in the returned dict."""
     outputs: dict[str, torch.Tensor] = {}
+
+    def note(module, given, more, out, name) -> None:
+        if isinstance(module, RMSNorm) and more:             # our norm adds the residual or rotates: note it without
+            module(*given)
+        else:
+            outputs[name] = (out[0] if isinstance(out, tuple) else out).detach().float()
+
     for name, module in model.named_modules():
         if wanted(name):
-            module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(
-                name, (out[0] if isinstance(out, tuple) else out).detach().float()))
+            module.register_forward_hook(partial(note, name=name), with_kwargs=True)
     return outputs
 
 

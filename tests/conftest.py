@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("GLIBC_TUNABLES", "")        # train.py need not start itself again, as it does for a CPU's sake
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
 

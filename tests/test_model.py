@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model
 from data import read_rows
-from model import Gemma3, GemmaConfig, rms_norm, rotate
+from model import Gemma3, GemmaConfig
+from norm_kernels import rms_norm, rotate
 from tokenizer import Tokenizer
 
 SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

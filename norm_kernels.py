@@ -1,0 +1,203 @@
+"""RMSNorm, with the residual stream added after it or the rotation of queries and keys: what stands between the linears.
+
+    n = x r (1 + w)     r = 1 / √(mean(x²) + ε)          y = n,  or  residual + n,  or  rotate(n)
+    dn = dy, or dy rotated back      g = dn (1 + w)      dx = r (g − x r · mean(g · x r))      dw = Σ over rows dn · x r
+
+Saved for the backward pass are x, which is there anyway, and r, one number a row; autograd alone would keep x thrice in
+fp32. All of it is fp32 inside and rounded once.
+
+    rows (…, D), normalised over D;  with a rotation rows are (T, heads, D) and the tables (T, 1, D)
+
+In this order: definitions, Triton kernels, autograd function, public function.
+
+Source: "Root Mean Square Layer Normalization" (arXiv 1910.07467); "RoFormer" (arXiv 2104.09864); Gemma scales by 1 + w.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_support import can_run, jit, tl, triton
+
+PROGRAMS = 512          # of a backward pass: each adds up its rows' share of dw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The definitions
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x r (1 + w) over the last axis, in fp32, rounded once to x's dtype.  x (…, D), weight (D).  The definition."""
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * (1.0 + weight.to(x32.dtype))).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: pairs (x[i], x[i + H/2]) turned by their angle.  x (T, heads, H), cos and sin (T, 1, H)."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels.  A row is taken in two halves, low and high, which are what a rotation turns into each other. A row of x lies
+# at (row // HEADS) · stride_t + (row % HEADS) · D, so that q and k are read where they are.
+
+
+@jit
+def _halves(row, columns, mine, D: tl.constexpr):
+    """The halves of rows, fp32."""
+    return (tl.load(row + columns[None, :], mask=mine, other=0.0).to(tl.float32),
+            tl.load(row + D // 2 + columns[None, :], mask=mine, other=0.0).to(tl.float32))
+
+
+@jit
+def _store_halves(row, columns, low, high, mine, D: tl.constexpr):
+    tl.store(row + columns[None, :], low.to(row.dtype.element_ty), mask=mine)
+    tl.store(row + D // 2 + columns[None, :], high.to(row.dtype.element_ty), mask=mine)
+
+
+@jit
+def _forward_kernel(x, w, residual, cos, sin, y, r, eps, stride_t, M, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+                    BLOCK_M: tl.constexpr, ADD: tl.constexpr, ROTATE: tl.constexpr):
+    """y and r of BLOCK_M rows;  x by strides, the others row-major: y, residual (M, D), r (M) fp32, tables (M / HEADS, D)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_H)
+    mine = (rows < M)[:, None] & (columns < D // 2)[None, :]
+    low, high = _halves(x + (rows // HEADS * stride_t + rows % HEADS * D)[:, None], columns, mine, D)
+    scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)
+    w_low, w_high = _halves(w, columns, (columns < D // 2)[None, :], D)
+    low, high = low * scale[:, None] * (1.0 + w_low), high * scale[:, None] * (1.0 + w_high)
+    if ADD:
+        add_low, add_high = _halves(residual + rows[:, None] * D, columns, mine, D)
+        low, high = low + add_low, high + add_high
+    if ROTATE:
+        angles = (rows // HEADS)[:, None] * D + columns[None, :]                    # the tables' halves are alike
+        c = tl.load(cos + angles, mask=mine, other=0.0).to(tl.float32)
+        s = tl.load(sin + angles, mask=mine, other=0.0).to(tl.float32)
+        low, high = low * c - high * s, high * c + low * s
+    _store_halves(y + rows[:, None] * D, columns, low, high, mine, D)
+    tl.store(r + rows, scale, mask=rows < M)
+
+
+@jit
+def _backward_kernel(x, w, cos, sin, dy, r, dx, dw, stride_t, M, rows_a_program, HEADS: tl.constexpr, D: tl.constexpr,
+                     BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, ROTATE: tl.constexpr, WEIGHT: tl.constexpr):
+    """dx (M, D) of a program's rows, BLOCK_M at a time, and its share of dw: a row of dw (programs, D) fp32."""
+    columns = tl.arange(0, BLOCK_H)
+    w_low, w_high = _halves(w, columns, (columns < D // 2)[None, :], D)
+    start = tl.program_id(0).to(tl.int64) * rows_a_program
+    share_low, share_high = tl.zeros((1, BLOCK_H), tl.float32), tl.zeros((1, BLOCK_H), tl.float32)
+    for first in range(0, rows_a_program, BLOCK_M):
+        rows = start + first + tl.arange(0, BLOCK_M)
+        inside = (rows < M) & (first + tl.arange(0, BLOCK_M) < rows_a_program)
+        mine = inside[:, None] & (columns < D // 2)[None, :]
+        low, high = _halves(dy + rows[:, None] * D, columns, mine, D)
+        if ROTATE:
+            angles = (rows // HEADS)[:, None] * D + columns[None, :]
+            c = tl.load(cos + angles, mask=mine, other=0.0).to(tl.float32)
+            s = tl.load(sin + angles, mask=mine, other=0.0).to(tl.float32)
+            low, high = low * c + high * s, high * c - low * s
+        scale = tl.load(r + rows, mask=inside, other=0.0)[:, None]
+        x_low, x_high = _halves(x + (rows // HEADS * stride_t + rows % HEADS * D)[:, None], columns, mine, D)
+        x_low, x_high = x_low * scale, x_high * scale
+        if WEIGHT:
+            share_low += tl.sum(low * x_low, 0, keep_dims=True)
+            share_high += tl.sum(high * x_high, 0, keep_dims=True)
+        low, high = low * (1.0 + w_low), high * (1.0 + w_high)
+        along = ((tl.sum(low * x_low, 1) + tl.sum(high * x_high, 1)) / D)[:, None]
+        _store_halves(dx + rows[:, None] * D, columns, scale * (low - x_low * along), scale * (high - x_high * along), mine, D)
+    if WEIGHT:
+        mine = (columns < D // 2)[None, :]
+        _store_halves(dw + tl.program_id(0) * D, columns, share_low, share_high, mine, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autograd function
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None,
+                by_triton: bool) -> Tensor:
+        if by_triton:
+            y, r = _forward_by_triton(x, weight, eps, residual, rope)
+        else:
+            x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+            r = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+            y = (x32 * r).mul_(1.0 + weight.to(x32.dtype))
+            y = y.to(x.dtype) if residual is None else y.add_(residual).to(x.dtype)
+            y = y if rope is None else rotate(y, *rope)
+        ctx.save_for_backward(x, weight, r, *(rope or ()))
+        ctx.by_triton = by_triton
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r, *rope = ctx.saved_tensors
+        need_x, need_weight, _, need_residual = ctx.needs_input_grad[:4]
+        if ctx.by_triton:
+            dx, dw = _backward_by_triton(x, weight, rope, dy.contiguous(), r, need_weight)
+        else:
+            wide = r.dtype
+            dn = dy if not rope else rotate(dy, rope[0], -rope[1])
+            unit, dn = x.to(wide).mul_(r) if x.dtype != wide else x * r, dn.to(wide)
+            dw = (dn * unit).flatten(0, -2).sum(0) if need_weight else None
+            g = dn * (1.0 + weight.to(wide))
+            dx = g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r).to(x.dtype) if need_x else None
+        return (dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None, dy if need_residual else None, None, None)
+
+
+def _shape(x: Tensor) -> dict:
+    """Where the rows of x (M, D) or (T, heads, D) lie."""
+    BLOCK_H = triton.next_power_of_2(x.shape[-1] // 2)
+    return {"HEADS": x.shape[1] if x.dim() == 3 else 1, "D": x.shape[-1], "BLOCK_H": BLOCK_H, "BLOCK_M": max(1, 1024 // BLOCK_H)}
+
+
+def _forward_by_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
+                       rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    shape, M = _shape(x), x.numel() // x.shape[-1]
+    y, r = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    if M:
+        cos, sin = rope or (None, None)
+        _forward_kernel[(triton.cdiv(M, shape["BLOCK_M"]),)](x, weight, residual, cos, sin, y, r, eps, x.stride(0), M, **shape,
+                                                           ADD=residual is not None, ROTATE=rope is not None)
+    return y, r
+
+
+def _backward_by_triton(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
+                        need_weight: bool) -> tuple[Tensor, Tensor | None]:
+    shape, M = _shape(x), x.numel() // x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = triton.cdiv(triton.cdiv(M, PROGRAMS), shape["BLOCK_M"]) * shape["BLOCK_M"]
+    programs = triton.cdiv(M, rows) if M else 0
+    dw = torch.empty(programs, shape["D"], dtype=torch.float32, device=x.device) if need_weight else None
+    if M:
+        cos, sin = rope or (None, None)
+        _backward_kernel[(programs,)](x, weight, cos, sin, dy, r, dx, dw, x.stride(0), M, rows, **shape,
+                                      ROTATE=bool(rope), WEIGHT=need_weight)
+    return dx, dw.sum(0) if need_weight else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The public function
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
+             by_triton: bool | None = None) -> Tensor:
+    """x r (1 + w) over the last axis; plus `residual`, or turned by `rope`.  Gradients for x, weight and residual.
+
+    x (M, D), or (T, heads, D) with rope, where each token's heads lie side by side and tokens may lie further apart (a part
+    of a wider row); weight (D) of any floating dtype; residual (M, D) of x's dtype; rope: cosines and sines, (T, 1, D)
+    each. by_triton: whether kernels compute it (default: on a CUDA device). Returns x's shape and dtype.
+    """
+    if residual is not None and (rope is not None or residual.shape != x.shape):
+        raise ValueError(f"RMSNorm adds a residual of x's shape {tuple(x.shape)} or rotates, not both")
+    if rope is not None and (x.dim() != 3 or x.shape[-1] % 2 or rope[0].shape != (len(x), 1, x.shape[-1])):
+        raise ValueError(f"a rotation takes x (T, heads, D), D even, and tables (T, 1, D); got {tuple(x.shape)} and {tuple(rope[0].shape)}")
+    if by_triton is None:
+        by_triton = x.is_cuda and can_run(x.device)
+    if by_triton and (x.dim() not in (2, 3) or x.shape[-1] % 2 or x.stride(-1) != 1 or (x.dim() == 3 and x.stride(1) != x.shape[2])):
+        raise ValueError(f"RMSNorm takes (M, D) or (T, heads, D), D even and a token's heads side by side; got {tuple(x.shape)}, "
+                         f"strides {x.stride()}")
+    return _RMSNorm.apply(x, weight, eps, residual, rope, by_triton)

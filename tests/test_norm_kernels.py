@@ -1,0 +1,130 @@
+"""norm_kernels.py against autograd of its definition in float64, by the definition's own rounding."""
+import inspect
+import re
+
+import pytest
+import torch
+
+import norm_kernels
+from norm_kernels import rms_norm, rms_norm_reference, rotate
+
+CUDA = torch.cuda.is_available()
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device")
+WAYS = [pytest.param("cpu", FP32, False, id="pytorch-fp32"), pytest.param("cpu", BF16, False, id="pytorch-bf16"),
+        *(pytest.param("cpu", dtype, True, marks=INTERPRETED, id=f"interpreted-{dtype}") for dtype in (FP32, FP16, BF16)),
+        *(pytest.param("cuda", dtype, True, marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")], id=f"cuda-{dtype}")
+          for dtype in (FP32, FP16, BF16))]
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def reference(x, weight, residual=None, rope=None):
+    y = rms_norm_reference(x, weight, EPS)
+    return residual + y if residual is not None else rotate(y, *rope) if rope is not None else y
+
+
+def operands(kind, generator, dtype, device, T=37):
+    """x, weight, residual, rope, dy; where heads are rotated x is a part of wider rows, as q is of [q | k | v]."""
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    D = {"plain": 640, "residual": 96, "rotated": 64, "one-head": 256, "one-row": 640}[kind]
+    T, heads = 1 if kind == "one-row" else T, {"rotated": 4, "one-head": 1}.get(kind, 0)
+    wide = draw(T, heads * D + 48) * 3
+    x = wide[:, :heads * D].view(T, heads, D) if heads else wide[:, :0].new_tensor(draw(T, D).tolist())
+    angles = draw(T, 1, D // 2).repeat(1, 1, 2)
+    rope = (angles.cos().to(device, dtype), angles.sin().to(device, dtype)) if heads else None
+    if heads:
+        x = wide.to(device, dtype)[:, :heads * D].view(T, heads, D)
+        assert not x.is_contiguous()
+    return (x.to(device, dtype), draw(D).to(device), draw(T, D).to(device, dtype) if kind == "residual" else None, rope,
+            draw(*x.shape).to(device, dtype))
+
+
+def results(function, x, weight, residual, rope, dy):
+    x, weight = x.detach().requires_grad_(), weight.detach().clone().requires_grad_()
+    residual = None if residual is None else residual.detach().clone().requires_grad_()
+    y = function(x, weight, residual, rope)
+    y.backward(dy)
+    return {"y": y.detach(), "dx": x.grad, "dw": weight.grad} | ({} if residual is None else {"dresidual": residual.grad})
+
+
+def faults(function, given):
+    x, weight, residual, rope, dy = given
+    double = [None if t is None else t.double() for t in (x, weight, residual)]
+    exact = results(reference, *double, None if rope is None else tuple(t.double() for t in rope), dy.double())
+    naive, ours = results(reference, *given), results(function, *given)
+
+    def error(got, name):
+        return ((got[name].double() - exact[name]).norm() / exact[name].norm()).item()
+    return [name for name in exact if not ours[name].norm() > 0 or ours[name].dtype != naive[name].dtype or ours[name].shape != exact[name].shape
+            or not error(ours, name) <= 2 * error(naive, name) + torch.finfo(x.dtype).eps / 2]
+
+
+def by(way, module=norm_kernels):
+    return lambda x, weight, residual, rope: module.rms_norm(x, weight, EPS, residual, rope, by_triton=way)
+
+
+@pytest.mark.parametrize(("device", "dtype", "way"), WAYS)
+@pytest.mark.parametrize("kind", ["plain", "residual", "rotated", "one-head", "one-row"])
+def test_the_norm_and_its_gradients_are_as_accurate_as_the_definition(kind, device, dtype, way, generator):
+    assert faults(by(way), operands(kind, generator, dtype, device)) == []
+
+
+@INTERPRETED
+def test_many_rows_are_shared_among_programs(generator, monkeypatch):
+    monkeypatch.setattr(norm_kernels, "PROGRAMS", 3)
+    assert faults(by(True), operands("plain", generator, FP32, "cpu", T=50)) == []
+
+
+@pytest.mark.parametrize("way", [False, pytest.param(True, marks=INTERPRETED)])
+def test_no_rows_and_frozen_weights(way, generator):
+    x, weight, *_ = operands("plain", generator, FP32, "cpu")
+    empty = x[:0].clone().requires_grad_()
+    rms_norm(empty, weight.clone().requires_grad_(), EPS, by_triton=way).sum().backward()
+    assert empty.grad.shape == (0, 640)
+    x.requires_grad_()
+    rms_norm(x, weight, EPS, by_triton=way).sum().backward()
+    assert x.grad.norm() > 0 and weight.grad is None
+
+
+def test_gradcheck(generator):
+    x, weight, residual = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((3, 2, 4), (4,), (6, 4)))
+    angles = torch.randn(3, 1, 2, generator=generator, dtype=torch.float64).repeat(1, 1, 2)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS, rope=(angles.cos(), angles.sin())), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w, r: rms_norm(x.view(6, 4), w, EPS, residual=r), (x, weight, residual))
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("sound", "broken", "where"), [
+    ("/ D + eps)\n    w_low", "/ D + 1e-2)\n    w_low", {"y", "dx"}), ("low + add_low", "low - add_low", {"y"}),
+    ("low * c - high * s, high * c + low * s", "low * c + high * s, high * c - low * s", {"y"}),
+    ("low * c + high * s, high * c - low * s", "low * c - high * s, high * c + low * s", {"dx"}),
+    ("- x_low * along", "- along", {"dx"}), ("share_high += ", "share_high = ", {"dw"}),
+    ("rows % HEADS * D)[:, None], columns, mine, D)\n    scale", "rows * 0)[:, None], columns, mine, D)\n    scale", {"y"})])
+def test_a_broken_kernel_is_caught(sound, broken, where, generator, tmp_path, monkeypatch):
+    import importlib.util
+    source = inspect.getsource(norm_kernels)
+    assert source.count(sound) == 1, sound
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(sound, broken).replace("PROGRAMS = 512", "PROGRAMS = 3"), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("norm_mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    found = {name for kind in ("plain", "residual", "rotated") for name in faults(by(True, mutant), operands(kind, generator, FP32, "cpu", T=50))}
+    assert where <= found
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (lambda x, t: (x, x[0], EPS, x[1:]), "a residual of x's shape (4, 2, 6)"), (lambda x, t: (x, x[0, 0], EPS, x, (t, t)), "not both"),
+    (lambda x, t: (x[:, 0], x[0, 0], EPS, None, (t, t)), "x (T, heads, D)"), (lambda x, t: (x, x[0, 0], EPS, None, (t[1:], t[1:])), "got (4, 2, 6) and (3, 1, 6)"),
+    (lambda x, t: (x.transpose(0, 1), x[0, 0], EPS, None, None, True), "heads side by side; got (2, 4, 6), strides (6, 12, 1)")])
+def test_operands_that_do_not_fit_are_named(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rms_norm(*given(torch.randn(4, 2, 6), torch.randn(4, 1, 6)))
