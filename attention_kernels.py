@@ -3,7 +3,7 @@
 The work is cut into tiles, some queries and the keys they may see, so that no score is computed outside a document or far
 outside a window, and no (T, T) mask exists. Documents that begin alike may share that beginning, computed once: each then
 continues it, and its tiles see the beginning's keys before their own. On a CPU a tile is a few matrix products, here with their
-gradients; on a GPU it is one call of PyTorch's fused attention.
+gradients; on a GPU three kernels walk through tables of them, with no number shared between two programs.
 
 Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query heads that share
 a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150).
@@ -15,11 +15,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_support import can_run, jit, tl, triton, tuned
+
 QUERIES = 256           # of a tile on a CPU: its scores stay in the cache
+ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
+OLDER_ROWS, OLDER_KEYS, OLDER_SHARED = 64, 32, 163 * 1024       # on older cards, and the bytes of shared memory that these take
+EVERYTHING = 1 << 30    # the window of a layer that has none
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,240 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: Se
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels.  G query heads share a kv head and are rows of one tile with it; scores are in powers of two.
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tiles as the kernels take them.  All int32, on the device.
+
+    queries (blocks, 6): of a few tokens of one run the first query and how many there are, the first key and the end of the
+    keys of its own run that any of them sees, and of the beginning's. keys (blocks, 4): of a few tokens the first key and
+    how many, and the first and the end of the queries that may see them. tokens (4, keys): each token's position, its
+    document, that document's first position, and the document that it continues.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    tokens: Tensor
+    window: int             # tokens seen, itself included
+    first_query: int        # the first query's place among the keys
+    block_q: int            # tokens of a block of queries
+    block_k: int            # and of keys
+
+
+def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None, keys_only: int = 0,
+           block_q: int = ROWS // 4, block_k: int = KEYS) -> Tables:
+    """What `tile` says, for the kernels; arguments as there, and the tokens of a block of queries and of keys."""
+    starts = np.array(starts or [0] * len(lengths))
+    firsts = np.concatenate(([0], np.cumsum(lengths)))
+    ends = np.append(firsts[:-1][starts == 0], firsts[-1])          # where a whole document ends, with all that continue it
+    reach = window or EVERYTHING
+    queries, keys, roots = [np.zeros((0, 6))], [np.zeros((0, 4))], []
+    for root, run in _runs(starts.tolist()):
+        base, end, start = firsts[run[0]], firsts[run[-1] + 1], starts[run[0]]
+        sizes = [lengths[i] for i in run]
+        begins, stops = firsts[run].repeat(sizes) - base, firsts[np.array(run) + 1].repeat(sizes) - base      # of each token's document
+        if run[0] >= keys_only:
+            first = np.arange(0, end - base, block_q)
+            stop = np.minimum(first + block_q, end - base)
+            lowest = np.minimum.reduceat(np.arange(end - base) - begins + start, first)                       # position in each block
+            queries.append(np.stack((
+                base + first - firsts[keys_only], stop - first, base + np.maximum(begins[first], first - reach + 1), base + stop,
+                firsts[root] + np.clip(lowest - reach + 1, 0, start), np.full_like(first, firsts[root] + start)), axis=1))
+        first = np.arange(0, end - base, block_k)
+        stop = np.minimum(first + block_k, end - base)
+        whole = ends[np.searchsorted(ends, base, side="right")] if start == 0 else end
+        following = starts[run[-1] + 1:np.searchsorted(firsts, whole)].min(initial=2 * EVERYTHING)            # where others go on
+        last = np.where(following - (stop - 1) < reach, whole, base + np.minimum(stops[stop - 1], stop - 1 + reach))
+        keys.append(np.stack((base + first, stop - first, base + first, last), axis=1))
+        roots.append(np.full(end - base, root))
+    documents = np.arange(len(lengths)).repeat(lengths)
+    tokens = np.stack((np.arange(firsts[-1]) - firsts[documents] + starts[documents], documents, starts[documents], np.concatenate(roots)))
+    on_device = [torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device, non_blocking=True)
+                 for x in (np.concatenate(queries), np.concatenate(keys), tokens)]
+    return Tables(*on_device, reach, int(firsts[keys_only]), block_q, block_k)
+
+
+@jit
+def _rows(first, count, head, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """A tile's rows, G for each token: their tokens, whether they are there, and where they and their numbers lie."""
+    G: tl.constexpr = N // K
+    rows = tl.arange(0, BLOCK_Q * G)
+    tokens, there = first + rows // G, rows // G < count
+    places = tokens.to(tl.int64) * N + head * G + rows % G
+    return tokens, there, places
+
+
+@jit
+def _seen(tokens, there, keys, inside, info, T, WINDOW: tl.constexpr):
+    """Which of the keys each query sees: of its own document up to itself, and of the one it continues up to where it goes on.
+
+    tokens and there are a column and keys and inside a row, or the other way about.
+    """
+    position, position_k = tl.load(info + tokens, mask=there, other=0), tl.load(info + keys, mask=inside, other=0)
+    document_k = tl.load(info + T + keys, mask=inside, other=-1)
+    own = (tl.load(info + T + tokens, mask=there, other=-2) == document_k) & (position_k <= position)
+    start, root = tl.load(info + 2 * T + tokens, mask=there, other=0), tl.load(info + 3 * T + tokens, mask=there, other=-2)
+    return there & inside & (position - position_k < WINDOW) & (own | ((root == document_k) & (position_k < start)))
+
+
+@jit
+def _tiles_of(block, BLOCK_K: tl.constexpr):
+    """How many tiles of keys a block of queries sees: of the beginning, and of both."""
+    shared = tl.cdiv(tl.load(block + 5) - tl.load(block + 4), BLOCK_K)
+    return shared, shared + tl.cdiv(tl.load(block + 3) - tl.load(block + 2), BLOCK_K)
+
+
+@jit
+def _keys_of(block, i, shared, BLOCK_K: tl.constexpr):
+    """The i-th of these tiles, and which of its keys are there."""
+    at = tl.where(i < shared, tl.load(block + 4) + i * BLOCK_K, tl.load(block + 2) + (i - shared) * BLOCK_K)
+    keys = at + tl.arange(0, BLOCK_K)
+    return keys, keys < tl.where(i < shared, tl.load(block + 5), tl.load(block + 3))
+
+
+_ATTENTION_KEY = ("M_BUCKET", "N", "K", "H", "WINDOW")
+
+
+@tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 3}, {"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY,
+       fits=lambda num_stages, CAPABILITY, **_: CAPABILITY >= 90 or num_stages == 2)
+@jit
+def _forward_kernel(q, k, v, out, lse, table, info, scale, offset, T, M_BUCKET, WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                    H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """O and each row's log-sum of scores (of base 2).
+
+    q, out (queries, N, H); k, v (T, K, H); lse (queries, N) fp32. A program owns the N/K heads of one kv head for a block of
+    queries, and reads each of the keys they see once: first of the beginning that they continue, then of their own run.
+    """
+    block = table + tl.program_id(0) * 6
+    head = tl.program_id(1)
+    first, count = tl.load(block), tl.load(block + 1)
+    tokens, there, places = _rows(first, count, head, N, K, H, BLOCK_Q)
+    columns = tl.arange(0, H)
+    q_tile = tl.load(q + places[:, None] * H + columns[None, :], mask=there[:, None], other=0.0)
+    ROWS: tl.constexpr = BLOCK_Q * (N // K)
+    sums, total, top = tl.zeros((ROWS, H), tl.float32), tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), -1e30, tl.float32)
+    shared, tiles = _tiles_of(block, BLOCK_K)
+    for i in range(0, tiles):
+        keys, inside = _keys_of(block, i, shared, BLOCK_K)
+        at = (keys.to(tl.int64) * K + head)[:, None] * H + columns[None, :]
+        k_tile, v_tile = tl.load(k + at, mask=inside[:, None], other=0.0), tl.load(v + at, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        seen = _seen((tokens + offset)[:, None], there[:, None], keys[None, :], inside[None, :], info, T, WINDOW)
+        scores = tl.where(seen, scores, -1e30)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p, fade = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
+        total = total * fade + tl.sum(p, 1)
+        sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * fade[:, None], input_precision=PRECISION)
+        top = higher
+    tl.store(out + places[:, None] * H + columns[None, :], (sums / total[:, None]).to(out.dtype.element_ty), mask=there[:, None])
+    tl.store(lse + places, top + tl.log2(total), mask=there)
+
+
+@tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY, fits=lambda **_: True)
+@jit
+def _query_gradient_kernel(q, k, v, do, dq, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
+                           WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                           BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """dQ = s dS K.  A program owns what it owns in the forward pass; factor is the scale of the scores, scale that of base 2."""
+    block = table + tl.program_id(0) * 6
+    head = tl.program_id(1)
+    first, count = tl.load(block), tl.load(block + 1)
+    tokens, there, places = _rows(first, count, head, N, K, H, BLOCK_Q)
+    at = places[:, None] * H + tl.arange(0, H)[None, :]
+    q_tile, do_tile = tl.load(q + at, mask=there[:, None], other=0.0), tl.load(do + at, mask=there[:, None], other=0.0)
+    lse_tile, delta_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(delta + places, mask=there, other=0.0)
+    sums = tl.zeros((BLOCK_Q * (N // K), H), tl.float32)
+    shared, tiles = _tiles_of(block, BLOCK_K)
+    for i in range(0, tiles):
+        keys, inside = _keys_of(block, i, shared, BLOCK_K)
+        at_keys = (keys.to(tl.int64) * K + head)[:, None] * H + tl.arange(0, H)[None, :]
+        k_tile, v_tile = tl.load(k + at_keys, mask=inside[:, None], other=0.0), tl.load(v + at_keys, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        seen = _seen((tokens + offset)[:, None], there[:, None], keys[None, :], inside[None, :], info, T, WINDOW)
+        p = tl.where(seen, tl.exp2(scores - lse_tile[:, None]), 0.0)
+        ds = p * (tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile[:, None])
+        sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision=PRECISION)
+    tl.store(dq + at, (sums * factor).to(dq.dtype.element_ty), mask=there[:, None])
+
+
+@tuned([{"BLOCK_Q": 8, "num_warps": 8, "num_stages": 2}, {"BLOCK_Q": 16, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY,
+       fits=lambda BLOCK_Q, CAPABILITY, **_: (8 if CAPABILITY >= 90 else 16) == BLOCK_Q)
+@jit
+def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, info, scale, factor, T, M_BUCKET, WINDOW: tl.constexpr,
+                         N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                         BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    """dV = Pᵀ dO, dK = s dSᵀ Q, with all the documents that continue a key's own.
+
+    A program owns a block of keys of one kv head and goes over the queries that see them, the kv head's N/K query heads
+    together: nothing is shared with another program, and nothing added in memory.
+    """
+    block = table + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    keys = tl.load(block) + tl.arange(0, BLOCK_K)
+    inside = tl.arange(0, BLOCK_K) < tl.load(block + 1)
+    at = (keys.to(tl.int64) * K + head)[:, None] * H + tl.arange(0, H)[None, :]
+    k_tile, v_tile = tl.load(k + at, mask=inside[:, None], other=0.0), tl.load(v + at, mask=inside[:, None], other=0.0)
+    dk_sums, dv_sums = tl.zeros((BLOCK_K, H), tl.float32), tl.zeros((BLOCK_K, H), tl.float32)
+    end = tl.load(block + 3)
+    for first in range(tl.load(block + 2), end, BLOCK_Q):
+        tokens, there, places = _rows(first, end - first, head, N, K, H, BLOCK_Q)
+        at_rows = places[:, None] * H + tl.arange(0, H)[None, :]
+        q_tile, do_tile = tl.load(q + at_rows, mask=there[:, None], other=0.0), tl.load(do + at_rows, mask=there[:, None], other=0.0)
+        lse_tile, delta_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(delta + places, mask=there, other=0.0)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale                       # (keys, rows)
+        seen = _seen(tokens[None, :], there[None, :], keys[:, None], inside[:, None], info, T, WINDOW)
+        p = tl.where(seen, tl.exp2(scores - lse_tile[None, :]), 0.0)
+        dv_sums = tl.dot(p.to(do_tile.dtype), do_tile, dv_sums, input_precision=PRECISION)
+        ds = p * (tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile[None, :])
+        dk_sums = tl.dot(ds.to(q_tile.dtype), q_tile, dk_sums, input_precision=PRECISION)
+    tl.store(dk + at, (dk_sums * factor).to(dk.dtype.element_ty), mask=inside[:, None])
+    tl.store(dv + at, dv_sums.to(dv.dtype.element_ty), mask=inside[:, None])
+
+
+class _AttentionByTriton(torch.autograd.Function):
+    """Saved are the inputs, O, and a number for each row of scores."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Tables) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        sizes = _sizes(q, k, plan)
+        if len(plan.queries):
+            _forward_kernel[(len(plan.queries), k.shape[1])](q, k, v, out, lse, plan.queries, plan.tokens, scale * LOG2_E, plan.first_query,
+                                                             *sizes.pop("numbers"), BLOCK_Q=plan.block_q, **sizes)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.plan = scale, plan
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        scale, plan, dout = ctx.scale, ctx.plan, dout.contiguous()
+        delta = (dout.float() * out.float()).sum(-1)                                                # (queries, N)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        sizes = _sizes(q, k, plan)
+        numbers = sizes.pop("numbers")
+        if len(plan.queries):
+            _query_gradient_kernel[(len(plan.queries), k.shape[1])](
+                q, k, v, dout, dq, lse, delta, plan.queries, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
+                BLOCK_Q=plan.block_q, **sizes)
+            _key_gradient_kernel[(len(plan.keys), k.shape[1])](
+                q, k, v, dout, dk, dv, lse, delta, plan.keys, plan.tokens, scale * LOG2_E, scale, *numbers, BLOCK_K=plan.block_k, **sizes)
+        return dq, dk, dv, None, None
+
+
+def _sizes(q: Tensor, k: Tensor, plan: Tables) -> dict:
+    return {"numbers": (len(k), triton.next_power_of_2(len(k))), "WINDOW": plan.window, "N": q.shape[1], "K": k.shape[1], "H": q.shape[2],
+            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a CPU
+
+
 class _Attention(torch.autograd.Function):
     """With P = softmax(s Q Kᵀ + mask):  dV = Pᵀ dO,  dS = s P ∘ (dO Vᵀ − rowsum(dO ∘ O)),  dQ = dS K,  dK = dSᵀ Q.
 
@@ -183,10 +424,28 @@ def _unstack(x: Tensor, heads: slice) -> Tensor:
     return x.view(heads.stop - heads.start, -1, x.shape[-1]).transpose(0, 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: Sequence[Tile]) -> Tensor:
-    """O = softmax(s Q Kᵀ) V over the tiles' queries and keys; gradients for q, k and v.
+def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, heads: tuple[int, int, int],
+         starts: Sequence[int] | None = None, keys_only: int = 0) -> Sequence[Tile] | Tables:
+    """What `attention` needs to know of documents of these lengths: `tables` where kernels compute it, otherwise `tile`.
 
-    q (T, N, H); k and v (keys, K, H), each kv head serving N/K query heads; tiles: every query in one of them. Returns
-    (T, N, H).
+    heads: N, K and H. The kernels take bf16 and fp16, H of 16, 32, 64, 128 or 256, N/K of 1, 2, 4 or 8, and 163 KiB of shared
+    memory; anything else goes tile by tile through PyTorch's attention.
     """
-    return (attention_reference if q.is_cuda else _Attention.apply)(q, k, v, scale, tiles)
+    N, K, H = heads
+    if device.type == "cuda" and can_run(device) and dtype in (torch.bfloat16, torch.float16) \
+            and H in (16, 32, 64, 128, 256) and N // K in (1, 2, 4, 8):
+        card = torch.cuda.get_device_properties(device)
+        if card.shared_memory_per_block_optin >= OLDER_SHARED:
+            rows, keys = (ROWS, KEYS) if card.major >= 9 else (OLDER_ROWS, OLDER_KEYS)
+            return tables(lengths, window, device, starts, keys_only, rows * K // N, keys)
+    return tile(lengths, window, dtype, device, starts, keys_only)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Sequence[Tile] | Tables) -> Tensor:
+    """O = softmax(s Q Kᵀ) V; gradients for q, k and v.
+
+    q (T, N, H); k and v (keys, K, H), each kv head serving N/K query heads; plan: of `plan`. Returns (T, N, H).
+    """
+    if isinstance(plan, Tables):
+        return _AttentionByTriton.apply(q, k, v, scale, plan)
+    return (attention_reference if q.is_cuda else _Attention.apply)(q, k, v, scale, plan)

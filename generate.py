@@ -31,7 +31,7 @@ from torch import Tensor
 
 import checkpoint
 import data
-from attention_kernels import attention, tile
+from attention_kernels import attention, plan
 from model import Gemma3
 from tokenizer import Tokenizer, parse_calls, render_segments
 
@@ -62,14 +62,14 @@ def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[P
     positions, _ = data.side_by_side(lengths)
     device, start = model.head.device, len(prefix.ids)
     keys, values, windows = [], [], model.config.windows
-    layout = ([start, *lengths], [0] + [start] * len(lengths), 1) if start else (lengths, None, 0)
-    tiles = {window: tile(layout[0], window, model.compute_dtype, device, *layout[1:]) for window in set(windows)}
+    documents, starts, keys_only = ([start, *lengths], [0] + [start] * len(lengths), 1) if start else (lengths, None, 0)
+    plans = {window: plan(documents, window, model.compute_dtype, device, model.config.heads, starts, keys_only) for window in set(windows)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
         keys.append(k.split(lengths))
         values.append(v.split(lengths))
         k, v = torch.cat((prefix.keys[layer], k)), torch.cat((prefix.values[layer], v))
-        return attention(q, k, v, scale, tiles[windows[layer]])
+        return attention(q, k, v, scale, plans[windows[layer]])
 
     tokens = torch.tensor(list(itertools.chain(*rows)), device=device)
     model.run(tokens, positions.to(device) + start, [partial(attend, layer=layer) for layer in range(len(windows))])

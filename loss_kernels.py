@@ -1,8 +1,27 @@
 """Linear cross-entropy: the last projection and the loss in one, on trained rows only. Full logits never exist.
 
+    l = h Wᵀ      loss = Σ over rows of log Σ_v exp(l_v) − l_target
+    p = softmax(l)      dl = p − onehot(target)      dh = dl W      dW = dlᵀ h
+
 One row of logits is V = 262,144 numbers, so 16,896 tokens of them would take 8.9 GB in bf16. Only 3 to 22 % of the
 tokens carry loss; their hidden states are gathered and projected a chunk at a time, and the gradient of a chunk's
-logits is turned into the gradient of its hidden states while it is still there.
+logits is turned into the gradient of its hidden states while it is still there. Nothing is skipped, however unlikely.
+
+Both gradients are finished in the forward pass and only scaled in the backward pass. On a GPU a chunk is these steps:
+
+    logits kernel            tiles of h Wᵀ in registers; of each span of the vocabulary a row's log-sum-exp is written
+    torch.logsumexp          of the spans, less the target's logit: the loss. No two programs write to one place
+    logits kernel again      the same tiles, turned into p in registers and written in h's dtype; torch puts p − 1 at the targets
+    torch.mm, or a kernel    dh = dl W; dW += dlᵀ h in fp32, where the head is trained
+
+The logits are multiplied out twice. Kept from the first pass they would have to be in 16 bits to fit, where one of 20 is off
+by up to 0.06 and its probability by 6 %; multiplying again takes no memory and leaves dl with one rounding. dl itself is
+written, 512 rows at a time (0.27 GB): the 640 sums of dh of a tile of rows do not fit the registers of the program that
+has their dl, and a plain product over the whole vocabulary is what torch.mm is for.
+
+    N trained rows   V vocabulary   D width      h (N, D)   W (V, D)   all row-major
+
+In this order: definition, Triton kernels, the chunks (by kernel or by PyTorch), autograd function, public function.
 """
 from __future__ import annotations
 
@@ -10,8 +29,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_support import can_run, jit, tl, triton, tuned
+
 IGNORE = -100        # target of a token that carries no loss
-CHUNK_ROWS = 256     # rows of logits alive at once: 256 · V · (4 + 2 bytes) = 0.4 GB
+CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · (4 + 2 bytes) = 0.4 GB
+KERNEL_ROWS = 512    # rows of logits' gradients alive at once by the kernels: 512 · V · 2 bytes = 0.27 GB
+SPAN = 1024          # words of the vocabulary that a program goes through; a multiple of every tile's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The definition
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -20,50 +47,191 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """With l = h Wᵀ and p = softmax(l):  dl = p − onehot(target),  dh = dl W,  dW = dlᵀ h.
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels.  Products are of h's dtype and add up in fp32; logits are never rounded.
 
-    Both gradients are finished in the forward pass, chunk by chunk, and only scaled in the backward pass.
+
+@jit
+def _load(pointers, inside, EVEN: tl.constexpr):
+    """A tile, zeros outside; without a mask where every tile is full."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0.0)
+
+
+def _tiles(*sizes: tuple[int, ...]) -> list[dict]:
+    return [dict(zip(("BLOCK_M", "BLOCK_V", "BLOCK_D", "num_warps", "num_stages"), size, strict=True)) for size in sizes]
+
+
+@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 64, 32, 8, 3)),
+       key=("M_BUCKET", "V", "D", "GRADIENT"),
+       fits=lambda BLOCK_M, BLOCK_V, PRECISION, num_warps, CAPABILITY, **_:        # fp32 does without tensor cores: the smallest
+           PRECISION == "tf32" and BLOCK_M * BLOCK_V / (32 * num_warps) <= (64 if CAPABILITY < 90 else 128))
+@jit
+def _logits_kernel(h, w, log_sums, dlogits, M, M_BUCKET, V: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, GRADIENT: tl.constexpr,
+                   PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of l = h Wᵀ: log Σ exp(l) over each span of SPAN words;  with GRADIENT p = exp(l − log Σ exp(l)).
+
+    h (M, D), w (V, D). Written is log_sums (spans, M), fp32; with GRADIENT log_sums (M) is read, that of the whole vocabulary,
+    and written is dlogits (M, V), h's dtype. A program owns BLOCK_M rows and one span, and goes through it by tiles of BLOCK_V
+    words, the largest logit and the sum of exponentials beside it kept as they grow. Programs that share a span run side
+    by side, so that w comes from memory once. Flattened, the two loops are one: the next tile is copied while one ends.
     """
+    EVEN: tl.constexpr = V % SPAN == 0 and D % BLOCK_D == 0
+    blocks = tl.cdiv(M, BLOCK_M)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M
+    span = (tl.program_id(0) // blocks).to(tl.int64)
+    rows, words, ins = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+    mine, size = first + rows < M, tl.minimum(V - span * SPAN, SPAN).to(tl.int32)
+    h_tiles = h + first * D + rows[:, None] * D + ins[None, :]
+    w_tiles = w + span * SPAN * D + words[None, :] * D + ins[:, None]
+    if GRADIENT:
+        log_sum = tl.load(log_sums + first + rows, mask=mine, other=0.0)
+        out = dlogits + first * V + span * SPAN + rows[:, None] * V + words[None, :]
+    highest, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for v in tl.range(0, size, BLOCK_V, flatten=True):
+        inside = v + words < size
+        logits = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            h_tile = tl.load(h_tiles + d, mask=mine[:, None] & (d + ins < D)[None, :], other=0.0)
+            w_tile = _load(w_tiles + v * D + d, (d + ins < D)[:, None] & inside[None, :], EVEN)
+            logits = tl.dot(h_tile, w_tile, logits, input_precision=PRECISION)
+        if GRADIENT:
+            p = tl.exp(logits - log_sum[:, None])
+            tl.store(out + v, p.to(dlogits.dtype.element_ty), mask=mine[:, None] & inside[None, :])
+        else:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+            higher = tl.maximum(highest, tl.max(logits, 1))
+            total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+            highest = higher
+    if not GRADIENT:
+        tl.store(log_sums + span * M + first + rows, highest + tl.log(total), mask=mine)
+
+
+@jit
+def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+                            BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+    """dW += dlᵀ h.  dlogits (M, V), h (M, D) of one dtype, dw (V, D) fp32. A program owns BLOCK_V words and BLOCK_D columns."""
+    tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    start = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_V
+    rows, words, ins = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V), tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = start + words < V
+    dl_tiles = dlogits + start + rows[:, None].to(tl.int64) * V + words[None, :]
+    h_tiles = h + rows[:, None] * D + ins[None, :]
+    sums = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for m in range(0, M, BLOCK_M):
+        mine = m + rows < M
+        dl_tile = tl.load(dl_tiles, mask=mine[:, None] & inside[None, :], other=0.0)
+        h_tile = tl.load(h_tiles, mask=mine[:, None] & (ins < D)[None, :], other=0.0)
+        sums = tl.dot(tl.trans(dl_tile), h_tile, sums, input_precision=PRECISION)
+        dl_tiles += BLOCK_M * V
+        h_tiles += BLOCK_M * D
+    out = dw + start * D + words[:, None] * D + ins[None, :]
+    mine = inside[:, None] & (ins < D)[None, :]
+    tl.store(out, tl.load(out, mask=mine, other=0.0) + sums, mask=mine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chunks, by kernel or by PyTorch
+
+
+def _precision(hidden: Tensor) -> str:
+    return "ieee" if hidden.dtype == torch.float32 else "tf32"
+
+
+def _chunk_by_triton(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
+    """Loss of a chunk's rows, fp32 (); fills dlogits (rows, V) where it is given."""
+    M, (V, D) = len(hidden), matrix.shape
+    spans = triton.cdiv(V, SPAN)
+    sizes = {"M": M, "M_BUCKET": max(64, triton.next_power_of_2(M)), "V": V, "D": D, "SPAN": SPAN, "PRECISION": _precision(hidden)}
+
+    def grid(tile: dict) -> tuple[int]:
+        return (triton.cdiv(M, tile["BLOCK_M"]) * spans,)
+
+    log_sums = torch.empty(spans, M, dtype=torch.float32, device=hidden.device)
+    _logits_kernel[grid](hidden, matrix, log_sums, None, **sizes, GRADIENT=False)
+    log_sum = log_sums.logsumexp(dim=0)
+    losses = (log_sum - (hidden.float() * matrix[target].float()).sum(1)).clamp_min(0)         # never below 0, however large the logits
+    if dlogits is not None:
+        _logits_kernel[grid](hidden, matrix, log_sum, dlogits, **sizes, GRADIENT=True)
+        dlogits.scatter_(1, target[:, None], torch.expm1(-losses)[:, None].to(dlogits.dtype))     # p − 1, exact where p is nearly 1
+    return losses.sum()
+
+
+def _chunk_by_pytorch(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
+    """As `_chunk_by_triton`."""
+    target = target[:, None]
+    logits = F.linear(hidden, matrix).float()
+    log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    loss = (log_sum - logits.gather(1, target)).sum()
+    if dlogits is not None:
+        dlogits.copy_(logits.sub_(log_sum).exp_().scatter_add_(1, target, -torch.ones_like(log_sum)))
+    return loss
+
+
+def _add_weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, by_triton: bool) -> None:
+    """dweight (V, D) fp32 += dlogitsᵀ hidden."""
+    if not by_triton:
+        dweight += dlogits.T @ hidden
+        return
+    (V, D), tile = dweight.shape, (32, 32, 32) if hidden.dtype == torch.float32 else (64, 64, 128)
+    _weight_gradient_kernel[(triton.cdiv(V, tile[1]) * triton.cdiv(D, tile[2]),)](
+        dlogits, hidden, dweight, len(hidden), V=V, D=D, PRECISION=_precision(hidden), BLOCK_M=tile[0], BLOCK_V=tile[1], BLOCK_D=tile[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autograd function
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Saved are the finished gradients, of a loss of which one nat counts one."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        chunk_loss, chunk_rows = (_chunk_by_triton, KERNEL_ROWS) if by_triton else (_chunk_by_pytorch, CHUNK_ROWS)
         matrix = weight.to(hidden.dtype)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        room = hidden.new_empty(min(len(hidden), chunk_rows), len(weight)) if need_hidden or need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            target = targets[rows, None]
-            logits = F.linear(hidden[rows], matrix).float()              # (chunk, V)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
-            if not (need_hidden or need_weight):
-                continue
-            dlogits = logits.sub_(log_sum).exp_().scatter_add_(1, target, -torch.ones_like(log_sum)).to(hidden.dtype)
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            dlogits = None if room is None else room[:len(hidden) - start]
+            total += chunk_loss(hidden[rows], matrix, targets[rows], dlogits)
             if need_hidden:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
             if need_weight:
-                dweight += dlogits.T @ hidden[rows]
+                _add_weight_gradient(dweight, dlogits, hidden[rows], by_triton)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         return (None if dhidden is None else dhidden * grad.to(dhidden.dtype),
-                None if dweight is None else (dweight * grad).to(ctx.weight_dtype), None)
+                None if dweight is None else (dweight * grad).to(ctx.weight_dtype), None, None)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+# ---------------------------------------------------------------------------------------------------------------------
+# The public function
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool | None = None) -> Tensor:
     """Cross-entropy of the next token, summed over the rows that carry loss, in nats.
 
-    hidden (T, D); weight (V, D), the tied embedding; targets (T) int64, `IGNORE` where there is no loss.
-    Returns an fp32 scalar, 0 where no row carries loss.
+    hidden (T, D); weight (V, D), the tied embedding; targets (T) int64, `IGNORE` where there is no loss. by_triton: whether
+    kernels compute it (default: on a CUDA device). Returns an fp32 scalar, 0 where no row carries loss.
     """
+    takes = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.is_contiguous()
+    if by_triton is None:
+        by_triton = hidden.is_cuda and can_run(hidden.device) and takes
+    if by_triton and not takes:
+        raise ValueError(f"linear cross-entropy by kernels takes fp32, bf16, fp16 and a contiguous weight; got {hidden.dtype}, strides "
+                         f"{weight.stride()}")
     rows = (targets != IGNORE).nonzero().squeeze(1)
     if not torch.is_grad_enabled():          # or the forward pass would work out a gradient that nobody takes
-        weight = weight.detach()
-    return _LinearCrossEntropy.apply(hidden.index_select(0, rows), weight, targets.index_select(0, rows))
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(hidden.index_select(0, rows), weight, targets.index_select(0, rows), by_triton)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_kernels import attention, tile
+from attention_kernels import attention, plan
 from geglu_kernels import geglu
 from norm_kernels import rms_norm
 
@@ -60,6 +60,11 @@ class GemmaConfig:
     def windows(self) -> tuple[int | None, ...]:
         """The tokens that each layer sees; None: all."""
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """N, K and H."""
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
 
     @classmethod
     def from_dict(cls, config: dict) -> GemmaConfig:
@@ -208,9 +213,10 @@ class Gemma3(nn.Module):
         """
         lengths = torch.unique_consecutive(documents, return_counts=True)[1]
         starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
-        tiles = {window: tile(lengths.tolist(), window, self.compute_dtype, tokens.device, starts) for window in set(self.config.windows)}
+        plans = {window: plan(lengths.tolist(), window, self.compute_dtype, tokens.device, self.config.heads, starts)
+                 for window in set(self.config.windows)}
         return self.run(tokens, positions.to(tokens.device, non_blocking=True),
-                        [partial(attention, tiles=tiles[window]) for window in self.config.windows])
+                        [partial(attention, plan=plans[window]) for window in self.config.windows])
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend]) -> Tensor:
         """The same with each layer's attention given: training packs documents, decoding keeps keys and values.

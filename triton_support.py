@@ -23,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(function: Callable) -> Callable:
-    """`triton.jit`. M, the number of rows, and the seed change from call to call, and no value of theirs is compiled in."""
-    return triton.jit(do_not_specialize=["M", "M_BUCKET", "seed"])(function) if triton else function
+    """`triton.jit`. M or T, the number of rows, and the seed change from call to call, and no value of theirs is compiled in."""
+    return triton.jit(do_not_specialize=["M", "T", "M_BUCKET", "seed"])(function) if triton else function
 
 
 def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) -> Callable[[Callable], Callable]:

@@ -44,6 +44,10 @@ def tables() -> dict[str, str]:
         made["decode"] = decode_table(decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
         made["peft"] = peft_table(found["cpu_vs_peft"], found["cpu_parity"])
+    if "cpu_one_set" in found:
+        made["one_set"] = one_set_table(found["cpu_one_set"])
+    if "step" in found:
+        made["step"] = step_table(found["step"])
     if "lora" in found:
         made["lora"] = lora_table(found["lora"])
     if "tokenizer" in found:
@@ -108,6 +112,27 @@ def peft_table(s: dict, p: dict) -> str:
         f"| {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
         f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers {s['versions']['transformers']}, "
         f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` for the loss"])
+
+
+def one_set_table(r: dict) -> str:
+    names = {"peft": "transformers + PEFT, one by one", "ours, each alone": "ours, each row alone", "ours": "ours, their beginning once"}
+    slowest = statistics.median(r["peft"]["rows_per_second"])
+    lines = []
+    for side, name in names.items():
+        rows = statistics.median(r[side]["rows_per_second"])
+        lines.append(f"| {name} | {rows:.2f} | {rows / slowest:.1f} × | {r[side]['peak_gib']:.1f} |")
+    return "\n".join([
+        "| rows that all have the same tools | rows/s | | GiB |", "|---|---|---|---|", *lines, "",
+        f"LoRA rank 16, bf16, Gemma 3 270M; {' + '.join(r['data'])} with all of its tools in every row; {r['machine']}, torch "
+        f"{r['versions']['torch']}; `python benchmarks/cpu_vs_peft.py --one-set`"])
+
+
+def step_table(r: dict) -> str:
+    lines = [f"| {name} | {made['tokens_per_second'] / 1e3:.1f}k | {made['seconds'] * 1e3:.0f} | {made['peak_gib']:.1f} |"
+             if "failed" not in made else f"| {name} | {made['failed'].partition(':')[0]} | | |"
+             for part in ("ladder", "peers") for name, made in r[part].items()]
+    return "\n".join([f"| a step of {r['tokens']} tokens | tokens/s | ms | GiB |", "|---|---|---|---|", *lines, "",
+                      f"{r['device']}, torch {r['versions']['torch']}; `python benchmarks/step.py`"])
 
 
 def lora_table(r: dict) -> str:

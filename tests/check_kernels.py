@@ -10,6 +10,7 @@ seen by standing in for the launch.
 """
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -24,14 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import attention_kernels
 import lora_kernels
+import loss_kernels
 import norm_kernels
 from triton_support import fitting, triton
 
 SHARED_KIB = {80: 163, 90: 227}          # what one program may have on an A100 and an H100
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 SCALARS = {"scale": "fp32", "dropout": "fp32", "seed": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
-           "stride_t": "i32", "rows_a_program": "i32"}
+           "stride_t": "i32", "rows_a_program": "i32", "factor": "fp32", "offset": "i32", "T": "i32"}
 
 
 def launches() -> list[tuple[str, object, dict]]:
@@ -53,12 +56,23 @@ def launches() -> list[tuple[str, object, dict]]:
                 x = torch.empty(shape, dtype=dtype, requires_grad=True)
                 w = torch.empty(shape[-1], dtype=weight or torch.float32, requires_grad=weight is None)
                 norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, by_triton=True).sum().backward()
+        for window, card in itertools.product((512, None), SHARED_KIB):
+            what = f"{'local' if window else 'global'} bfloat16 sm_{card}"
+            q, k, v = (torch.empty(256, heads, 256, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 1, 1))
+            blocks = (attention_kernels.ROWS // 4, attention_kernels.KEYS) if card >= 90 else (
+                attention_kernels.OLDER_ROWS // 4, attention_kernels.OLDER_KEYS)
+            table = attention_kernels.tables([100, 156], window, torch.device("cpu"), None, 0, *blocks)
+            attention_kernels.attention(q, k, v, 0.0625, table).sum().backward()
         for dtype, rank, dropout in ((torch.bfloat16, 16, 0.0), (torch.bfloat16, 128, 0.0), (torch.bfloat16, 16, 0.1), (torch.float32, 16, 0.0)):
             for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),  # noqa: E741
                                            ("gate_up", 640, (2048, 2048), "gated"), ("down", 2048, (640,), "gate")):
                 what = f"{name} {str(dtype).removeprefix('torch.')} R={rank}{' dropout' if dropout else ''}"
                 for run in lora_kernels.operations(256, I, outputs, rank, dtype, torch.device("cpu"), ends, dropout).values():
                     run(True)
+        for dtype, trained in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
+            what = f"head{' trained' if trained else ''} {str(dtype).removeprefix('torch.')}"          # a multiple of the spans, as 262,144 is
+            hidden, weight = torch.empty(256, 640, dtype=dtype, requires_grad=True), torch.empty(4096, 640, dtype=dtype, requires_grad=trained)
+            loss_kernels.linear_cross_entropy(hidden, weight, torch.zeros(256, dtype=torch.int64), by_triton=True)
     finally:
         Autotuner.run, JITFunction.run = usual
     return seen
@@ -71,6 +85,8 @@ def jobs() -> list[tuple]:
         types = {key: TYPES[value.dtype] if isinstance(value, torch.Tensor) else SCALARS.get(key, value) for key, value in arguments.items()}
         types |= {key: "i32:16" for key in ("stride_t",) if arguments.get(key, 1) % 16 == 0}          # as a launch finds out
         for capability in SHARED_KIB:
+            if "sm_" in what and f"sm_{capability}" not in what:
+                continue
             tuned = hasattr(kernel, "configs")
             for config in fitting(kernel.configs, kernel.fits, arguments, divmod(capability, 10)) if tuned else [None]:
                 sizes = {key: value for key, value in config.all_kwargs().items() if value is not None and key != "num_ctas"} if tuned else {}

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import attention_kernels as module
-from attention_kernels import attention, attention_reference, tile
+from attention_kernels import attention, attention_reference, plan, tables, tile
 
 
 def naive_attention(q, k, v, documents, window, scale):
@@ -109,3 +109,91 @@ def test_gradcheck(generator, monkeypatch):
     (q, k, v), _ = operands(7, generator)
     tiles = tile([2, 5], 4, torch.float64, torch.device("cpu"))
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, 0.3, tiles), [x.requires_grad_() for x in (q, k, v)])
+
+
+# The kernels
+
+CUDA = torch.cuda.is_available()
+MACHINES = [pytest.param("cpu", dtype, marks=pytest.mark.skipif(CUDA, reason="interpreted where there is no CUDA device"), id=f"interpreted-{dtype}")
+            for dtype in (torch.float32, torch.float16)]
+MACHINES += [pytest.param("cuda", dtype, marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")], id=f"cuda-{dtype}")
+             for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+LAYOUTS = {"one": ([1], None), "short": ([9, 1, 30], None), "long": ([150, 5, 70], None), "shared": ([40, 12, 3, 25], [0, 40, 40, 40]),
+           "many": ([70, 9, 2, 90, 8, 40, 33], [0, 70, 70, 0, 60, 60, 90])}
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1, 16), module=module, block_q=128, block_k=64):
+    """The names of outputs and gradients further from float64 than twice PyTorch's attention is, or all zero."""
+    T, (N, K, H) = sum(lengths), heads
+    q, k, v, dout = (torch.randn(T, n, H, generator=generator).to(device, dtype) for n in (N, K, K, N))
+    tiles = tile(lengths, window, torch.float64, torch.device("cpu"), starts)
+    exact = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), [x.double().cpu() for x in (q, k, v)], dout.cpu().double())
+    tiles = tile(lengths, window, dtype, torch.device(device), starts)
+    naive = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), (q, k, v), dout)
+    table = module.tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k)
+    ours = gradients(lambda q, k, v: module.attention(q, k, v, 0.3, table), (q, k, v), dout)
+
+    def error(got, want):
+        return ((got.cpu().double() - want).norm() / want.norm().clamp_min(1e-9)).item()
+    return [name for name, mine, other, want in zip(("out", "dq", "dk", "dv"), ours, naive, exact, strict=True)
+            if (T > 1 and not mine.norm() > 0) or mine.dtype != dtype or not error(mine, want) <= 2 * error(other, want) + 2 * torch.finfo(dtype).eps]
+
+
+@pytest.mark.parametrize(("device", "dtype"), MACHINES)
+@pytest.mark.parametrize("window", [8, 50, None])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernels_are_as_accurate_as_pytorchs_attention(layout, window, device, dtype, generator, poisoned):
+    assert kernel_faults(*LAYOUTS[layout], window, device, dtype, generator) == []
+    assert kernel_faults(*LAYOUTS[layout], window, device, dtype, generator, block_q=64, block_k=32) == []
+
+
+@pytest.mark.parametrize(("device", "dtype"), MACHINES)
+@pytest.mark.parametrize("heads", [(2, 2, 32), (4, 2, 16), (8, 1, 16), (4, 1, 256)], ids=str)
+def test_heads_are_grouped_as_the_model_has_them(heads, device, dtype, generator, poisoned):
+    assert kernel_faults([40, 33, 5], [0, 40, 0], 20, device, dtype, generator, heads) == []
+
+
+@pytest.mark.parametrize(("device", "dtype"), MACHINES)
+@pytest.mark.parametrize("window", [8, None])
+def test_a_beginning_may_give_the_kernels_keys_alone(window, device, dtype, generator, poisoned):
+    lengths, starts = [45, 3, 40, 1], [0, 45, 45, 45]
+    q, k, v = (torch.randn(sum(lengths), n, 16, generator=generator).to(device, dtype) for n in (4, 1, 1))
+    everything = attention(q, k, v, 0.3, tables(lengths, window, torch.device(device), starts))
+    some = attention(q[45:], k, v, 0.3, tables(lengths, window, torch.device(device), starts, keys_only=1))
+    torch.testing.assert_close(some, everything[45:])
+
+
+@pytest.mark.skipif(CUDA, reason="the mutants are interpreted")
+@pytest.mark.parametrize(("sound", "broken", "where"), [
+    ("(position - position_k < WINDOW)", "(position - position_k <= WINDOW)", {"out"}), ("(position_k <= position)", "(position_k < position + 2)", {"out"}),
+    ("== document_k) & (position_k <= position)", ">= document_k) & (position_k <= position)", {"out"}), ("(position_k < start)", "(position_k <= start)", {"dk", "dv"}),
+    ("total = total * fade", "total = total", {"out"}), ("sums * fade[:, None]", "sums", {"out"}), ("top + tl.log2(total)", "top", {"dq", "dk"}),
+    ("- delta_tile[:, None])", ")", {"dq"}), ("- delta_tile[None, :])", ")", {"dk"}), ("(dk_sums * factor)", "dk_sums", {"dk"}),
+    ("np.where(following - (stop - 1) < reach, whole, base", "np.where(False, whole, base", {"dk", "dv"}),
+    ("np.clip(lowest - reach + 1, 0, start)", "np.clip(lowest - reach + 2, 0, start)", {"out"})])
+def test_a_broken_kernel_is_caught(sound, broken, where, generator, tmp_path):
+    import importlib.util
+    import inspect
+    import sys
+    source = inspect.getsource(module)
+    assert source.count(sound) == 1, (sound, source.count(sound))
+    (tmp_path / "mutant.py").write_text(source.replace(sound, broken), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("attention_mutant", tmp_path / "mutant.py")
+    sys.modules["attention_mutant"] = mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    found = {name for layout in ("shared", "long", "many") for name in
+             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.float32, generator, module=mutant)}
+    assert where <= found
+
+
+def test_the_plan_is_for_kernels_where_they_run_and_for_tiles_elsewhere():
+    assert isinstance(plan([3], None, torch.float32, torch.device("cpu"), (4, 1, 16)), list)
+    assert isinstance(plan([3], None, torch.float32, torch.device("meta"), (4, 1, 24)), list)

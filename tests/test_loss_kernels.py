@@ -1,20 +1,47 @@
-"""loss_kernels.py: as accurate as the reference, gradients too, and never the full logits."""
+"""loss_kernels.py against float64, by the reference's own rounding: PyTorch's way, and the kernels (interpreted without a GPU)."""
+import functools
+import importlib.util
+import inspect
+
 import pytest
 import torch
 
+import loss_kernels
 from loss_kernels import CHUNK_ROWS, IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device")
+INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+# Where, in what dtype: bf16 products are garbage under the interpreter, so there the kernels take fp16.
+WAYS = [pytest.param("cpu", dtype, id=f"interpreted-{name}", marks=INTERPRETED) for name, dtype in (("fp32", FP32), ("fp16", FP16))]
+WAYS += [pytest.param("cuda", dtype, id=f"cuda-{name}", marks=GPU.marks) for name, dtype in (("fp32", FP32), ("fp16", FP16), ("bf16", BF16))]
+
+# Tokens, D, V: full tiles and ragged ones, several tiles of rows, several spans of the vocabulary, and less than one tile of each.
+CASES = {"one-row": (1, 64, 1024), "tiny": (5, 7, 11), "ragged": (150, 70, 2500), "full": (256, 128, 2048)}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def draw(tokens, width, vocabulary, generator, dtype=torch.float32, share=0.5):
+def draw(tokens, width, vocabulary, generator, dtype=torch.float32, share=0.5, device="cpu"):
     hidden = torch.randn(tokens, width, generator=generator).to(dtype)
     weight = torch.randn(vocabulary, width, generator=generator).mul(0.3).to(dtype)
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) > share] = IGNORE
-    return hidden, weight, targets
+    return hidden.to(device), weight.to(device), targets.to(device)
 
 
 def gradients(function, hidden, weight, targets):
@@ -22,6 +49,21 @@ def gradients(function, hidden, weight, targets):
     loss = function(hidden, weight, targets)
     (loss * 0.25).backward()
     return loss.detach(), hidden.grad, weight.grad
+
+
+by_triton = functools.partial(linear_cross_entropy, by_triton=True)
+
+
+def faults(function, hidden, weight, targets):
+    """The names of results further from float64 than twice the reference's own error and one rounding, all zero, or of another dtype.
+
+    One rounding is at least 1e-6: in fp32 a loss is the difference of two sums of the logits' size.
+    """
+    exact = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), targets)
+    naive, ours = (gradients(f, hidden, weight, targets) for f in (linear_cross_entropy_reference, function))
+    room = [max(torch.finfo(t.dtype).eps / 2, 1e-6) for t in naive]
+    return [name for name, got, reference, truth, r in zip(("loss", "dhidden", "dweight"), ours, naive, exact, room, strict=True)
+            if not got.norm() > 0 or got.dtype != reference.dtype or not error(got, truth) <= 2 * error(reference, truth) + r]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,3 +115,184 @@ def test_gradcheck(generator):
     # The function works in fp32 inside, so finite differences are taken coarsely.
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden.requires_grad_(), weight.requires_grad_()),
                                     eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+# The kernels
+
+
+@pytest.mark.parametrize(("device", "dtype"), WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_are_as_accurate_as_the_reference(case, device, dtype, generator):
+    hidden, weight, targets = draw(*CASES[case], generator, dtype, share=0.9, device=device)
+    targets[0] = 3
+    assert faults(by_triton, hidden, weight, targets) == []
+
+
+@pytest.mark.parametrize(("device", "dtype"), WAYS)
+def test_chunks_of_rows_add_up(device, dtype, generator, monkeypatch):
+    monkeypatch.setattr(loss_kernels, "KERNEL_ROWS", 70)
+    assert faults(by_triton, *draw(150, 40, 1100, generator, dtype, share=1, device=device)) == []
+
+
+@pytest.mark.parametrize(("device", "dtype"), WAYS)
+@pytest.mark.parametrize("vocabulary", [1024, 1025, 1279, 2047])
+def test_targets_may_be_at_both_ends_of_the_vocabulary(vocabulary, device, dtype, generator):
+    hidden, weight, targets = draw(6, 24, vocabulary, generator, dtype, device=device)
+    targets[:] = torch.tensor([0, vocabulary - 1, 1023, IGNORE, 0, vocabulary - 1])
+    assert faults(by_triton, hidden, weight, targets) == []
+
+
+@pytest.mark.parametrize(("device", "dtype"), WAYS)
+def test_very_large_logits_neither_overflow_nor_make_a_loss_below_zero(device, dtype, generator):
+    hidden, weight, targets = draw(40, 32, 1100, generator, dtype, share=1, device=device)
+    hidden = hidden * 200                                              # logits of hundreds to thousands
+    loss, dhidden, dweight = gradients(by_triton, hidden, weight, targets)
+    exact = gradients(linear_cross_entropy_reference, hidden.double(), weight.double(), targets)
+    assert all(error(got, truth) < 5e-3 for got, truth in zip((loss, dhidden, dweight), exact, strict=True))
+    best = (hidden.double() @ weight.double().T).argmax(1)
+    for row in range(40):
+        assert 0 <= by_triton(hidden[row:row + 1], weight, best[row:row + 1]) < 1
+
+
+@pytest.mark.parametrize(("device", "dtype"), WAYS)
+def test_a_nearly_certain_target_keeps_its_gradient(device, dtype, generator):
+    """Where p is 0.99, the small p − 1 is rounded, not p."""
+    hidden, weight, _ = draw(30, 64, 1100, generator, dtype, device=device)
+    for scale in (1.0, 2.0, 3.0, 4.0):
+        scaled, best = hidden * scale, (hidden.double() @ weight.double().T).argmax(1)
+        exact, naive, ours = (gradients(function, scaled.to(kind), weight.to(kind), best) for function, kind in
+                              ((linear_cross_entropy_reference, torch.float64), (linear_cross_entropy_reference, dtype), (by_triton, dtype)))
+        for got, reference, truth in zip(ours[1:], naive[1:], exact[1:], strict=True):
+            assert error(got, truth) <= min(2 * error(reference, truth), torch.finfo(dtype).eps) + 1e-4
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_no_trained_row_gives_the_kernels_nothing_to_do(tokens, device, generator):
+    loss, dhidden, dweight = gradients(by_triton, *draw(tokens, 16, 50, generator, share=-1, device=device))
+    assert loss.item() == 0 and dhidden.shape == (tokens, 16) and not dhidden.any() and dweight.shape == (50, 16) and not dweight.any()
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+def test_the_kernels_work_out_only_the_gradients_that_are_wanted(device, generator, monkeypatch):
+    hidden, weight, targets = draw(20, 16, 1100, generator, device=device)
+    expected, dhidden, dweight = gradients(by_triton, hidden, weight, targets)
+    given, chunk = [], loss_kernels._chunk_by_triton
+    monkeypatch.setattr(loss_kernels, "_chunk_by_triton", lambda *operands: given.append(operands[-1]) or chunk(*operands))
+    frozen = hidden.clone().requires_grad_()
+    (by_triton(frozen, weight, targets) * 0.25).backward()
+    assert torch.equal(frozen.grad, dhidden) and weight.grad is None and given.pop() is not None
+    head = weight.clone().requires_grad_()
+    (by_triton(hidden, head, targets) * 0.25).backward()
+    assert torch.equal(head.grad, dweight) and given.pop() is not None
+    with torch.no_grad():
+        assert torch.equal(by_triton(frozen, head, targets), expected) and given.pop() is None
+
+
+@pytest.mark.parametrize(("device", "dtype"), [way for way in WAYS if FP32 not in way.values])
+def test_full_precision_masters_are_rounded_once_for_the_kernels(device, dtype, generator):
+    hidden, weight, targets = draw(60, 40, 1100, generator, device=device)
+    assert faults(lambda h, w, t: by_triton(h, w.to(FP32), t), hidden.to(dtype), weight.to(dtype), targets) == []
+    dweight = gradients(by_triton, hidden.to(dtype), weight, targets)[2]
+    exact = gradients(linear_cross_entropy_reference, hidden.to(dtype).double(), weight.to(dtype).double(), targets)[2]
+    assert dweight.dtype == FP32 and error(dweight, exact) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+def test_the_kernels_give_the_same_bits_each_time(device, generator):
+    operands = draw(150, 70, 2500, generator, FP16, device=device)
+    assert all(torch.equal(*pair) for pair in zip(*(gradients(by_triton, *operands) for _ in range(2)), strict=True))
+
+
+def test_operands_that_the_kernels_do_not_take_are_named(generator):
+    hidden, weight, targets = draw(9, 16, 50, generator)
+    with pytest.raises(ValueError, match=r"fp32, bf16, fp16 .* got torch\.float64"):
+        by_triton(hidden.double(), weight, targets)
+    with pytest.raises(ValueError, match=r"contiguous weight; got torch\.float32, strides \(1, 50\)"):
+        by_triton(hidden, weight.T.contiguous().T, targets)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("sound", "broken", "where"), [
+    ("total * tl.exp(highest - higher)", "total", {"loss", "dhidden", "dweight"}),
+    ("highest + tl.log(total)", "highest", {"loss"}),
+    ("logits = tl.where(inside[None, :], logits, float(\"-inf\"))", "pass", {"loss"}),
+    ("w_tiles + v * D + d", "w_tiles + d", {"loss", "dhidden"}),
+    ("w + span * SPAN * D", "w", {"loss", "dhidden"}),
+    ("h + first * D", "h", {"loss", "dhidden"}),
+    ("log_sums + span * M + first + rows", "log_sums + first + rows", {"loss"}),
+    ("tl.minimum(V - span * SPAN, SPAN)", "tl.minimum(V - span * SPAN, SPAN - 1)", {"loss", "dhidden"}),
+    ("for d in range(0, D, BLOCK_D):", "for d in range(0, D - BLOCK_D, BLOCK_D):", {"loss"}),
+    ("p = tl.exp(logits - log_sum[:, None])", "p = tl.exp(logits)", {"dhidden", "dweight"}),
+    ("first * V + span * SPAN", "first * V", {"dhidden", "dweight"}),
+    ("tl.store(out + v,", "tl.store(out,", {"dhidden", "dweight"}),
+    ("torch.expm1(-losses)", "torch.exp(-losses)", {"dhidden", "dweight"}),
+    ("matrix[target].float()).sum(1)", "matrix[target - 1].float()).sum(1)", {"loss", "dhidden"}),
+    ("tl.load(out, mask=mine, other=0.0) + sums", "sums", {"dweight"}),
+    ("for m in range(0, M, BLOCK_M):", "for m in range(BLOCK_M, M, BLOCK_M):", {"dweight"}),
+    ("h_tiles += BLOCK_M * D", "h_tiles += 0", {"dweight"}),
+    ("tl.program_id(0) % tiles * BLOCK_D", "0 * BLOCK_D", {"dweight"}),
+])
+def test_a_broken_kernel_is_caught(sound, broken, where, generator, tmp_path):
+    source = inspect.getsource(loss_kernels)
+    assert source.count(sound) == 1, sound
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(sound, broken).replace("KERNEL_ROWS = 512", "KERNEL_ROWS = 140"), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("loss_mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    operands = draw(180, 70, 1300, generator, share=1)
+    assert where <= set(faults(functools.partial(mutant.linear_cross_entropy, by_triton=True), *operands))
+
+
+# On a GPU, with the real vocabulary
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("rows", [37, 700])
+def test_the_models_own_head_in_bf16(rows, device, generator):
+    hidden, weight, targets = draw(rows, 640, 262_144, generator, BF16, share=1, device=device)
+    assert faults(linear_cross_entropy, hidden, weight * 0.25, targets) == []
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_a_step_takes_less_than_600_megabytes(device):
+    """16,896 tokens of which 22 % carry loss, the head frozen."""
+    torch.use_deterministic_algorithms(False)
+    hidden = torch.randn(16_896, 640, dtype=BF16, device=device, requires_grad=True)
+    weight = torch.randn(262_144, 640, device=device).mul_(0.05).to(BF16)
+    targets = torch.randint(262_144, (16_896,), device=device)
+    targets[torch.rand(16_896, device=device) > 0.22] = IGNORE
+    linear_cross_entropy(hidden, weight, targets).backward()          # compiles and tunes
+    hidden.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert torch.cuda.max_memory_allocated() - before < 600e6
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_nothing_but_finding_the_trained_rows_waits_for_the_gpu(device):
+    torch.use_deterministic_algorithms(False)
+    hidden = torch.randn(600, 640, dtype=BF16, device=device, requires_grad=True)
+    weight = torch.randn(4096, 640, dtype=BF16, device=device).requires_grad_()
+    targets = torch.randint(4096, (600,), device=device)
+    for mode in ("default", "error"):                                  # at first it compiles and tunes
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss_kernels._LinearCrossEntropy.apply(hidden, weight, targets, True).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_a_chunk_of_more_than_two_to_the_31_logits(device, monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    hidden = torch.randn(9_000, 64, dtype=BF16, device=device)
+    weight = torch.randn(262_144, 64, device=device).mul_(0.2).to(BF16)
+    targets = torch.randint(262_144, (9_000,), device=device)
+    expected = gradients(linear_cross_entropy, hidden, weight, targets)
+    monkeypatch.setattr(loss_kernels, "KERNEL_ROWS", 9_000)
+    at_once = gradients(linear_cross_entropy, hidden, weight, targets)
+    assert all(error(got, one.double()) < 1e-2 for got, one in zip(at_once, expected, strict=True))
