@@ -74,17 +74,18 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
     that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only: so many
     documents at the beginning have keys but no queries.
     """
+    starts = starts or [0] * len(lengths)
     firsts = list(itertools.accumulate(lengths, initial=0))                        # where each document's keys begin
-    reach = window or firsts[-1] + max(starts or [0])                              # tokens seen, itself included
+    reach = window or EVERYTHING                                                   # tokens seen, itself included
     masks: dict[tuple[int, int], Tensor] = {}
     tiles = []
-    for root, run in _runs(starts or [0] * len(lengths)):
+    for root, run in _runs(starts, lengths):
         if run[0] < keys_only:
             continue
-        start, base = (starts or [0] * len(lengths))[run[0]], firsts[run[0]]
+        start, base = starts[run[0]], firsts[run[0]]
         documents = torch.tensor(run).repeat_interleave(torch.tensor([lengths[i] for i in run]))
         positions = torch.cat([torch.arange(start, start + lengths[i]) for i in run])
-        at_once = QUERIES if device.type == "cpu" else len(positions) if window is None else window
+        at_once = QUERIES if device.type == "cpu" else window or (len(positions) if start == 0 else 2 * QUERIES)
         for first in range(0, len(positions), at_once):
             stop = min(first + at_once, len(positions))
             lowest = max(firsts[documents[first]] - base, first - reach + 1)           # the first of the run's keys seen by any query
@@ -109,10 +110,16 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
     return tiles
 
 
-def _runs(starts: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """(the document that is continued, the documents that continue it from one position), or a whole document and itself."""
+def _runs(starts: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """(the document that is continued, the documents that continue it from one position), or a whole document and itself.
+
+    Raises ValueError for one that continues nothing.
+    """
     document = root = 0
     while document < len(starts):
+        if starts[document] > (lengths[root] if document else 0):
+            raise ValueError(f"document {document} starts at position {starts[document]}, but the last one that starts at 0 has "
+                             f"{lengths[root] if document else 0} tokens to continue")
         if starts[document] == 0:
             root, run = document, [document]
         else:
@@ -165,7 +172,7 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
     ends = np.append(firsts[:-1][starts == 0], firsts[-1])          # where a whole document ends, with all that continue it
     reach = window or EVERYTHING
     queries, keys, roots = [np.zeros((0, 6))], [np.zeros((0, 4))], []
-    for root, run in _runs(starts.tolist()):
+    for root, run in _runs(starts.tolist(), lengths):
         base, end, start = firsts[run[0]], firsts[run[-1] + 1], starts[run[0]]
         sizes = [lengths[i] for i in run]
         begins, stops = firsts[run].repeat(sizes) - base, firsts[np.array(run) + 1].repeat(sizes) - base      # of each token's document

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,8 +36,10 @@ from tokenizer import Segment, Tokenizer, render_segments
 from tokenizer.chat import SCHEMA_KEYS
 
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
-SHORTEST_BEGINNING = 32      # tokens; sharing fewer is not worth a document of its own
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
+
+# Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
+SHORTEST_BEGINNING = 32
 
 
 class RowError(ValueError):
@@ -507,6 +510,7 @@ def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> li
 
 
 def _batch(parts: Sequence[tuple[Example, int, int]]) -> Batch:
+    """The parts side by side, each an example's tokens from, to; one that does not begin at 0 continues the last that does."""
     def ids(ahead: int) -> Tensor:
         whole = np.concatenate([example.ids[start + ahead:stop + ahead] for example, start, stop in parts])
         return torch.from_numpy(whole.astype(np.int64))
@@ -528,19 +532,21 @@ def shared_beginnings(examples: Sequence[Example]) -> list[tuple[int, list[Examp
     order = sorted(range(len(examples)), key=keys.__getitem__)
     common = [_begin_alike(examples[a], examples[b]) for a, b in itertools.pairwise(order)]
 
-    def best(first: int, last: int) -> tuple[int, list[tuple[int, int, int]]]:
-        """Tokens saved among order[first:last + 1], and the groups (length, first, last) that save them."""
-        if first == last:
-            return 0, [(0, first, last)]
-        least = min(common[first:last])
-        together = least * (last - first), [(least, first, last)]
-        if least and together[0] >= sum(common[first:last]) - least:             # no division can save more
-            return together
-        middle = first + common[first:last].index(least)
-        (left, a), (right, b) = best(first, middle), best(middle + 1, last)
-        return together if least and together[0] >= left + right else (left + right, a + b)
-
-    groups = [(length, sorted(order[first:last + 1])) for length, first, last in (best(0, len(order) - 1)[1] if order else [])]
+    # Of the first rows in order: tokens saved at best, and where the last group begins and how much it shares.
+    best = [(0, 0, 0)]
+    for last in range(len(order)):
+        choice, least = (best[last][0], last, 0), sys.maxsize
+        for first in range(last - 1, -1, -1):
+            least = min(least, common[first])
+            if not least:
+                break
+            choice = max(choice, (best[first][0] + least * (last - first), first, least))
+        best.append(choice)
+    groups, stop = [], len(order)
+    while stop:
+        _, first, length = best[stop]
+        groups.append((length, sorted(order[first:stop])))
+        stop = first
     return [(length, [examples[i] for i in rows]) for length, rows in sorted(groups, key=lambda group: group[1][0])]
 
 

@@ -139,7 +139,8 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
         outputs, inputs, rank = tuple(len(linear.weight) for linear in linears), linears[0].weight.shape[1], linears[0].config.rank
         key = inputs, outputs, ends
         if key not in chosen:
-            chosen[key] = choose(kernels, rows, inputs, outputs, rank, linears[0].weight.dtype, linears[0].weight.device, ends)
+            weight, config = linears[0].weight, linears[0].config
+            chosen[key] = choose(kernels, rows, inputs, outputs, rank, weight.dtype, weight.device, ends, config.dropout)
         return chosen[key][0]
 
     grouped = set()

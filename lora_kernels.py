@@ -18,9 +18,11 @@ Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
 """
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -320,9 +322,9 @@ class _Group:
         return {"O0": O0, "O1": O1, "O2": O2, "R": self.rank, "P": len(self.outputs), "BLOCK_R": max(16, triton.next_power_of_2(self.rank)),
                 "DROPOUT": self.dropout > 0, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
 
-    def numbers(self, M: int) -> tuple:
+    def numbers(self, M: int) -> dict:
         """The kernels' numbers; timings are compared anew only where the rows double."""
-        return self.scale, self.seed, self.dropout, M, triton.next_power_of_2(M)
+        return {"seed": self.seed, "dropout": self.dropout, "M": M, "M_BUCKET": triton.next_power_of_2(M)}
 
 
 def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -338,12 +340,12 @@ def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_
         if M:
             parts = group.outputs[:1] if gated else group.outputs
             _forward_kernel[lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]) * sum(triton.cdiv(part, sizes["BLOCK_O"]) for part in parts),)](
-                x, weight, a, b, y, s, h, *group.numbers(M), I=I, GEGLU=gated, **group.constants(x))
+                x, weight, a, b, y, s, h, group.scale, **group.numbers(M), I=I, GEGLU=gated, **group.constants(x))
         return y, s, h
     diagonal = torch.block_diag(*b.split(group.outputs))                                # (O, P·R): each part's B at its place
     s = torch.addmm(x.new_empty(()), x, a.T, beta=0, alpha=group.scale)
-    # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x costs less than another pass over y.
-    y = _beside(x, s) @ _beside(weight, diagonal).T if I < O else (x @ weight.T).addmm_(s, diagonal.T)
+    # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x (and W) costs less than another pass over y.
+    y = _beside(x, s) @ _beside(weight, diagonal).T if I < O < M else (x @ weight.T).addmm_(s, diagonal.T)
     return y, s, geglu(*y.chunk(2, dim=1)) if gated else None
 
 
@@ -355,10 +357,10 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
         dx, t = torch.empty_like(gate_up) if gate_up is not None else dy.new_empty(M, I), dy.new_empty(M, len(a))
         if M:
             _input_gradient_kernel[lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(I, sizes["BLOCK_I"]),)](
-                dy, weight, a, b, dx, t, gate_up, *group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
+                dy, weight, a, b, dx, t, gate_up, group.scale, **group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
         return dx, t
     t = _narrow_gradient(dy, b, group)
-    dx = _beside(dy, t) @ torch.cat((weight, a)) if O < I else (dy @ weight).addmm_(t, a)
+    dx = _beside(dy, t) @ torch.cat((weight, a)) if O < I < M else (dy @ weight).addmm_(t, a)
     return dx if gate_up is None else geglu_gradient(dx, *gate_up.chunk(2, dim=1)), t
 
 
@@ -376,7 +378,7 @@ def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], columns: i
     N0, N1, N2 = (*parts, 0, 0)[:3]
     BLOCK_C = min(64, max(16, triton.next_power_of_2(columns)))
     _token_sum_kernel[lambda sizes: (sum(triton.cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, triton.cdiv(columns, BLOCK_C))](
-        wide, narrow, partial, *group.numbers(M)[1:], triton.cdiv(M, splits), WIDE=wide.shape[1], N0=N0, N1=N1, N2=N2,
+        wide, narrow, partial, **group.numbers(M), rows_a_split=triton.cdiv(M, splits), WIDE=wide.shape[1], N0=N0, N1=N1, N2=N2,
         NARROW=narrow.shape[1], C=columns, SHARED=of_x, TRANSPOSED=of_x, DROPOUT=dropped, BLOCK_C=BLOCK_C,
         PRECISION="ieee" if wide.dtype == torch.float32 else "tf32")
     total = partial.sum(0)
@@ -529,8 +531,7 @@ def _check(x: Tensor, linears: Sequence[Adapted], dropout: float, choice: Choice
         O, I, R = len(weight), x.shape[1], len(linears[0][1])  # noqa: E741
         for name, tensor, shape in (("weight", weight, (O, I)), ("lora_a", lora_a, (R, I)), ("lora_b", lora_b, (O, R))):
             if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-                fail(f"{name} must be {shape} beside x {tuple(x.shape)}, and contiguous; got shape {tuple(tensor.shape)}, "
-                     f"strides {tensor.stride()}")
+                fail(f"{name} must be {shape} for {I} inputs, and contiguous; got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
             if tensor.device != x.device:
                 fail(f"{name} is on {tensor.device}, x on {x.device}")
         if weight.dtype != x.dtype:
@@ -549,29 +550,35 @@ def _check(x: Tensor, linears: Sequence[Adapted], dropout: float, choice: Choice
 
 
 def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
-           ends: str = "") -> tuple[Choice, dict[str, tuple[float, float]]]:
+           ends: str = "", dropout: float = 0.0) -> tuple[Choice, dict[str, tuple[float, float]]]:
     """Kernel or PyTorch for each operation of a group of linears, and the milliseconds of both where they were compared.
 
     kernels: "triton", "torch", or "auto": on a CUDA device whichever is faster for M rows of this shape, remembered on
-    disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate" where its input is gated.
+    disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate" where its input is gated. With
+    dropout it is all operations or none, as both passes draw alike.
     """
-    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
+    if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and can_run(device))):
         return BY_PYTORCH, {}
     if not can_run(device):
-        raise ValueError(f"--kernels triton: Triton's kernels need a CUDA device, this is {device}; use --kernels auto")
+        raise ValueError(f"--kernels triton: Triton's kernels need a CUDA device and the triton package; this is {device}; "
+                         "use --kernels auto")
     if not 1 <= rank <= 128:
         if kernels == "auto":
             return BY_PYTORCH, {}
         raise ValueError(f"--kernels triton: the kernels take ranks 1 to 128, this is {rank}; use --kernels auto")
     if kernels == "triton":
         if device.type == "cuda":
-            for run in operations(M, I, outputs, rank, dtype, device, ends).values():
+            for run in operations(M, I, outputs, rank, dtype, device, ends, dropout).values():
                 run(True)                       # compiles and tunes now, not in the first step
         return BY_TRITON, {}
 
-    times = remembered("lora", device, [str(dtype), M, I, outputs, rank, ends], lambda: {
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()                   # other kernels, other times
+    times = remembered("lora", device, [source, str(dtype), M, I, outputs, rank, ends, dropout], lambda: {
         name: [milliseconds(lambda: run(True)), milliseconds(lambda: run(False))]              # noqa: B023
-        for name, run in operations(M, I, outputs, rank, dtype, device, ends).items()})
+        for name, run in operations(M, I, outputs, rank, dtype, device, ends, dropout).items()})
+    if dropout:
+        times = {"all": [sum(of[way] for of in times.values()) for way in (0, 1)]}
+        return (BY_TRITON if times["all"][0] < times["all"][1] else BY_PYTORCH), times
     return Choice(**{name: kernel < pytorch for name, (kernel, pytorch) in times.items()}), times
 
 

@@ -126,8 +126,8 @@ class _RMSNorm(torch.autograd.Function):
             x32 = x.to(torch.promote_types(x.dtype, torch.float32))
             r = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
             y = (x32 * r).mul_(1.0 + weight.to(x32.dtype))
-            y = y.to(x.dtype) if residual is None else y.add_(residual).to(x.dtype)
             y = y if rope is None else rotate(y, *rope)
+            y = (y if residual is None else y.add_(residual)).to(x.dtype)
         ctx.save_for_backward(x, weight, r, *(rope or ()))
         ctx.by_triton = by_triton
         return y
@@ -140,8 +140,8 @@ class _RMSNorm(torch.autograd.Function):
             dx, dw = _backward_by_triton(x, weight, rope, dy.contiguous(), r, need_weight)
         else:
             wide = r.dtype
-            dn = dy if not rope else rotate(dy, rope[0], -rope[1])
-            unit, dn = x.to(wide).mul_(r) if x.dtype != wide else x * r, dn.to(wide)
+            dn = dy.to(wide) if not rope else rotate(dy.to(wide), rope[0], -rope[1])
+            unit = x.to(wide) * r
             dw = (dn * unit).flatten(0, -2).sum(0) if need_weight else None
             g = dn * (1.0 + weight.to(wide))
             dx = g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r).to(x.dtype) if need_x else None
@@ -193,10 +193,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     """
     if residual is not None and (rope is not None or residual.shape != x.shape):
         raise ValueError(f"RMSNorm adds a residual of x's shape {tuple(x.shape)} or rotates, not both")
-    if rope is not None and (x.dim() != 3 or x.shape[-1] % 2 or rope[0].shape != (len(x), 1, x.shape[-1])):
+    if rope is not None and (x.dim() != 3 or x.shape[-1] % 2 or any(table.shape != (len(x), 1, x.shape[-1]) for table in rope)):
         raise ValueError(f"a rotation takes x (T, heads, D), D even, and tables (T, 1, D); got {tuple(x.shape)} and {tuple(rope[0].shape)}")
     if by_triton is None:
-        by_triton = x.is_cuda and can_run(x.device)
+        by_triton = x.is_cuda and can_run(x.device) and x.dtype != torch.float64
+    others = [weight, *(rope or ()), *([] if residual is None else [residual])]
+    if by_triton and (x.dtype == torch.float64 or not all(other.is_contiguous() for other in others)):
+        raise ValueError(f"RMSNorm by kernels takes fp32, bf16, fp16, and weight, residual and tables contiguous; got {x.dtype}, strides "
+                         f"{[other.stride() for other in others]}")
     if by_triton and (x.dim() not in (2, 3) or x.shape[-1] % 2 or x.stride(-1) != 1 or (x.dim() == 3 and x.stride(1) != x.shape[2])):
         raise ValueError(f"RMSNorm takes (M, D) or (T, heads, D), D even and a token's heads side by side; got {tuple(x.shape)}, "
                          f"strides {x.stride()}")

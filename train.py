@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
 
     add("--share-beginnings", action=argparse.BooleanOptionalAction, default=True, help="compute a beginning that rows of a step have in "
-        "common, such as the same tools, once for all of them (changes speed, not the result)")
+        "common, such as the same tools, once for all of them (changes speed, not the result, but for what --lora-dropout draws)")
 
     add = parser.add_argument_group("optimizer (AdamW)").add_argument
     add("--lr", type=float, default=None, help="highest learning rate (default 1e-3 for LoRA, 2e-5 for --full)")
@@ -128,6 +128,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--eval-fraction is a share of the queries, less than 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    if args.full and args.kernels == "triton":
+        parser.error("--kernels is about adapters' linears, and --full has none")
     if args.batch_tokens:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
@@ -164,8 +166,14 @@ def main(args: argparse.Namespace) -> int:
     lengths = [len(example) for example in train]
 
     def pack(examples: list[data.Example]) -> list[data.Batch]:
-        """Batches of at most --micro-tokens, and small enough that every process gets one."""
-        return data.pack(examples, min(args.micro_tokens, math.ceil(sum(map(len, examples)) / world)), args.share_beginnings)
+        """Batches of at most --micro-tokens, and so small that as many processes as possible get one."""
+        whole = sum(len(batch.tokens) for batch in data.pack(examples, sys.maxsize, args.share_beginnings))
+        size = math.ceil(whole / world)
+        while True:
+            batches = data.pack(examples, min(size, args.micro_tokens), args.share_beginnings)
+            if len(batches) <= world or size >= args.micro_tokens:
+                return batches
+            size = math.ceil(1.25 * size)
 
     held_out = pack(eval_examples)
 
@@ -184,12 +192,15 @@ def main(args: argparse.Namespace) -> int:
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
         f"{args.dtype} on {checkpoint.device_name(device)}")
     if not args.full:
-        began = time.perf_counter()
-        a_step = args.batch_tokens or args.batch_rows * sum(lengths) / len(lengths)
-        for line in choose_kernels(model, args.kernels, min(args.micro_tokens, math.ceil(a_step / world))):
+        began, on_gpu = time.perf_counter(), args.device == "cuda" and args.kernels != "torch"
+        if on_gpu:
+            say("kernels are compiled and timed; a first start takes a minute or two", flush=True)
+        first, _ = next(data.steps(lengths, args.seed, batch_rows=args.batch_rows, batch_tokens=args.batch_tokens))
+        for line in choose_kernels(model, args.kernels, max(len(batch.tokens) for batch in pack([train[row] for row in first]))):
             say(f"kernels {line}")
-        if args.device == "cuda" and args.kernels != "torch":
-            say(f"kernels compiled and timed in {time.perf_counter() - began:.1f} s; kept on disk for the next start")
+        if on_gpu:
+            say(f"kernels ready after {time.perf_counter() - began:.1f} s; kept on disk for the next start")
+            torch.cuda.reset_peak_memory_stats()
 
     # A new run, or an old one from its last checkpoint.
     state = {"position": 0, "best_loss": None}
@@ -458,7 +469,8 @@ def before_and_after(out: Path) -> str:
 def check_same_run(out: Path, flags: dict) -> None:
     """Refuse to resume with flags under which the losses would differ."""
     stored = checkpoint.read_json(out / "config.json")
-    changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items() if stored.get(key) != value]
+    changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items()
+               if stored.get(key, value) != value]
     if changed:
         raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
 
@@ -523,7 +535,9 @@ def keep_memory() -> None:
     A step on a CPU frees gigabytes and asks for them again. By default they go back to the system and return as pages of
     4 KiB, each zeroed on its first use, which takes an eighth of the time and more in a long run (docs/log.md).
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    ours = "__file__" in globals() and sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1:] == sys.argv[1:] \
+        and Path(sys.argv[0]).resolve() == Path(__file__).resolve()          # not a notebook, nor another program that runs this file
+    if ours and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x1000000000"
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
 

@@ -23,8 +23,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(function: Callable) -> Callable:
-    """`triton.jit`. M or T, the number of rows, and the seed change from call to call, and no value of theirs is compiled in."""
-    return triton.jit(do_not_specialize=["M", "T", "M_BUCKET", "seed"])(function) if triton else function
+    """`triton.jit`. Numbers of rows and the seed change from call to call, and no value of theirs is compiled in."""
+    changing = ["M", "T", "M_BUCKET", "rows_a_split", "rows_a_program", "seed"]
+    return triton.jit(do_not_specialize=changing)(function) if triton else function
 
 
 def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) -> Callable[[Callable], Callable]:

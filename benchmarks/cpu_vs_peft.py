@@ -182,8 +182,12 @@ def main() -> None:
         if args.device == "cpu":
             train.keep_memory()
         return worker(args)
+    if args.one_set and args.parity:
+        parser.error("--one-set takes steps of another size on each side, so that --parity means nothing")
+    if args.one_set and args.data == parser.get_default("data"):
+        args.data = str(ROOT.parent / "shared/data/snips.jsonl")
     if args.one_set:
-        args.data = args.data.split(",")[0].replace("seal.jsonl", "snips.jsonl")
+        args.data = args.data.split(",")[0]
     missing = [path for path in (f"{args.model}/config.json", *args.data.split(",")) if not Path(path).exists()]
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -75,6 +75,13 @@ def test_documents_that_continue_a_shared_beginning_are_as_if_each_held_it(funct
         torch.testing.assert_close(mine, exact)
 
 
+@pytest.mark.parametrize(("lengths", "starts"), [([3], [2]), ([5, 4], [0, 6]), ([5, 4, 2], [0, 5, 9])])
+def test_a_document_that_continues_nothing_is_refused(lengths, starts):
+    for make in (lambda: tile(lengths, None, torch.float32, torch.device("cpu"), starts), lambda: tables(lengths, None, torch.device("cpu"), starts)):
+        with pytest.raises(ValueError, match=r"but the last one that starts at 0 has \d tokens to continue"):
+            make()
+
+
 @pytest.mark.parametrize("window", [8, None])
 @pytest.mark.parametrize("before", [1, 7, 8, 20])
 def test_a_beginning_may_give_keys_alone(before, window, generator, monkeypatch):

@@ -337,6 +337,20 @@ def test_sharing_loses_no_row_and_no_loss_whatever_rows_share(seed, bound, monke
             assert [t for t in targets if t != IGNORE] == own.tolist() and example.trained[1:].sum() == len(own)
 
 
+def test_thousands_of_unlike_rows_are_packed():
+    made = rows_that_begin(*((0, [40]) for _ in range(3_000)), (50, [60, 70]))
+    assert sum(len(batch.tokens) for batch in pack(made, 10_000)) == 3_000 * 40 + 80
+
+
+def test_the_groups_save_as_many_tokens_as_neighbours_can():
+    """Two pairs that share much are worth more than four rows that share little."""
+    rng = np.random.default_rng(0)
+    stem, left, right = (rng.integers(3, 100, n) for n in (40, 300, 300))
+    made = [Example(np.concatenate((stem, branch, rng.integers(100, 200, 9))).astype(np.int32), np.arange(349) > 346, f"f:{i}")
+            for i, branch in enumerate((left, right, left, right))]
+    assert sorted(length for length, _ in data.shared_beginnings(made)) == [340, 340]
+
+
 def test_a_beginning_ends_before_the_token_that_predicts_a_trained_one():
     ids = np.arange(3, 103, dtype=np.int32)
     made = [Example(ids, np.arange(100) >= first, f"f:{first}") for first in (60, 80, 95)]

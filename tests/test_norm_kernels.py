@@ -37,7 +37,7 @@ def operands(kind, generator, dtype, device, T=37):
     D = {"plain": 640, "residual": 96, "rotated": 64, "one-head": 256, "one-row": 640}[kind]
     T, heads = 1 if kind == "one-row" else T, {"rotated": 4, "one-head": 1}.get(kind, 0)
     wide = draw(T, heads * D + 48) * 3
-    x = wide[:, :heads * D].view(T, heads, D) if heads else wide[:, :0].new_tensor(draw(T, D).tolist())
+    x = draw(T, D) * 3
     angles = draw(T, 1, D // 2).repeat(1, 1, 2)
     rope = (angles.cos().to(device, dtype), angles.sin().to(device, dtype)) if heads else None
     if heads:
