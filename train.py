@@ -191,12 +191,14 @@ def main(args: argparse.Namespace) -> int:
     size, trained_size = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), parameters))
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
         f"{args.dtype} on {checkpoint.device_name(device)}")
+    chosen: list[str] = []
     if not args.full:
         began, on_gpu = time.perf_counter(), args.device == "cuda" and args.kernels != "torch"
         if on_gpu:
             say("kernels are compiled and timed; a first start takes a minute or two", flush=True)
         first, _ = next(data.steps(lengths, args.seed, batch_rows=args.batch_rows, batch_tokens=args.batch_tokens))
-        for line in choose_kernels(model, args.kernels, max(len(batch.tokens) for batch in pack([train[row] for row in first]))):
+        chosen = choose_kernels(model, args.kernels, max(len(batch.tokens) for batch in pack([train[row] for row in first])))
+        for line in chosen:
             say(f"kernels {line}")
         if on_gpu:
             say(f"kernels ready after {time.perf_counter() - began:.1f} s; kept on disk for the next start")
@@ -216,7 +218,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
     log = None
     if rank == 0 and args.steps != 0:
-        log = open_log(out, step, flags, device)
+        log = open_log(out, step, flags, device, chosen)
 
     def held_out_loss() -> float | None:
         """Mean nats a trained token over the held-out rows, shared among the processes."""
@@ -475,7 +477,7 @@ def check_same_run(out: Path, flags: dict) -> None:
         raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
 
 
-def open_log(out: Path, step: int, flags: dict, device: torch.device):
+def open_log(out: Path, step: int, flags: dict, device: torch.device, kernels: list[str]):
     """out/config.json and out/log.jsonl, cut back to the records up to `step`; the first line says what ran on what."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.remove_leftovers(out)
@@ -500,7 +502,8 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device):
     except OSError:
         commit = ""
     lines.append(json.dumps({"flags": flags, "commit": commit.strip() or None, "python": platform.python_version(),
-                             "torch": torch.__version__, "device": checkpoint.device_name(device), "resumed_at": step or None}))
+                             "torch": torch.__version__, "device": checkpoint.device_name(device), "kernels": kernels,
+                             "resumed_at": step or None}))
     with checkpoint.whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return (out / "log.jsonl").open("a", encoding="utf-8")
