@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, tl, triton, tuned
+from triton_support import can_run, jit, precision, tl, triton, tuned
 
 QUERIES = 256           # of a tile on a CPU: its scores stay in the cache
 ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
@@ -368,7 +368,7 @@ class _AttentionByTriton(torch.autograd.Function):
 
 def _sizes(q: Tensor, k: Tensor, plan: Tables) -> dict:
     return {"numbers": (len(k), triton.next_power_of_2(len(k))), "WINDOW": plan.window, "N": q.shape[1], "K": k.shape[1], "H": q.shape[2],
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+            "PRECISION": precision(q.dtype)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

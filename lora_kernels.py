@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope
-from triton_support import can_run, jit, milliseconds, remembered, tl, triton, tuned
+from triton_support import can_run, jit, load_tile, milliseconds, precision, remembered, tl, triton, tuned
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
 Adapted = tuple[Tensor, Tensor, Tensor]
@@ -63,12 +63,12 @@ def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, sca
 
 
 @jit
-def _load(pointers, inside, EVEN: tl.constexpr):
-    """A tile, zeros outside; without a mask where every tile is full."""
-    if EVEN:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=inside, other=0.0)
+def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Of a tile that is numbered through all parts: its part, that part's first column and how many it has, the tile's number there."""
+    part = (tile >= TILES0).to(tl.int32) + (tile >= TILES0 + TILES1).to(tl.int32)
+    first = tl.where(part == 0, 0, tl.where(part == 1, N0, N0 + N1))
+    size = tl.where(part == 0, N0, tl.where(part == 1, N1, N2))
+    return part, first, size, tile - tl.where(part == 0, 0, tl.where(part == 1, TILES0, TILES0 + TILES1))
 
 
 @jit
@@ -124,10 +124,8 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
     if P == 1 or GEGLU:
         part, first, last = 0, 0, O0
     else:
-        part = (tile >= TILES0).to(tl.int32) + (tile >= TILES0 + TILES1).to(tl.int32)
-        first = tl.where(part == 0, 0, tl.where(part == 1, O0, O0 + O1))
-        last = tl.where(part == 0, O0, tl.where(part == 1, O0 + O1, O))
-        tile -= tl.where(part == 0, 0, tl.where(part == 1, TILES0, TILES0 + TILES1))
+        part, first, size, tile = _part_of(tile, TILES0, TILES1, O0, O1, O2)
+        last = first + size
     outs = first + tile * BLOCK_O + tl.arange(0, BLOCK_O)
     ins, ranks = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_R)
 
@@ -139,17 +137,17 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
         up_sums, up_narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(0, I, BLOCK_I):
         inside = i + ins < I
-        x_tile = _load(x_tiles + i, (rows < M)[:, None] & inside[None, :], False)
-        w_tile = _load(w_tiles + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
-        a_tile = _load(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
+        x_tile = load_tile(x_tiles + i, (rows < M)[:, None] & inside[None, :], False)
+        w_tile = load_tile(w_tiles + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
+        a_tile = load_tile(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
         seen = x_tile
         if DROPOUT:
             seen = (x_tile * _kept(rows, i + ins, I, seed + part, dropout)).to(dtype)
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
         narrow = tl.dot(seen, a_tile, narrow, input_precision=PRECISION)
         if GEGLU:
-            w_tile = _load(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
-            a_tile = _load(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
+            w_tile = load_tile(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
+            a_tile = load_tile(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
             if DROPOUT:
                 seen = (x_tile * _kept(rows, i + ins, I, seed + 1, dropout)).to(dtype)
             up_sums = tl.dot(x_tile, w_tile, up_sums, input_precision=PRECISION)
@@ -157,7 +155,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
 
     b_tiles = b + outs[None, :] * R + ranks[:, None]
     narrow = (narrow * scale).to(dtype)
-    b_tile = _load(b_tiles, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
+    b_tile = load_tile(b_tiles, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
     sums = tl.dot(narrow, b_tile, sums, input_precision=PRECISION).to(dtype)
     if tile == 0:
         _store_narrow(s, narrow, rows, ranks, part, M, R, P)
@@ -165,7 +163,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
     tl.store(y + rows[:, None] * O + outs[None, :], sums, mask=mine)
     if GEGLU:
         up_narrow = (up_narrow * scale).to(dtype)
-        b_tile = _load(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
+        b_tile = load_tile(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
         up_sums = tl.dot(up_narrow, b_tile, up_sums, input_precision=PRECISION).to(dtype)
         if tile == 0:
             _store_narrow(s, up_narrow, rows, ranks, 1, M, R, P)
@@ -189,15 +187,16 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M,
     narrow = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for o in range(0, LAST - FIRST, BLOCK_O):
         inside = o + outs < LAST
-        dy_tile = _load(dy_tiles + o, (rows < M)[:, None] & inside[None, :], False)
-        w_tile = _load(w_tiles + o * I, inside[:, None] & (ins < I)[None, :], EVEN_O and EVEN_I)
-        b_tile = _load(b_tiles + o * R, inside[:, None] & (ranks < R)[None, :], EVEN_O and R == BLOCK_R)
+        dy_tile = load_tile(dy_tiles + o, (rows < M)[:, None] & inside[None, :], False)
+        w_tile = load_tile(w_tiles + o * I, inside[:, None] & (ins < I)[None, :], EVEN_O and EVEN_I)
+        b_tile = load_tile(b_tiles + o * R, inside[:, None] & (ranks < R)[None, :], EVEN_O and R == BLOCK_R)
         sums = tl.dot(dy_tile, w_tile, sums, input_precision=PRECISION)
         narrow = tl.dot(dy_tile, b_tile, narrow, input_precision=PRECISION)
     narrow = (narrow * scale).to(dy.dtype.element_ty)
     if tl.program_id(0) % tl.cdiv(I, BLOCK_I) == 0:
         _store_narrow(t, narrow, rows, ranks, PART, M, R, P)
-    a_tile = _load(a + (PART * R + ranks)[:, None] * I + ins[None, :], (ranks < R)[:, None] & (ins < I)[None, :], R == BLOCK_R and EVEN_I)
+    a_tiles = a + (PART * R + ranks)[:, None] * I + ins[None, :]
+    a_tile = load_tile(a_tiles, (ranks < R)[:, None] & (ins < I)[None, :], R == BLOCK_R and EVEN_I)
     if DROPOUT:
         return sums + tl.dot(narrow, a_tile, input_precision=PRECISION) * _kept(rows, ins, I, seed + PART, dropout)
     else:
@@ -261,11 +260,7 @@ def _token_sum_kernel(wide, narrow, partial, seed, dropout, M, M_BUCKET, rows_a_
     """
     TILES0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     TILES1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0)
-    part = (tile >= TILES0).to(tl.int32) + (tile >= TILES0 + TILES1).to(tl.int32)
-    first = tl.where(part == 0, 0, tl.where(part == 1, N0, N0 + N1))
-    size = tl.where(part == 0, N0, tl.where(part == 1, N1, N2))
-    tile -= tl.where(part == 0, 0, tl.where(part == 1, TILES0, TILES0 + TILES1))
+    part, first, size, tile = _part_of(tl.program_id(0), TILES0, TILES1, N0, N1, N2)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     places = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.program_id(1).to(tl.int64) * rows_a_split
@@ -320,7 +315,7 @@ class _Group:
         """The kernels' constants."""
         O0, O1, O2 = (*self.outputs, 0, 0)[:3]
         return {"O0": O0, "O1": O1, "O2": O2, "R": self.rank, "P": len(self.outputs), "BLOCK_R": max(16, triton.next_power_of_2(self.rank)),
-                "DROPOUT": self.dropout > 0, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
+                "DROPOUT": self.dropout > 0, "PRECISION": precision(x.dtype)}
 
     def numbers(self, M: int) -> dict:
         """The kernels' numbers; timings are compared anew only where the rows double."""
@@ -380,7 +375,7 @@ def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], columns: i
     _token_sum_kernel[lambda sizes: (sum(triton.cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, triton.cdiv(columns, BLOCK_C))](
         wide, narrow, partial, **group.numbers(M), rows_a_split=triton.cdiv(M, splits), WIDE=wide.shape[1], N0=N0, N1=N1, N2=N2,
         NARROW=narrow.shape[1], C=columns, SHARED=of_x, TRANSPOSED=of_x, DROPOUT=dropped, BLOCK_C=BLOCK_C,
-        PRECISION="ieee" if wide.dtype == torch.float32 else "tf32")
+        PRECISION=precision(wide.dtype))
     total = partial.sum(0)
     return total.view(-1, wide.shape[1]) if of_x else total.view(N, columns)
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, tl, triton, tuned
+from triton_support import can_run, jit, load_tile, precision, tl, triton, tuned
 
 IGNORE = -100        # target of a token that carries no loss
 CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · (4 + 2 bytes) = 0.4 GB
@@ -49,15 +49,6 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels.  Products are of h's dtype and add up in fp32; logits are never rounded.
-
-
-@jit
-def _load(pointers, inside, EVEN: tl.constexpr):
-    """A tile, zeros outside; without a mask where every tile is full."""
-    if EVEN:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=inside, other=0.0)
 
 
 def _tiles(*sizes: tuple[int, ...]) -> list[dict]:
@@ -95,7 +86,7 @@ def _logits_kernel(h, w, log_sums, dlogits, M, M_BUCKET, V: tl.constexpr, D: tl.
         logits = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for d in range(0, D, BLOCK_D):
             h_tile = tl.load(h_tiles + d, mask=mine[:, None] & (d + ins < D)[None, :], other=0.0)
-            w_tile = _load(w_tiles + v * D + d, (d + ins < D)[:, None] & inside[None, :], EVEN)
+            w_tile = load_tile(w_tiles + v * D + d, (d + ins < D)[:, None] & inside[None, :], EVEN)
             logits = tl.dot(h_tile, w_tile, logits, input_precision=PRECISION)
         if GRADIENT:
             p = tl.exp(logits - log_sum[:, None])
@@ -136,15 +127,11 @@ def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr,
 # The chunks, by kernel or by PyTorch
 
 
-def _precision(hidden: Tensor) -> str:
-    return "ieee" if hidden.dtype == torch.float32 else "tf32"
-
-
 def _chunk_by_triton(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
     """Loss of a chunk's rows, fp32 (); fills dlogits (rows, V) where it is given."""
     M, (V, D) = len(hidden), matrix.shape
     spans = triton.cdiv(V, SPAN)
-    sizes = {"M": M, "M_BUCKET": max(64, triton.next_power_of_2(M)), "V": V, "D": D, "SPAN": SPAN, "PRECISION": _precision(hidden)}
+    sizes = {"M": M, "M_BUCKET": max(64, triton.next_power_of_2(M)), "V": V, "D": D, "SPAN": SPAN, "PRECISION": precision(hidden.dtype)}
 
     def grid(tile: dict) -> tuple[int]:
         return (triton.cdiv(M, tile["BLOCK_M"]) * spans,)
@@ -175,9 +162,10 @@ def _add_weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, by_tr
     if not by_triton:
         dweight += dlogits.T @ hidden
         return
-    (V, D), tile = dweight.shape, (32, 32, 32) if hidden.dtype == torch.float32 else (64, 64, 128)
-    _weight_gradient_kernel[(triton.cdiv(V, tile[1]) * triton.cdiv(D, tile[2]),)](
-        dlogits, hidden, dweight, len(hidden), V=V, D=D, PRECISION=_precision(hidden), BLOCK_M=tile[0], BLOCK_V=tile[1], BLOCK_D=tile[2])
+    (V, D), (BLOCK_M, BLOCK_V, BLOCK_D) = dweight.shape, (32, 32, 32) if hidden.dtype == torch.float32 else (64, 64, 128)
+    _weight_gradient_kernel[(triton.cdiv(V, BLOCK_V) * triton.cdiv(D, BLOCK_D),)](
+        dlogits, hidden, dweight, len(hidden), V=V, D=D, PRECISION=precision(hidden.dtype),
+        BLOCK_M=BLOCK_M, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -167,6 +167,8 @@ def main(args: argparse.Namespace) -> int:
 
     def pack(examples: list[data.Example]) -> list[data.Batch]:
         """Batches of at most --micro-tokens, and so small that as many processes as possible get one."""
+        if world == 1:
+            return data.pack(examples, args.micro_tokens, args.share_beginnings)
         whole = sum(len(batch.tokens) for batch in data.pack(examples, sys.maxsize, args.share_beginnings))
         size = math.ceil(whole / world)
         while True:

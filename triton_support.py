@@ -28,6 +28,20 @@ def jit(function: Callable) -> Callable:
     return triton.jit(do_not_specialize=changing)(function) if triton else function
 
 
+@jit
+def load_tile(pointers, inside, EVEN: tl.constexpr):
+    """A tile, zeros outside; without a mask where every tile is full."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0.0)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of a kernel's products: fp32 in full, without tensor cores; 16-bit operands take no notice."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) -> Callable[[Callable], Callable]:
     """Run a kernel with whichever of at most six configurations is fastest on this device.
 

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from data import Example  # noqa: E402
 
 WARMUP_STEPS = 1
 
@@ -70,6 +71,18 @@ def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def padded(rows: list[Example], device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Rows as transformers takes them: (rows, longest) each."""
+    width = max(len(row.ids) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        row_ids = torch.from_numpy(row.ids).long()
+        ids[i, :len(row_ids)], mask[i, :len(row_ids)] = row_ids, 1
+        labels[i, :len(row_ids)] = torch.where(torch.from_numpy(row.trained), row_ids, -100)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
 def worker(args: argparse.Namespace) -> None:
     """transformers + PEFT over the same steps; prints one JSON line."""
     from peft import PeftModel
@@ -87,16 +100,6 @@ def worker(args: argparse.Namespace) -> None:
     model = PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=ours.lr, betas=(0.9, ours.beta2), weight_decay=0.0)
-
-    def padded(rows: list[data.Example]) -> dict[str, torch.Tensor]:
-        width = max(len(row.ids) for row in rows)
-        ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for i, row in enumerate(rows):
-            row_ids = torch.from_numpy(row.ids).long()
-            ids[i, :len(row_ids)], mask[i, :len(row_ids)] = row_ids, 1
-            labels[i, :len(row_ids)] = torch.where(torch.from_numpy(row.trained), row_ids, -100)
-        return {"input_ids": ids.to(args.device), "attention_mask": mask.to(args.device), "labels": labels.to(args.device)}
 
     def loss_sum(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Σ of the trained tokens' losses."""
@@ -121,7 +124,7 @@ def worker(args: argparse.Namespace) -> None:
         total = 0.0
         together = 1 if args.one_set else 4
         for start in range(0, len(rows), together):
-            loss = loss_sum(padded(rows[start:start + together])) / trained
+            loss = loss_sum(padded(rows[start:start + together], args.device)) / trained
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, ours.clip)
@@ -138,7 +141,7 @@ def worker(args: argparse.Namespace) -> None:
     if args.worker == "selected":
         model.eval()
         with torch.no_grad():
-            nats = sum(loss_sum(padded([row])).item() for row in held_out)
+            nats = sum(loss_sum(padded([row], args.device)).item() for row in held_out)
         result["held_out"] = [nats / sum(int(row.trained[1:].sum()) for row in held_out)]
     print(json.dumps(result))
 

@@ -42,13 +42,12 @@ sys.path.insert(0, str(ROOT))
 import lora_kernels as kernels  # noqa: E402
 from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope  # noqa: E402
 from lora_kernels import BY_PYTORCH, BY_TRITON, Adapted, Choice, lora_linear_reference, lora_linears, lora_mlp  # noqa: E402
-from triton_support import INTERPRETED, can_run, jit, tl, triton, tuned  # noqa: E402
+from triton_support import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
 
 SCALE = 1.5                                     # of the adapters
 BOUND = 2e-2                                    # of a relative error; bf16 makes up to 1e-2
 PHASES = ("forward", "backward", "both")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-load = kernels._load
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,8 @@ def _shrink_expand_kernel(x, down, up, out, narrow_out, scale, M, M_BUCKET, K: t
     narrow = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         inside = k + ks < K
-        x_tile = load(x_tiles + k, inside[None, :], EVEN_K)
-        down_tile = load(down_tiles + k * DOWN_K, inside[:, None] & (ranks < R)[None, :], EVEN_K and EVEN_R)
+        x_tile = load_tile(x_tiles + k, inside[None, :], EVEN_K)
+        down_tile = load_tile(down_tiles + k * DOWN_K, inside[:, None] & (ranks < R)[None, :], EVEN_K and EVEN_R)
         narrow = tl.dot(x_tile, down_tile, narrow, input_precision=PRECISION)
     narrow = (narrow * scale).to(x.dtype.element_ty)
     if span == 0:
@@ -112,7 +111,7 @@ def _shrink_expand_kernel(x, down, up, out, narrow_out, scale, M, M_BUCKET, K: t
     up_tiles = up + ranks[:, None] * UP_R + outs[None, :] * UP_N
     for n in range(span * SPAN, tl.minimum((span + 1) * SPAN, N), BLOCK_N):
         inside = n + outs < N
-        up_tile = load(up_tiles + n * UP_N, (ranks < R)[:, None] & inside[None, :], EVEN_R and N % BLOCK_N == 0)
+        up_tile = load_tile(up_tiles + n * UP_N, (ranks < R)[:, None] & inside[None, :], EVEN_R and N % BLOCK_N == 0)
         tile = tl.dot(narrow, up_tile, input_precision=PRECISION).to(x.dtype.element_ty)
         tl.store(out + rows[:, None] * N + (n + outs)[None, :], tile, mask=(rows < M)[:, None] & inside[None, :])
 
@@ -123,7 +122,7 @@ def shrink_expand(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     out, narrow = x.new_empty(M, N), x.new_empty(M, R)
     _shrink_expand_kernel[lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(N, sizes["SPAN"]),)](
         x, down, up, out, narrow, SCALE, M, triton.next_power_of_2(M), K=K, N=N, R=R, DOWN_K=down.stride(0), DOWN_R=down.stride(1),
-        UP_R=up.stride(0), UP_N=up.stride(1), PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        UP_R=up.stride(0), UP_N=up.stride(1), PRECISION=precision(x.dtype),
         BLOCK_R=max(16, triton.next_power_of_2(R)))
     return out, narrow
 

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from cpu_vs_peft import padded  # noqa: E402
 
 import attention_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
@@ -121,14 +123,9 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, attention: 
         some, total = examples[i % len(examples)], torch.zeros((), device=device)
         trained = sum(int(row.trained[1:].sum()) for row in some)
         for start in range(0, len(some), batch_rows):
-            part = some[start:start + batch_rows]
-            width = max(len(row.ids) for row in part)
-            ids, mask, labels = (np.full((len(part), width), fill) for fill in (0, 0, -100))
-            for j, row in enumerate(part):
-                n = len(row.ids)
-                ids[j, :n], mask[j, :n], labels[j, :n] = row.ids, 1, np.where(row.trained, row.ids, -100)
-            ids, mask, labels = (torch.from_numpy(x).to(device) for x in (ids, mask, labels))
-            logits = run(input_ids=ids, attention_mask=mask).logits
+            batch = padded(some[start:start + batch_rows], device)
+            labels = batch.pop("labels")
+            logits = run(**batch).logits
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / trained
             loss.backward()
             total += loss.detach()

@@ -1,5 +1,8 @@
 """Fixtures that several tests share. What is absent on a machine is skipped, and said so."""
+import importlib.util
+import inspect
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,28 @@ def demo(tmp_path_factory) -> Path:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def mutant(tmp_path, monkeypatch):
+    """(a module, a piece of its source that stands there once, another) → the module with the one in place of the other."""
+    def make(module, sound, broken):
+        source = inspect.getsource(module)
+        assert source.count(sound) == 1, sound
+        path = tmp_path / "mutant.py"
+        path.write_text(source.replace(sound, broken), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(f"{module.__name__}_mutant", path)
+        made = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, made)
+        spec.loader.exec_module(made)
+        return made
+    return make

@@ -1,7 +1,4 @@
 """lora_kernels.py against float64, by the reference's own rounding: PyTorch's way, and the kernels (interpreted without a GPU)."""
-import importlib.util
-import inspect
-import sys
 from dataclasses import replace
 
 import pytest
@@ -22,6 +19,7 @@ from lora_kernels import (
 CUDA = torch.cuda.is_available()
 INTERPRETER = pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device"))
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])
+pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 # Where, in what dtype, by what: bf16 products are garbage under the interpreter, so there the kernels take fp16.
@@ -35,15 +33,6 @@ WAYS += [pytest.param(*GPU.values, dtype, choice, id=f"cuda-{way}-{name}", marks
 LINEARS = {"one-row": (1, 64, (32,), 6), "ragged": (33, 70, (50,), 5), "qkv": (130, 640, (256, 64, 64), 16), "odd": (77, 40, (24, 9, 130), 3),
            "splits": (530, 96, (300, 280), 40), "wide-rank": (65, 72, (48, 40), 128)}
 MLPS = {"one-row": (1, 64, 80, 6), "ragged": (35, 70, 90, 5), "tiles": (150, 64, 320, 16), "splits": (520, 40, 56, 17)}
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that nobody wrote is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def error(got, exact):
@@ -184,16 +173,9 @@ def test_a_zeroed_halved_or_flipped_gradient_is_caught(broken, generator):
     ("gelu(sums.to(tl.float32)) * up_sums", "gelu(up_sums.to(tl.float32)) * sums", {"y0"}),
     ("up_narrow = tl.dot(seen, a_tile, up_narrow", "up_narrow = tl.dot(seen, a_tile, narrow", {"y0", "db1"}),
 ])
-def test_a_broken_kernel_is_caught(sound, broken, where, generator, tmp_path):
-    source = inspect.getsource(lora_kernels)
-    assert source.count(sound) == 1, sound
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(sound, broken), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    sys.modules["mutant"] = mutant
-    spec.loader.exec_module(mutant)
-    linears, mlp = by(mutant.BY_TRITON, mutant)
+def test_a_broken_kernel_is_caught(sound, broken, where, generator, mutant):
+    broken_module = mutant(lora_kernels, sound, broken)
+    linears, mlp = by(broken_module.BY_TRITON, broken_module)
     found = set(faults(linears, reference_linears, *linears_operands(530, 96, (150, 140), 5, generator, FP32, "cpu")))
     found |= set(faults(mlp, reference_mlp, *mlp_operands(70, 64, 140, 5, generator, FP32, "cpu")))
     assert where <= found
