@@ -462,8 +462,9 @@ def hold_out(rows: Iterable[Conversation], fraction: float) -> tuple[list[Conver
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents.
+    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents, keys.
 
+    A token's key is a hash of its row up to it, the same wherever the row stands: LoRA's dropout draws by it.
     A beginning that several rows share is there once, as a document of its own; each row then continues it, as a document
     whose positions go on from there (`Gemma3.forward`).
     """
@@ -472,6 +473,7 @@ class Batch:
     targets: Tensor
     positions: Tensor
     documents: Tensor
+    keys: Tensor
     trained_tokens: int
     sources: tuple[str, ...]
 
@@ -518,8 +520,15 @@ def _batch(parts: Sequence[tuple[Example, int, int]]) -> Batch:
     trained = torch.from_numpy(np.concatenate([example.trained[start + 1:stop + 1] for example, start, stop in parts]))
     positions, documents = side_by_side([stop - start for _, start, stop in parts])
     firsts = torch.tensor([start for _, start, _ in parts])
-    return Batch(ids(0), torch.where(trained, ids(1), IGNORE), positions + firsts[documents], documents, int(trained.sum()),
+    keys = torch.from_numpy(np.concatenate([prefix_keys(example.ids)[start:stop] for example, start, stop in parts]))
+    return Batch(ids(0), torch.where(trained, ids(1), IGNORE), positions + firsts[documents], documents, keys, int(trained.sum()),
                  tuple(example.source for example, _, stop in parts if stop == len(example)))
+
+
+def prefix_keys(ids: np.ndarray) -> np.ndarray:
+    """Of each id a hash of all up to it, (n) int32: the upper half of Σ (id + 1) c^position in 64 bits."""
+    powers = np.cumprod(np.full(len(ids), 6364136223846793005, np.uint64))
+    return (np.cumsum((ids.astype(np.uint64) + 1) * powers) >> 32).astype(np.uint32).view(np.int32)
 
 
 def shared_beginnings(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:

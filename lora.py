@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import BY_PYTORCH, Adapted, Choice, choose, lora_linears, lora_mlp
+from lora_kernels import BY_PYTORCH, Adapted, Choice, Dropout, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,9 +41,13 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear with an adapter: `weight` (O, I) as it was, `lora_a` (R, I) and `lora_b` (O, R) in fp32."""
+    """A frozen linear with an adapter: `weight` (O, I) as it was, `lora_a` (R, I) and `lora_b` (O, R) in fp32.
 
-    def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator | None) -> None:
+    tokens: the tokens' numbers of the coming forward pass (`draw`), by how many there are; place: of the input among all of
+    the model's. Both are dropout's.
+    """
+
+    def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator | None, place: int, tokens: dict[int, Tensor]) -> None:
         super().__init__()
         outputs, inputs = base.weight.shape
         self.weight, self.config = base.weight, config
@@ -50,20 +55,26 @@ class LoRALinear(nn.Module):
         a = torch.empty(config.rank, inputs).uniform_(-inputs ** -0.5, inputs ** -0.5, generator=generator)
         self.lora_a = nn.Parameter(a.to(base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, device=base.weight.device))
-
         self.choice = BY_PYTORCH
+        self.tokens = tokens
+        self.register_buffer("features", odd_numbers(np.arange(inputs), place).to(base.weight.device), persistent=False)
 
     @property
     def adapted(self) -> Adapted:
         return self.weight, self.lora_a, self.lora_b
 
-    @property
-    def how(self) -> tuple[float, float]:
-        """Scale, and dropout while training."""
-        return self.config.scale, self.config.dropout if self.training else 0.0
+    def dropout(self, rows: int) -> Dropout | None:
+        """What an input of so many rows loses while training."""
+        if not (self.training and self.config.dropout):
+            return None
+        if rows not in self.tokens:
+            drawn = f"for {' and '.join(map(str, self.tokens))}" if self.tokens else "for none"
+            raise ValueError(f"LoRA dropout draws by the tokens' keys: an adapter saw {rows} tokens, keys were given {drawn}; "
+                             "call lora.draw(model, batch.keys, seed) before each training pass")
+        return Dropout(self.config.dropout, self.tokens[rows], self.features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linears(x, [self.adapted], *self.how, self.choice)[0]
+        return lora_linears(x, [self.adapted], self.config.scale, self.dropout(len(x)), self.choice)[0]
 
 
 class LoRAAttention(Attention):
@@ -84,7 +95,8 @@ class LoRAAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.together:
             return super().project(x)
-        return lora_linears(x, [self.q_proj.adapted, self.k_proj.adapted, self.v_proj.adapted], *self.q_proj.how, self.choice)
+        return lora_linears(x, [self.q_proj.adapted, self.k_proj.adapted, self.v_proj.adapted], self.q_proj.config.scale,
+                            self.q_proj.dropout(len(x)), self.choice)
 
 
 class LoRAMLP(MLP):
@@ -105,7 +117,8 @@ class LoRAMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         if not self.together:
             return super().forward(x)
-        return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted, *self.gate_proj.how, self.choices)
+        return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted, self.gate_proj.config.scale,
+                        (self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))), self.choices)
 
 
 def _lay_below(*linears: LoRALinear) -> None:
@@ -118,14 +131,42 @@ def _lay_below(*linears: LoRALinear) -> None:
 def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
     """Freeze `model` and put an adapter around each of its target linears, in place.  `generator` draws the A's."""
     model.requires_grad_(False)
-    for parent in list(model.modules()):
+    tokens: dict[int, Tensor] = {}              # one for all
+    for number, parent in enumerate(list(model.modules())):
         for name, child in list(parent.named_children()):
             if name in config.targets and isinstance(child, Linear):
-                setattr(parent, name, LoRALinear(child, config, generator))
+                place = 2 * number + (name in ("o_proj", "down_proj"))          # the others of a parent share their input
+                setattr(parent, name, LoRALinear(child, config, generator, place, tokens))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention | MLP):
                 setattr(parent, name, LoRAAttention(child) if isinstance(child, Attention) else LoRAMLP(child))
+    model.train(model.training)
+
+
+def odd_numbers(low: np.ndarray, high: int) -> Tensor:
+    """A hash (n) int32 of each pair of 32-bit numbers, made odd."""
+    mixed = low.astype(np.uint64) | np.uint64(high << 32)
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9                  # splitmix64's last steps
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB
+    return torch.from_numpy((mixed >> 32 | 1).astype(np.uint32).view(np.int32))
+
+
+def draw(model: nn.Module, keys: Tensor, seed: int, rows: Tensor | None = None) -> None:
+    """Decide what dropout takes from the coming forward pass, and from its backward pass.
+
+    It follows from the seed and each token's key alone: however rows are packed, shared or dealt among processes, a token
+    loses the same. keys (T) int32, as in `data.Batch`; seed: 32 bits; rows: the tokens that the last layer goes on with,
+    where they are not all.
+    """
+    adapter = next((adapter for _, adapter in adapters(model)), None)
+    if adapter is None or not adapter.config.dropout:
+        return
+    numbers = odd_numbers(keys.numpy().view(np.uint32), seed).to(adapter.weight.device)
+    adapter.tokens.clear()
+    if rows is not None:
+        adapter.tokens[len(rows)] = numbers[rows]
+    adapter.tokens[len(keys)] = numbers
 
 
 def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:

@@ -11,6 +11,9 @@ the tiles.
     M rows   I in   O out, of all parts together   P parts   R rank
     x (M, I)   weight (O, I)   y (M, O)   S and T (M, P·R)   a part's lora_a (R, I) and lora_b (O of the part, R), fp32
 
+Dropout is on what the adapters see of x. Linears that share x see the same of it (PEFT draws for each of them): S and dA stay
+one product each.
+
 In this order: definitions, Triton kernels, operations (by kernel or by PyTorch), autograd functions, public functions,
 and the choice between kernel and PyTorch.
 
@@ -25,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope
@@ -39,21 +41,43 @@ Adapted = tuple[Tensor, Tensor, Tensor]
 # The definitions
 
 
-def lora_linear_reference(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float,
-                          x_adapter: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + s (x Aᵀ) Bᵀ.  The definition; every other way must equal it.
+@dataclass(frozen=True)
+class Dropout:
+    """What adapters do not see of x (M, I): element (m, i) is kept where tokens[m] · features[i], in 32 bits, is no less than `least`.
 
-    x (M, I), weight (O, I), lora_a (R, I), lora_b (O, R); returns (M, O). `x_adapter` (M, I), where given, is what the
-    adapter sees instead of x: x after dropout.
+    share: of the elements that are dropped, 0 ≤ share < 1; tokens (M) and features (I): odd random numbers, int32. Products
+    of such numbers are as good as independent, and one multiplication gives the same mask wherever an element is computed.
     """
-    shrunk = (x if x_adapter is None else x_adapter) @ lora_a.to(x.dtype).T
-    return x @ weight.T + scale * shrunk @ lora_b.to(x.dtype).T
+
+    share: float
+    tokens: Tensor
+    features: Tensor
+
+    @property
+    def least(self) -> int:
+        """A share of all int32 is less."""
+        return min(round(self.share * 2**32), 2**32 - 1) - 2**31
+
+    def seen(self, x: Tensor) -> Tensor:
+        """x (M, I) with zeros where it is dropped; the kept ones are yet to be divided by 1 - share."""
+        return x.masked_fill(self.tokens[:, None] * self.features < self.least, 0.0)
 
 
-def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float) -> Tensor:
+def lora_linear_reference(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float,
+                          dropout: Dropout | None = None) -> Tensor:
+    """y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.  The definition; every other way must equal it.
+
+    x (M, I), weight (O, I), lora_a (R, I), lora_b (O, R); returns (M, O).
+    """
+    seen = dropout.seen(x) / (1 - dropout.share) if dropout else x
+    return x @ weight.T + scale * (seen @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T
+
+
+def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
+                       dropouts: tuple[Dropout | None, Dropout | None] = (None, None)) -> Tensor:
     """down(gelu(gate(x)) · up(x)), each a `lora_linear_reference`.  x (M, D); returns (M, D)."""
-    h = geglu(lora_linear_reference(x, *gate, scale), lora_linear_reference(x, *up, scale))
-    return lora_linear_reference(h, *down, scale)
+    h = geglu(*(lora_linear_reference(x, *linear, scale, dropouts[0]) for linear in (gate, up)))
+    return lora_linear_reference(h, *down, scale, dropouts[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,10 +96,9 @@ def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr,
 
 
 @jit
-def _kept(rows, columns, I, seed, dropout):  # noqa: E741
-    """Dropout's factor of each element of a tile of x, 0 or 1 / (1 − dropout): the same wherever it is asked for."""
-    drawn = tl.rand(seed, (rows[:, None] * I + columns[None, :]).to(tl.int32))
-    return tl.where(drawn < dropout, 0.0, 1 / (1 - dropout))
+def _seen(tile, token_numbers, feature_numbers, least):
+    """`Dropout.seen` of a tile of x."""
+    return tl.where(token_numbers[:, None] * feature_numbers[None, :] < least, tl.zeros_like(tile), tile)
 
 
 @jit
@@ -102,7 +125,7 @@ def _tiles(*sizes: tuple[int, ...], names: tuple[str, ...]) -> list[dict]:
        fits=lambda BLOCK_M, BLOCK_O, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
            _room(BLOCK_M * ((BLOCK_O + BLOCK_R) * (1 + GEGLU) + 2 * BLOCK_I * (1 + GEGLU) * DROPOUT), **more))
 @jit
-def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
+def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, least, M, M_BUCKET,
                     I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
                     GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
@@ -133,6 +156,8 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
     w_tiles = w + outs[None, :] * I + ins[:, None]
     a_tiles = a + (part * R + ranks)[None, :] * I + ins[:, None]
     sums, narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if DROPOUT:
+        token_numbers = tl.load(tokens + rows, mask=rows < M, other=0)
     if GEGLU:
         up_sums, up_narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(0, I, BLOCK_I):
@@ -142,14 +167,12 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
         a_tile = load_tile(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
         seen = x_tile
         if DROPOUT:
-            seen = (x_tile * _kept(rows, i + ins, I, seed + part, dropout)).to(dtype)
+            seen = _seen(x_tile, token_numbers, load_tile(features + i + ins, inside, EVEN_I), least)
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
         narrow = tl.dot(seen, a_tile, narrow, input_precision=PRECISION)
         if GEGLU:
             w_tile = load_tile(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
             a_tile = load_tile(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
-            if DROPOUT:
-                seen = (x_tile * _kept(rows, i + ins, I, seed + 1, dropout)).to(dtype)
             up_sums = tl.dot(x_tile, w_tile, up_sums, input_precision=PRECISION)
             up_narrow = tl.dot(seen, a_tile, up_narrow, input_precision=PRECISION)
 
@@ -173,7 +196,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, seed, dropout, M, M_BUCKET,
 
 
 @jit
-def _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M,
+def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M,
               PART: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, O: tl.constexpr, I: tl.constexpr, R: tl.constexpr,  # noqa: E741
               P: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
@@ -198,7 +221,9 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M,
     a_tiles = a + (PART * R + ranks)[:, None] * I + ins[None, :]
     a_tile = load_tile(a_tiles, (ranks < R)[:, None] & (ins < I)[None, :], R == BLOCK_R and EVEN_I)
     if DROPOUT:
-        return sums + tl.dot(narrow, a_tile, input_precision=PRECISION) * _kept(rows, ins, I, seed + PART, dropout)
+        token_numbers = tl.load(tokens + rows, mask=rows < M, other=0)
+        feature_numbers = load_tile(features + ins, ins < I, EVEN_I)
+        return sums + _seen(tl.dot(narrow, a_tile, input_precision=PRECISION), token_numbers, feature_numbers, least)
     else:
         return tl.dot(narrow, a_tile, sums, input_precision=PRECISION)
 
@@ -209,7 +234,7 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M,
        fits=lambda BLOCK_M, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
            _room(BLOCK_M * (BLOCK_I * (1 + GEGLU + 4 * DROPOUT) + BLOCK_R), **more))
 @jit
-def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, seed, dropout, M, M_BUCKET,
+def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features, least, M, M_BUCKET,
                            I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
                            GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
@@ -223,14 +248,14 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, seed, dropout, M,
     rows = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ins = tl.program_id(0) % TILES * BLOCK_I + tl.arange(0, BLOCK_I)
     sums = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M, 0, 0, O0, O, I, R, P, DROPOUT, PRECISION,
-                     BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+    sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M, 0, 0, O0, O, I, R, P, DROPOUT,
+                     PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     if P > 1:
-        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M, 1, O0, O0 + O1, O, I, R, P, DROPOUT, PRECISION,
-                         BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M, 1, O0, O0 + O1, O, I, R, P, DROPOUT,
+                         PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     if P > 2:
-        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, seed, dropout, M, 2, O0 + O1, O, O, I, R, P, DROPOUT, PRECISION,
-                         BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M, 2, O0 + O1, O, O, I, R, P, DROPOUT,
+                         PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     mine = (rows < M)[:, None] & (ins < I)[None, :]
     if GEGLU:
         places = rows[:, None] * (2 * I) + ins[None, :]
@@ -247,42 +272,45 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, seed, dropout, M,
        key=("M_BUCKET", "N0", "N1", "N2", "C", "DROPOUT"),
        fits=lambda BLOCK_N, BLOCK_C, **more: _room(BLOCK_N * (BLOCK_C + 32), **more))
 @jit
-def _token_sum_kernel(wide, narrow, partial, seed, dropout, M, M_BUCKET, rows_a_split,
-                      WIDE: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
-                      SHARED: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
+def _token_sum_kernel(wide, narrow, partial, tokens, features, least, M, M_BUCKET, rows_a_split,
+                      N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
+                      TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Over the tokens of a split, Σ wide[m, n] narrow[m, c]: dB = dYᵀ S, and dA = Tᵀ x (TRANSPOSED).
 
-    wide (M, WIDE): its columns are parts of N0, N1 and N2, or with SHARED every part is all of them. narrow (M, NARROW): C
-    columns a part. partial (splits, N·C) fp32, N = N0 + N1 + N2: as (N, C), TRANSPOSED as (N / N0 · C, N0), where parts are
-    alike. A program owns BLOCK_N columns of a part, BLOCK_C of its narrow columns, and one split's tokens, in their order;
-    the splits are added up after it, so that no two programs write to one place.
+    wide (M, N): its columns are parts of N0, N1 and N2; with DROPOUT what adapters see of it counts. narrow (M, NARROW): C
+    columns a part. partial (splits, N·C) fp32: each as (N, C), or TRANSPOSED, of one part, as (C, N). A program owns BLOCK_N
+    columns of a part, BLOCK_C of its narrow columns, and one split's tokens, in their order; the splits are added up after
+    it, so that no two programs write to one place.
     """
     TILES0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     TILES1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+    N: tl.constexpr = N0 + N1 + N2
     part, first, size, tile = _part_of(tl.program_id(0), TILES0, TILES1, N0, N1, N2)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     places = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.program_id(1).to(tl.int64) * rows_a_split
-    tokens = (tl.minimum(M - start, rows_a_split)).to(tl.int32)
+    count = (tl.minimum(M - start, rows_a_split)).to(tl.int32)
     rows = tl.arange(0, BLOCK_M)
-    wide_tiles = wide + tl.where(SHARED, 0, first) + start * WIDE + rows[:, None] * WIDE + columns[None, :]
+    wide_tiles = wide + first + start * N + rows[:, None] * N + columns[None, :]
     narrow_tiles = narrow + start * NARROW + rows[:, None] * NARROW + (part * C + places)[None, :]
     sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for m in range(0, tokens, BLOCK_M):
-        inside = m + rows < tokens
+    if DROPOUT:
+        feature_numbers = tl.load(features + columns, mask=columns < size, other=0)
+    for m in range(0, count, BLOCK_M):
+        inside = m + rows < count
         wide_tile = tl.load(wide_tiles, mask=inside[:, None] & (columns < size)[None, :], other=0.0)
         narrow_tile = tl.load(narrow_tiles, mask=inside[:, None] & (places < C)[None, :], other=0.0)
         if DROPOUT:
-            wide_tile = (wide_tile * _kept(start + m + rows, columns, N0, seed + part, dropout)).to(wide.dtype.element_ty)
+            wide_tile = _seen(wide_tile, tl.load(tokens + start + m + rows, mask=inside, other=0), feature_numbers, least)
         sums = tl.dot(tl.trans(wide_tile), narrow_tile, sums, input_precision=PRECISION)
-        wide_tiles += BLOCK_M * WIDE
+        wide_tiles += BLOCK_M * N
         narrow_tiles += BLOCK_M * NARROW
     if TRANSPOSED:
-        out = partial + (part * C + places)[None, :] * N0 + columns[:, None]
+        out = partial + places[None, :] * N + columns[:, None]
     else:
         out = partial + (first + columns)[:, None] * C + places[None, :]
-    tl.store(out + tl.program_id(1).to(tl.int64) * ((N0 + N1 + N2) * C), sums, mask=(columns < size)[:, None] & (places < C)[None, :])
+    tl.store(out + tl.program_id(1).to(tl.int64) * (N * C), sums, mask=(columns < size)[:, None] & (places < C)[None, :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,19 +335,23 @@ class _Group:
 
     outputs: tuple[int, ...]        # of each part
     rank: int
-    scale: float
-    dropout: float = 0.0            # on what the adapters see of x
-    seed: int = 0                   # of dropout
+    scale: float                    # of S and T: what dropout divides by is in it
+    dropout: Dropout | None = None
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the adapters see of x (M, I), and the way back: what x gets of their gradient."""
+        return self.dropout.seen(x) if self.dropout else x
 
     def constants(self, x: Tensor) -> dict:
         """The kernels' constants."""
         O0, O1, O2 = (*self.outputs, 0, 0)[:3]
         return {"O0": O0, "O1": O1, "O2": O2, "R": self.rank, "P": len(self.outputs), "BLOCK_R": max(16, triton.next_power_of_2(self.rank)),
-                "DROPOUT": self.dropout > 0, "PRECISION": precision(x.dtype)}
+                "DROPOUT": self.dropout is not None, "PRECISION": precision(x.dtype)}
 
     def numbers(self, M: int) -> dict:
-        """The kernels' numbers; timings are compared anew only where the rows double."""
-        return {"seed": self.seed, "dropout": self.dropout, "M": M, "M_BUCKET": triton.next_power_of_2(M)}
+        """The kernels' other arguments; timings are compared anew only where the rows double."""
+        tokens, features, least = (self.dropout.tokens, self.dropout.features, self.dropout.least) if self.dropout else (None, None, 0)
+        return {"tokens": tokens, "features": features, "least": least, "M": M, "M_BUCKET": triton.next_power_of_2(M)}
 
 
 def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -338,7 +370,7 @@ def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_
                 x, weight, a, b, y, s, h, group.scale, **group.numbers(M), I=I, GEGLU=gated, **group.constants(x))
         return y, s, h
     diagonal = torch.block_diag(*b.split(group.outputs))                                # (O, P·R): each part's B at its place
-    s = torch.addmm(x.new_empty(()), x, a.T, beta=0, alpha=group.scale)
+    s = torch.addmm(x.new_empty(()), group.seen(x), a.T, beta=0, alpha=group.scale)
     # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x (and W) costs less than another pass over y.
     y = _beside(x, s) @ _beside(weight, diagonal).T if I < O < M else (x @ weight.T).addmm_(s, diagonal.T)
     return y, s, geglu(*y.chunk(2, dim=1)) if gated else None
@@ -355,7 +387,10 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
                 dy, weight, a, b, dx, t, gate_up, group.scale, **group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
         return dx, t
     t = _narrow_gradient(dy, b, group)
-    dx = _beside(dy, t) @ torch.cat((weight, a)) if O < I < M else (dy @ weight).addmm_(t, a)
+    if group.dropout:
+        dx = (dy @ weight).add_(group.seen(t @ a))
+    else:
+        dx = _beside(dy, t) @ torch.cat((weight, a)) if O < I < M else (dy @ weight).addmm_(t, a)
     return dx if gate_up is None else geglu_gradient(dx, *gate_up.chunk(2, dim=1)), t
 
 
@@ -364,34 +399,29 @@ def _narrow_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
     return torch.addmm(dy.new_empty(()), dy, torch.block_diag(*b.split(group.outputs)), beta=0, alpha=group.scale)
 
 
-def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], columns: int, group: _Group, of_x: bool) -> Tensor:
-    """Σ over tokens of wide[m, n] narrow[m, c], fp32, part by part: (N, columns), or (parts · columns, I) where wide is x."""
-    M, N, dropped = len(wide), sum(parts), of_x and group.dropout > 0
+def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], group: _Group, of_x: bool) -> Tensor:
+    """Σ over tokens of wide[m, n] narrow[m, c], fp32, part by part: (N, columns of a part), or where wide is x (columns, I)."""
+    (M, N), columns = wide.shape, narrow.shape[1] // len(parts)
     blocks = sum(triton.cdiv(part, 128) for part in parts) * triton.cdiv(columns, 64)
     splits = max(1, min(triton.cdiv(M, 256), 512 // blocks))               # enough programs for any GPU, the same on each
     partial = torch.empty(splits, N * columns, dtype=torch.float32, device=wide.device)
     N0, N1, N2 = (*parts, 0, 0)[:3]
     BLOCK_C = min(64, max(16, triton.next_power_of_2(columns)))
     _token_sum_kernel[lambda sizes: (sum(triton.cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, triton.cdiv(columns, BLOCK_C))](
-        wide, narrow, partial, **group.numbers(M), rows_a_split=triton.cdiv(M, splits), WIDE=wide.shape[1], N0=N0, N1=N1, N2=N2,
-        NARROW=narrow.shape[1], C=columns, SHARED=of_x, TRANSPOSED=of_x, DROPOUT=dropped, BLOCK_C=BLOCK_C,
+        wide, narrow, partial, **group.numbers(M), rows_a_split=triton.cdiv(M, splits), N0=N0, N1=N1, N2=N2,
+        NARROW=narrow.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None, BLOCK_C=BLOCK_C,
         PRECISION=precision(wide.dtype))
-    total = partial.sum(0)
-    return total.view(-1, wide.shape[1]) if of_x else total.view(N, columns)
+    return partial.sum(0).view((columns, N) if of_x else (N, columns))
 
 
 def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Group, by_triton: bool) -> list[Tensor]:
     """dA (R, I) and dB (O, R) of each part in turn, fp32 from the kernel, else x's dtype."""
     parts, R = group.outputs, group.rank
     if by_triton and len(x):
-        P, I = len(parts), x.shape[1]  # noqa: E741
-        da = (_token_sums(x, t, (I,) * P, R, group, of_x=True) if group.dropout else        # each part saw another x
-              _token_sums(x, t, (I,), P * R, group, of_x=True))
-        db = _token_sums(dy, s, parts, R, group, of_x=False)
-        return list(itertools.chain(*zip(da.split(R), db.split(parts), strict=True)))
-    da = t.T @ x
-    return list(itertools.chain(*((a, y.T @ shrunk) for a, y, shrunk in
-                                  zip(da.split(R), dy.split(parts, dim=1), s.split(R, dim=1), strict=True))))
+        da, db = _token_sums(x, t, (x.shape[1],), group, of_x=True), _token_sums(dy, s, parts, group, of_x=False).split(parts)
+    else:
+        da, db = t.T @ group.seen(x), (y.T @ shrunk for y, shrunk in zip(dy.split(parts, dim=1), s.split(R, dim=1), strict=True))
+    return list(itertools.chain(*zip(da.split(R), db, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,48 +488,55 @@ class _LoRAMLP(torch.autograd.Function):
 # The public functions
 
 
-def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float = 0.0,
+def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: Dropout | None = None,
                 choice: Choice = BY_PYTORCH) -> Tensor:
     """y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ (M, O); as `lora_linears` with one linear."""
     return lora_linears(x, [(weight, lora_a, lora_b)], scale, dropout, choice)[0]
 
 
-def lora_linears(x: Tensor, linears: Sequence[Adapted], scale: float, dropout: float = 0.0,
+def lora_linears(x: Tensor, linears: Sequence[Adapted], scale: float, dropout: Dropout | None = None,
                  choice: Choice = BY_PYTORCH) -> tuple[Tensor, ...]:
     """The outputs (M, O) of each of up to three adapted linears that share x (M, I); gradients for x and the adapters.
 
     Operands are row-major (contiguous), x and the frozen weights of one dtype: fp32, bf16, fp16. Weights that lie below
-    each other in memory (lora.py lays them so) are read in place, others are copied. dropout: the share of x's elements
-    that an adapter does not see, drawn anew for each linear: by the kernels with a seed from PyTorch's CPU generator, else
-    by PyTorch. Raises ValueError for operands that do not fit.
+    each other in memory (lora.py lays them so) are read in place, others are copied. All the adapters see the same of x
+    under dropout. Raises ValueError for operands that do not fit.
     """
-    _check(x, linears, dropout, choice)
-    if dropout and not choice.forward:
-        return tuple(lora_linear_reference(x, *linear, scale, F.dropout(x, dropout)) for linear in linears)
-    group = _group(linears, scale, dropout)
+    _check(x, linears, choice)
+    group = _group(linears, scale, dropout, len(x))
     adapters = [narrow for linear in linears for narrow in linear[1:]]
-    y = _LoRALinears.apply(x, _below([weight for weight, *_ in linears]), group, BY_TRITON if dropout else choice, *adapters)
+    y = _LoRALinears.apply(x, _below([weight for weight, *_ in linears]), group, choice, *adapters)
     return y.split(group.outputs, dim=1) if len(linears) > 1 else (y,)
 
 
-def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float, dropout: float = 0.0,
+def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
+             dropouts: tuple[Dropout | None, Dropout | None] = (None, None),
              choices: tuple[Choice, Choice] = (BY_PYTORCH, BY_PYTORCH)) -> Tensor:
-    """down(gelu(gate(x)) · up(x)) (M, D), each an adapted linear; choices: of gate and up, and of down.  Else as `lora_linears`."""
-    _check(x, (gate, up), dropout, choices[0])
+    """down(gelu(gate(x)) · up(x)) (M, D), each an adapted linear.
+
+    dropouts, choices: of gate and up, and of down. Else as `lora_linears`.
+    """
+    _check(x, (gate, up), choices[0])
     if len(gate[0]) != len(up[0]):
         raise ValueError(f"LoRA MLP: gate and up must give equally many outputs; got {len(gate[0])} and {len(up[0])}")
-    _check(x.new_empty(0, len(gate[0])), (down,), dropout, choices[1])
-    if dropout and not (choices[0].forward and choices[1].forward):
-        h = geglu(*lora_linears(x, (gate, up), scale, dropout))
-        return lora_linears(h, (down,), scale, dropout)[0]
-    groups = _group((gate, up), scale, dropout), _group((down,), scale, dropout)
-    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, (BY_TRITON, BY_TRITON) if dropout else choices,
-                          *gate[1:], *up[1:], *down[1:])
+    _check(x.new_empty(0, len(gate[0])), (down,), choices[1])
+    groups = _group((gate, up), scale, dropouts[0], len(x)), _group((down,), scale, dropouts[1], len(x))
+    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, choices, *gate[1:], *up[1:], *down[1:])
 
 
-def _group(linears: Sequence[Adapted], scale: float, dropout: float) -> _Group:
-    return _Group(tuple(len(weight) for weight, *_ in linears), len(linears[0][1]), scale, dropout,
-                  int(torch.randint(2**31 - 4, ())) if dropout else 0)
+def _group(linears: Sequence[Adapted], scale: float, dropout: Dropout | None, M: int) -> _Group:
+    """Linears that were checked, as one.  Raises ValueError for a dropout that does not fit them and M rows."""
+    weight, lora_a, _ = linears[0]
+    if dropout:
+        if not 0 <= dropout.share < 1:
+            raise ValueError(f"LoRA dropout is a share, 0 ≤ share < 1; got {dropout.share}")
+        for name, numbers, length in (("tokens", dropout.tokens, M), ("features", dropout.features, weight.shape[1])):
+            got = tuple(numbers.shape), numbers.stride(), numbers.dtype, numbers.device
+            if got != ((length,), (1,), torch.int32, weight.device):
+                raise ValueError(f"LoRA dropout: {name} must be ({length},) int32 on {weight.device}, contiguous; got shape {got[0]}, "
+                                 f"strides {got[1]}, {got[2]} on {got[3]}")
+        scale /= 1 - dropout.share
+    return _Group(tuple(len(weight) for weight, *_ in linears), len(lora_a), scale, dropout)
 
 
 def _below(weights: Sequence[Tensor]) -> Tensor:
@@ -512,7 +549,7 @@ def _below(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(weights)) if len(weights) > 1 else first
 
 
-def _check(x: Tensor, linears: Sequence[Adapted], dropout: float, choice: Choice) -> None:
+def _check(x: Tensor, linears: Sequence[Adapted], choice: Choice) -> None:
     """Raises ValueError, saying what was given, for operands that the products do not take."""
     def fail(what: str) -> None:
         raise ValueError(f"LoRA linear: {what}")
@@ -520,8 +557,6 @@ def _check(x: Tensor, linears: Sequence[Adapted], dropout: float, choice: Choice
         fail(f"x must be (M, I) and contiguous; got shape {tuple(x.shape)}, strides {x.stride()}")
     if not 1 <= len(linears) <= 3:
         fail(f"one to three linears share x; got {len(linears)}")
-    if not 0 <= dropout < 1:
-        fail(f"dropout is a share, 0 ≤ dropout < 1; got {dropout}")
     for weight, lora_a, lora_b in linears:
         O, I, R = len(weight), x.shape[1], len(linears[0][1])  # noqa: E741
         for name, tensor, shape in (("weight", weight, (O, I)), ("lora_a", lora_a, (R, I)), ("lora_b", lora_b, (O, R))):
@@ -549,8 +584,7 @@ def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dt
     """Kernel or PyTorch for each operation of a group of linears, and the milliseconds of both where they were compared.
 
     kernels: "triton", "torch", or "auto": on a CUDA device whichever is faster for M rows of this shape, remembered on
-    disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate" where its input is gated. With
-    dropout it is all operations or none, as both passes draw alike.
+    disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate" where its input is gated.
     """
     if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and can_run(device))):
         return BY_PYTORCH, {}
@@ -571,16 +605,14 @@ def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dt
     times = remembered("lora", device, [source, str(dtype), M, I, outputs, rank, ends, dropout], lambda: {
         name: [milliseconds(lambda: run(True)), milliseconds(lambda: run(False))]              # noqa: B023
         for name, run in operations(M, I, outputs, rank, dtype, device, ends, dropout).items()})
-    if dropout:
-        times = {"all": [sum(of[way] for of in times.values()) for way in (0, 1)]}
-        return (BY_TRITON if times["all"][0] < times["all"][1] else BY_PYTORCH), times
     return Choice(**{name: kernel < pytorch for name, (kernel, pytorch) in times.items()}), times
 
 
 def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
                ends: str = "", dropout: float = 0.0) -> dict[str, Callable[[bool], object]]:
     """Each operation of a group of linears on random operands, to be timed: by its name in `Choice`, by_triton → result."""
-    group, O = _Group(outputs, rank, 1.0, dropout), sum(outputs)  # noqa: E741
+    numbers = [torch.randint(2**31, (length,), dtype=torch.int32, device=device) | 1 for length in (M, I)]
+    group, O = _Group(outputs, rank, 1.0, Dropout(dropout, *numbers) if dropout else None), sum(outputs)  # noqa: E741
     draw = lambda *shape: torch.randn(shape, dtype=dtype, device=device)  # noqa: E731
     x, dy, weight, a, b = draw(M, I), draw(M, O), draw(O, I), draw(len(outputs) * rank, I), draw(O, rank)
     s, t, gate_up = draw(M, len(a)), draw(M, len(a)), draw(M, 2 * I) if ends == "gate" else None

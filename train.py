@@ -34,7 +34,7 @@ import checkpoint
 import data
 import report
 from evaluate import evaluate, table
-from lora import TARGETS, LoRAConfig, choose_kernels, wrap
+from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
 from tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
 
     add("--share-beginnings", action=argparse.BooleanOptionalAction, default=True, help="compute a beginning that rows of a step have in "
-        "common, such as the same tools, once for all of them (changes speed, not the result, but for what --lora-dropout draws)")
+        "common, such as the same tools, once for all of them (changes speed, not the result)")
 
     add = parser.add_argument_group("optimizer (AdamW)").add_argument
     add("--lr", type=float, default=None, help="highest learning rate (default 1e-3 for LoRA, 2e-5 for --full)")
@@ -90,7 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--full", action="store_true", help="train every parameter (fp32 masters), not adapters")
     add("--lora-rank", type=int, default=16, help="width of the adapters")
     add("--lora-alpha", type=float, default=16.0, help="the adapter is scaled by alpha / rank")
-    add("--lora-dropout", type=float, default=0.0, help="on the adapter's input")
+    add("--lora-dropout", type=float, default=0.0, help="share of its input that an adapter does not see, drawn by --seed, step and "
+        "the row's text up to each token: anew each step, and alike however a step is cut, shared or dealt among processes")
     add("--lora-targets", default=",".join(TARGETS), metavar="A,B,…", help="linears that get an adapter")
     add("--rslora", action="store_true", help="scale by alpha / √rank instead")
 
@@ -291,17 +292,17 @@ def main(args: argparse.Namespace) -> int:
         trained_tokens = sum(batch.trained_tokens for batch in batches)
 
         model.train()
+        seed = hash_seed(args.seed, step)
         loss = torch.zeros((), device=device)
-        for i, batch in enumerate(batches[rank::world]):
-            torch.manual_seed(hash_seed(args.seed, step, rank + i * world))        # dropout: the same after a resume
-            share = loss_sum(model, batch) / trained_tokens
+        for batch in batches[rank::world]:
+            share = loss_sum(model, batch, seed) / trained_tokens
             share.backward()
             loss += share.detach()
         if world > 1:
             loss = sum_over_processes(loss, parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not (math.isfinite(loss.item()) and norm <= args.max_grad_norm):       # a NaN fails both
-            raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, loss.item(), norm, out))
+            raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, seed, loss.item(), norm, out))
         if args.clip and norm > args.clip:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], args.clip / norm)
         optimizer.step()
@@ -408,8 +409,9 @@ def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) 
     return args.min_lr + (args.lr - args.min_lr) * height
 
 
-def loss_sum(model: Gemma3, batch: data.Batch) -> torch.Tensor:
-    """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device."""
+def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0) -> torch.Tensor:
+    """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device.  seed: of dropout, in training."""
+    draw(model, batch.keys, seed)
     tokens, targets, positions, documents = batch.to(model.head.device)
     return linear_cross_entropy(model(tokens, positions, documents), model.head, targets)
 
@@ -439,12 +441,12 @@ def sum_over_processes(loss: torch.Tensor, parameters: list[torch.nn.Parameter])
 
 
 @torch.no_grad()
-def describe_failure(model: Gemma3, examples: list[data.Example], step: int, loss: float, norm: float, out: Path) -> str:
+def describe_failure(model: Gemma3, examples: list[data.Example], step: int, seed: int, loss: float, norm: float, out: Path) -> str:
     """What to tell the user about a step with a NaN or an exploding gradient: the rows, worst first."""
     losses = []
     for example in examples:
         batch = data.pack([example], len(example))[0]
-        losses.append((loss_sum(model, batch).item() / batch.trained_tokens, example.source))
+        losses.append((loss_sum(model, batch, seed).item() / batch.trained_tokens, example.source))
     worst = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:5]
     rows = ", ".join(f"{source} (loss {loss:.3g})" for loss, source in worst)
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "

@@ -23,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(function: Callable) -> Callable:
-    """`triton.jit`. Numbers of rows and the seed change from call to call, and no value of theirs is compiled in."""
-    changing = ["M", "T", "M_BUCKET", "rows_a_split", "rows_a_program", "seed"]
+    """`triton.jit`. Numbers of rows change from call to call, and no value of theirs is compiled in."""
+    changing = ["M", "T", "M_BUCKET", "rows_a_split", "rows_a_program"]
     return triton.jit(do_not_specialize=changing)(function) if triton else function
 
 

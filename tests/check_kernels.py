@@ -33,7 +33,7 @@ from triton_support import fitting, triton
 
 SHARED_KIB = {80: 163, 90: 227}          # what one program may have on an A100 and an H100
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-SCALARS = {"scale": "fp32", "dropout": "fp32", "seed": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
+SCALARS = {"scale": "fp32", "least": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
            "stride_t": "i32", "rows_a_program": "i32", "factor": "fp32", "offset": "i32", "T": "i32"}
 
 

@@ -1,14 +1,15 @@
 """lora_kernels.py against float64, by the reference's own rounding: PyTorch's way, and the kernels (interpreted without a GPU)."""
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import lora_kernels
-from geglu_kernels import geglu
 from lora_kernels import (
     BY_PYTORCH,
     BY_TRITON,
+    Dropout,
     lora_linear,
     lora_linear_reference,
     lora_linears,
@@ -71,19 +72,24 @@ def faults(function, reference, x, linears, dys):
             or not error(ours[name], exact[name]) <= 2 * error(naive[name], exact[name]) + torch.finfo(x.dtype).eps / 2]
 
 
-def reference_linears(x, linears):
-    return [lora_linear_reference(x, *linear, 1.5) for linear in linears]
+def reference_linears(x, linears, dropout=None):
+    return [lora_linear_reference(x, *linear, 1.5, dropout) for linear in linears]
 
 
-def reference_mlp(x, linears):
-    return [lora_mlp_reference(x, *linears, 1.5)]
+def reference_mlp(x, linears, dropouts=(None, None)):
+    return [lora_mlp_reference(x, *linears, 1.5, dropouts)]
 
 
 def by(choice, module=lora_kernels):
     """(our linears, our MLP) with one choice for all."""
-    def mlp(x, linears):
-        return [module.lora_mlp(x, *linears, 1.5, choices=(choice, choice))]
-    return lambda x, linears: module.lora_linears(x, linears, 1.5, choice=choice), mlp
+    def mlp(x, linears, dropouts=(None, None)):
+        return [module.lora_mlp(x, *linears, 1.5, dropouts, (choice, choice))]
+    return lambda x, linears, dropout=None: module.lora_linears(x, linears, 1.5, dropout, choice), mlp
+
+
+def drawn(share, M, features, generator, device="cpu"):
+    tokens, *rest = (torch.randint(-2**31, 2**31, (n,), generator=generator).int().to(device) | 1 for n in (M, *features))
+    return [Dropout(share, tokens, numbers) for numbers in rest]
 
 
 @pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
@@ -111,8 +117,9 @@ def test_any_rank_from_1_to_128_will_do(rank, device, generator):
 @pytest.mark.parametrize("device", [INTERPRETER, GPU])
 def test_kernel_and_pytorch_may_share_the_work(part, device, generator):
     operands = mlp_operands(20, 24, 40, 4, generator, FP32, device)
-    assert faults(by(replace(BY_TRITON, **{part: False}))[1], reference_mlp, *operands) == []
-    assert faults(by(replace(BY_PYTORCH, **{part: True}))[1], reference_mlp, *operands) == []
+    for dropouts in ((None, None), drawn(0.3, 20, (24, 40), generator, device)):
+        for choice in (replace(BY_TRITON, **{part: False}), replace(BY_PYTORCH, **{part: True})):
+            assert faults(partial(by(choice)[1], dropouts=dropouts), partial(reference_mlp, dropouts=dropouts), *operands) == []
 
 
 @pytest.mark.parametrize("choice", [BY_PYTORCH, pytest.param(BY_TRITON, marks=INTERPRETER.marks)], ids=["pytorch", "interpreted"])
@@ -167,7 +174,7 @@ def test_a_zeroed_halved_or_flipped_gradient_is_caught(broken, generator):
     ("for o in range(0, LAST - FIRST, BLOCK_O):", "for o in range(BLOCK_O, LAST - FIRST, BLOCK_O):", {"dx", "da0"}),
     ("    if P > 1:\n", "    if P > 2:\n", {"dx", "da1"}),
     ("start * NARROW + rows", "rows", {"da0", "db0"}),
-    ("m + rows < tokens", "m + rows < tokens - 1", {"da0", "db0"}),
+    ("m + rows < count", "m + rows < count - 1", {"da0", "db0"}),
     ("(sums * gelu(gate))", "(sums * gate)", {"dx", "da1"}),
     ("sums * up * gelu_slope(gate)", "sums * up * gelu(gate)", {"dx", "da0"}),
     ("gelu(sums.to(tl.float32)) * up_sums", "gelu(up_sums.to(tl.float32)) * sums", {"y0"}),
@@ -190,13 +197,15 @@ def tiny(dtype):
     return x.requires_grad_(), [(weight, a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()) for weight, a, b in linears]
 
 
-@pytest.mark.parametrize("function", [lambda x, linears: lora_linears(x, linears[:2], 0.7), lambda x, linears: lora_mlp(x, *linears, 0.7)],
-                         ids=["linears", "mlp"])
-def test_gradcheck(function):
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("function", [lambda x, linears, dropouts: lora_linears(x, linears[:2], 0.7, dropouts[0]),
+                                      lambda x, linears, dropouts: lora_mlp(x, *linears, 0.7, dropouts)], ids=["linears", "mlp"])
+def test_gradcheck(function, share, generator):
     x, linears = tiny(torch.float64)
+    dropouts = drawn(share, 3, (5, 4), generator) if share else (None, None)
     adapters = [t for _, *adapter in linears for t in adapter]
     assert torch.autograd.gradcheck(lambda x, *adapters: function(x, [(weight, *adapters[2 * i:2 * i + 2]) for i, (weight, *_) in
-                                                                        enumerate(linears)]), (x, *adapters))
+                                                                        enumerate(linears)], dropouts), (x, *adapters))
 
 
 @pytest.mark.skipif(CUDA, reason="interpreted")
@@ -225,66 +234,61 @@ def test_the_kernels_gradients_are_the_differences_of_their_outputs():
 # Dropout
 
 
-@pytest.mark.parametrize("device", [INTERPRETER, GPU])
-def test_dropouts_mask_is_the_same_in_forward_and_backward(device, generator):
-    """What an adapter saw is worked out from S of an adapter that copies x; then all outputs and gradients must follow from it."""
-    M, I, p = 40, 16, 0.4  # noqa: E741
-    x, linears, dys = linears_operands(M, I, (24, 8, 12), I, generator, FP32, device)
-    eye = [(torch.zeros(I, I, device=device), torch.eye(I, device=device), torch.eye(I, device=device)) for _ in range(3)]
-    torch.manual_seed(7)
-    seen = lora_linears(x, eye, 1.0, p, BY_TRITON)
-    for mask in ((s / x).round(decimals=3) for s in seen):
-        assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p), abs=1e-3)]
-        assert (mask == 0).float().mean().item() == pytest.approx(p, abs=0.08)
-    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-
-    def reference(x, linears):
-        return [lora_linear_reference(x, *linear, 1.5, x * (s / original).to(x.dtype)) for linear, s in zip(linears, seen, strict=True)]
-
-    def ours(x, linears):
-        torch.manual_seed(7)
-        return lora_linears(x, linears, 1.5, p, BY_TRITON)
-
-    original = x.clone()
-    assert faults(ours, reference, x, linears, dys) == []
-    assert not torch.equal(lora_linears(x, eye, 1.0, p, BY_TRITON)[0], seen[0])           # the next call draws anew
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
+def test_an_element_is_dropped_where_the_product_of_its_numbers_is_among_the_lowest(device, dtype, choice, share, generator):
+    """By Python's own integers; what an adapter saw is read off one that copies x."""
+    M, I = 40, 16  # noqa: E741
+    [dropout], eye = drawn(share, M, (I,), generator, device), torch.eye(I, device=device)
+    kept = [[(t * f + 2**31) % 2**32 >= round(share * 2**32) for f in dropout.features.tolist()] for t in dropout.tokens.tolist()]
+    copy = torch.zeros(I, I, dtype=dtype, device=device), eye, eye * (1 - share)
+    for y in lora_linears(torch.ones(M, I, dtype=dtype, device=device), [copy, copy], 1.0, dropout, choice):
+        assert y.gt(0.5).tolist() == kept
+        torch.testing.assert_close(y, y.gt(0.5).to(dtype), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("device", [INTERPRETER, GPU])
-def test_the_mlps_dropout_is_the_same_in_forward_and_backward(device, generator):
-    """Differences of the outputs with the draws held fixed."""
-    x, linears, dys = mlp_operands(9, 12, 16, 4, generator, FP32, device)
-    x.requires_grad_()
-
-    def value(x):
-        torch.manual_seed(3)
-        return (lora_mlp(x, *linears, 1.0, 0.3, (BY_TRITON, BY_TRITON)) * dys[0]).sum()
-
-    value(x).backward()
-    direction = torch.randn(x.shape, generator=generator).to(device)
-    with torch.no_grad():
-        difference = (value(x + 0.01 * direction) - value(x - 0.01 * direction)) / 0.02
-    assert (x.grad * direction).sum().item() == pytest.approx(difference.item(), rel=5e-3)
+@pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
+@pytest.mark.parametrize("case", ["ragged", "odd", "splits"])
+def test_with_dropout_the_linears_are_as_accurate_as_the_reference(case, device, dtype, choice, generator):
+    M, I, outputs, R = LINEARS[case]  # noqa: E741
+    [dropout] = drawn(0.3, M, (I,), generator, device)
+    assert faults(partial(by(choice)[0], dropout=dropout), partial(reference_linears, dropout=dropout),
+                  *linears_operands(M, I, outputs, R, generator, dtype, device)) == []
 
 
-def test_dropout_touches_the_adapter_alone(generator):
-    x, [(weight, a, b)], _ = linears_operands(64, 32, (16,), 4, generator, FP32, "cpu")
-    plain = x @ weight.T
-    torch.manual_seed(0)
-    once = lora_linear(x, weight, a, b, 2.0, dropout=0.5) - plain
-    torch.manual_seed(0)
-    kept = torch.nn.functional.dropout(x, 0.5)
-    torch.testing.assert_close(once, 2.0 * (kept @ a.T) @ b.T, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
+@pytest.mark.parametrize("case", ["ragged", "splits"])
+def test_with_dropout_the_mlp_is_as_accurate_as_the_reference(case, device, dtype, choice, generator):
+    M, D, F, R = MLPS[case]
+    dropouts = drawn(0.3, M, (D, F), generator, device)
+    assert faults(partial(by(choice)[1], dropouts=dropouts), partial(reference_mlp, dropouts=dropouts),
+                  *mlp_operands(M, D, F, R, generator, dtype, device)) == []
 
 
-def test_pytorchs_mlp_with_dropout_draws_for_each_linear(generator):
-    x, linears, _ = mlp_operands(50, 16, 24, 4, generator, FP32, "cpu")
-    torch.manual_seed(0)
-    got = lora_mlp(x, *linears, 1.5, 0.5)
-    torch.manual_seed(0)
-    gate, up = (lora_linear_reference(x, *linear, 1.5, torch.nn.functional.dropout(x, 0.5)) for linear in linears[:2])
-    h = geglu(gate, up)
-    torch.testing.assert_close(got, lora_linear_reference(h, *linears[2], 1.5, torch.nn.functional.dropout(h, 0.5)))
+@pytest.mark.skipif(CUDA, reason="the mutants are interpreted")
+@pytest.mark.parametrize(("sound", "broken", "where"), [
+    ("feature_numbers[None, :] < least", "feature_numbers[None, :] > least", {"y0", "y1", "dx", "da0", "da1", "db0"}),
+    ("load_tile(features + i + ins, inside, EVEN_I)", "load_tile(features + ins, ins < I, EVEN_I)", {"y0", "db1"}),
+    ("seen = _seen(x_tile, token_numbers", "seen = _seen(x_tile, 3 * token_numbers", {"y0", "y1", "db0"}),
+    ("_seen(tl.dot(narrow, a_tile, input_precision=PRECISION), token_numbers,", "_seen(tl.dot(narrow, a_tile), 3 * token_numbers,", {"dx"}),
+    ("tl.load(tokens + start + m + rows", "tl.load(tokens + m + rows", {"da0", "da1"}),
+])
+def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator, mutant):
+    [dropout] = drawn(0.4, 530, (96,), generator)
+    broken_linears, _ = by(BY_TRITON, mutant(lora_kernels, sound, broken))
+    assert where <= set(faults(partial(broken_linears, dropout=dropout), partial(reference_linears, dropout=dropout),
+                               *linears_operands(530, 96, (30, 40), 5, generator, FP32, "cpu")))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"share": 1.0}, r"0 ≤ share < 1; got 1\.0"), ({"share": -0.1}, "0 ≤ share < 1"),
+    ({"tokens": torch.ones(5, dtype=torch.int32)}, r"tokens must be \(6,\) int32 on cpu, contiguous; got shape \(5,\)"),
+    ({"tokens": torch.ones(6, dtype=torch.int64)}, r"tokens must be .* torch\.int64"),
+    ({"features": torch.ones(1, dtype=torch.int32).expand(8)}, r"features must be \(8,\) .* strides \(0,\)")])
+def test_a_dropout_that_does_not_fit_is_refused(change, message, generator):
+    [dropout] = drawn(0.5, 6, (8,), generator)
+    with pytest.raises(ValueError, match=f"LoRA dropout.*{message}"):
+        lora_linear(torch.randn(6, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2), 1.0, replace(dropout, **change))
 
 
 # Operands that do not fit
@@ -310,8 +314,6 @@ def test_calls_that_cannot_be_are_refused(monkeypatch):
     x, linear = torch.randn(6, 8), (torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2))
     with pytest.raises(ValueError, match="one to three linears share x; got 4"):
         lora_linears(x, [linear] * 4, 1.0)
-    with pytest.raises(ValueError, match=r"0 ≤ dropout < 1; got 1\.0"):
-        lora_linears(x, [linear], 1.0, 1.0)
     with pytest.raises(ValueError, match="equally many outputs; got 5 and 4"):
         lora_mlp(x, linear, (linear[0][:4], linear[1], linear[2][:4]), linear, 1.0)
     with pytest.raises(ValueError, match=r"ranks 1 to 128 .* got rank 129"):
