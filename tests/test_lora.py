@@ -1,11 +1,14 @@
 """lora.py: wrapping, the choice of kernels, and merging."""
+import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import lora
 import lora_kernels
 from checkpoint import load_model
-from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, merge, wrap
+from data import Example, pack
+from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, draw, merge, odd_numbers, wrap
 from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear
 
@@ -106,11 +109,10 @@ def test_a_cpu_computes_by_pytorch_unless_told_otherwise(demo, monkeypatch):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator, dropout):
-    """Logits and every gradient; with dropout the draws differ, so only the eval pass is compared."""
-    model = wrapped(demo, dropout=dropout)
-    model.train(dropout == 0)
+    """Logits and every gradient."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, ids = model.to(device), torch.randint(110, 1000, (1, 24), generator=generator).to(device)
+    model, ids = wrapped(demo, dropout=dropout).train().to(device), torch.randint(110, 1000, (1, 24), generator=generator).to(device)
+    draw(model, torch.arange(24, dtype=torch.int32), 0)
     results = []
     for kernels in ("torch", "triton"):
         choose_kernels(model, kernels, 24)
@@ -120,3 +122,110 @@ def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator
         model.zero_grad()
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+# Dropout
+
+
+def masks(adapters, rows):
+    """(adapters, rows, features): what is dropped."""
+    return torch.stack([adapter.dropout(rows).seen(torch.ones(rows, len(adapter.features))) == 0 for adapter in adapters]).double()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_dropout_is_unbiased_and_uncorrelated_between_features_tokens_layers_and_steps(demo, share):
+    """Sums of products of ±1-like numbers, in their standard deviations: a fair mask stays below 4.5 in all but one run of 20,000."""
+    model = wrapped(demo, dropout=share).train()
+    steps = []
+    for step in range(3):
+        draw(model, torch.arange(1500, dtype=torch.int32), step)
+        steps.append(masks([layer.self_attn.q_proj for layer in model.model.layers], 1500))
+    x = (torch.stack(steps) - share) / (share * (1 - share)) ** 0.5                 # (steps, layers, tokens, features)
+    def sigmas(products):
+        return abs(products.sum().item()) / products.numel() ** 0.5
+    assert sigmas(x) < 4.5
+    for axis in range(4):
+        for apart in (1, 2):
+            assert sigmas(x.narrow(axis, 0, x.shape[axis] - apart) * x.narrow(axis, apart, x.shape[axis] - apart)) < 4.5, (axis, apart)
+    assert sigmas(x[..., 1:, 1:] * x[..., :-1, 1:] * x[..., 1:, :-1] * x[..., :-1, :-1]) < 4.5
+    for sums, count in ((x.sum(2), 1500), (x.sum(3), x.shape[3])):                  # of a feature, of a token: spread as if each were drawn
+        assert (sums.square().mean() / count).item() == pytest.approx(1, abs=4.5 * (2 / sums.numel()) ** 0.5)
+    largest = torch.linalg.matrix_norm(x, 2).max().item()                           # no pattern in the whole: random matrices' largest
+    assert largest < 1.05 * (1500 ** 0.5 + x.shape[3] ** 0.5)
+
+
+def test_odd_numbers_are_odd_and_differ_and_do_not_change():
+    numbers = odd_numbers(np.arange(50_000), 3)
+    assert (numbers % 2 == 1).all() and numbers.dtype == torch.int32 and len(numbers.unique()) > 49_990
+    def mixed(low, high):
+        z = high << 32 | low
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ z >> shift) * factor % 2**64
+        return z >> 32 | 1
+    pairs = [(0, 0), (5, 2**32 - 1), (2**32 - 1, 7)]
+    assert [odd_numbers(np.array([low]), high).item() % 2**32 for low, high in pairs] == [mixed(*pair) for pair in pairs]
+
+
+def test_linears_that_share_their_input_lose_the_same_and_others_lose_something_else(demo):
+    model = wrapped(demo, dropout=0.5).train()
+    draw(model, torch.arange(30, dtype=torch.int32), 0)
+    seen = {name.rpartition("layers.")[2]: adapter.dropout(30).features for name, adapter in adapters(model)}
+    alike = {}
+    for name, features in seen.items():
+        alike.setdefault(tuple(features.tolist()), []).append(name.rpartition(".")[2])
+    groups = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert list(alike.values()) == groups * len(model.model.layers)
+    some = wrapped(demo, dropout=0.5, targets=("k_proj", "up_proj"))
+    assert all(torch.equal(adapter.features, seen[name.rpartition("layers.")[2]]) for name, adapter in adapters(some))
+
+
+def test_a_token_loses_the_same_alone_packed_shared_and_recomputed(demo):
+    """The hidden states of two rows that begin alike, each alone, side by side, and with their beginning computed once."""
+    ids = np.random.default_rng(0).integers(110, 1000, 90).astype(np.int32)
+    rows = [Example(np.concatenate((ids[:60], more)), np.arange(75) >= 70, "row") for more in (ids[60:75], ids[75:])]
+    model = wrapped(demo, dropout=0.5).train()
+
+    def hidden(batch):
+        draw(model, batch.keys, 5)
+        return recomputed(model, batch.tokens, batch.positions, batch.documents, use_reentrant=False)
+
+    alone = torch.cat([hidden(pack([row], 1000)[0]) for row in rows])
+    torch.testing.assert_close(hidden(pack(rows, 1000, share=False)[0]), alone)
+    [shared] = pack(rows, 1000)
+    assert len(shared.tokens) == 60 + 14 + 14
+    once = hidden(shared)
+    torch.testing.assert_close(torch.cat((once[:74], once[:60], once[74:])), alone)
+    [first] = pack(rows[:1], 1000)
+    assert not torch.allclose(model.eval()(first.tokens, first.positions, first.documents), alone[:74], rtol=0.1)
+
+    gradients = []
+    model.train()
+    for again in (True, False):
+        draw(model, shared.keys, 5)
+        arguments = shared.tokens, shared.positions, shared.documents
+        (recomputed(model, *arguments, use_reentrant=False) if again else model(*arguments)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_layer_that_goes_on_with_some_tokens_drops_what_those_tokens_lose(demo, generator):
+    model = wrapped(demo, dropout=0.5).train()
+    x, rows = torch.randn(20, model.config.hidden_size, generator=generator), torch.tensor([3, 4, 11])
+    mlp = model.model.layers[-1].mlp
+    draw(model, torch.arange(20, dtype=torch.int32), 0, rows)
+    torch.testing.assert_close(mlp(x[rows]), mlp(x)[rows])
+    draw(model, torch.arange(20, dtype=torch.int32), 0, torch.arange(20).flip(0))                   # as many as there are: all of them
+    torch.testing.assert_close(mlp(x[rows.new_tensor(range(20))])[rows], mlp(x)[rows])
+
+
+def test_training_with_dropout_and_no_keys_or_others_is_refused_and_evaluation_needs_none(demo):
+    model, ids = wrapped(demo, dropout=0.1), torch.arange(110, 130)[None]
+    assert not model.training and torch.equal(model.logits(ids), model.logits(ids))                 # as it was loaded
+    model.train()
+    with pytest.raises(ValueError, match=r"an adapter saw 20 tokens, keys were given for none; call lora\.draw\(model, batch\.keys, seed\)"):
+        model.logits(ids)
+    draw(model, torch.arange(19, dtype=torch.int32), 0, torch.arange(3))
+    with pytest.raises(ValueError, match="an adapter saw 20 tokens, keys were given for 3 and 19"):
+        model.logits(ids)
+    model.eval().logits(ids)
