@@ -122,8 +122,8 @@ def _tiles(*sizes: tuple[int, ...], names: tuple[str, ...]) -> list[dict]:
 @tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3),
               names=("BLOCK_M", "BLOCK_O", "BLOCK_I")),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
-       fits=lambda BLOCK_M, BLOCK_O, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
-           _room(BLOCK_M * ((BLOCK_O + BLOCK_R) * (1 + GEGLU) + 2 * BLOCK_I * (1 + GEGLU) * DROPOUT), **more))
+       fits=lambda BLOCK_M, BLOCK_O, BLOCK_R, GEGLU, DROPOUT, **more:
+           _room(BLOCK_M * ((BLOCK_O + BLOCK_R) * (1 + GEGLU) + 16 * (DROPOUT > GEGLU)), **more))
 @jit
 def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, least, M, M_BUCKET,
                     I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
@@ -232,7 +232,7 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M
               names=("BLOCK_M", "BLOCK_I", "BLOCK_O")),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
        fits=lambda BLOCK_M, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
-           _room(BLOCK_M * (BLOCK_I * (1 + GEGLU + 4 * DROPOUT) + BLOCK_R), **more))
+           _room(BLOCK_M * (BLOCK_I * (1 + GEGLU + DROPOUT) + BLOCK_R), **more))
 @jit
 def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features, least, M, M_BUCKET,
                            I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
@@ -286,13 +286,16 @@ def _token_sum_kernel(wide, narrow, partial, tokens, features, least, M, M_BUCKE
     TILES0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     TILES1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
     N: tl.constexpr = N0 + N1 + N2
-    part, first, size, tile = _part_of(tl.program_id(0), TILES0, TILES1, N0, N1, N2)
+    if N1 == 0:
+        part, first, size, tile = 0, 0, N0, tl.program_id(0)
+    else:
+        part, first, size, tile = _part_of(tl.program_id(0), TILES0, TILES1, N0, N1, N2)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     places = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.program_id(1).to(tl.int64) * rows_a_split
     count = (tl.minimum(M - start, rows_a_split)).to(tl.int32)
     rows = tl.arange(0, BLOCK_M)
-    wide_tiles = wide + first + start * N + rows[:, None] * N + columns[None, :]
+    wide_tiles = (wide + start * N) + (rows[:, None] * N + (first + columns)[None, :])
     narrow_tiles = narrow + start * NARROW + rows[:, None] * NARROW + (part * C + places)[None, :]
     sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if DROPOUT:

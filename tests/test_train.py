@@ -52,7 +52,7 @@ def wait_for_step(process, step):
 
 
 FULL = ("--full",)
-LORA = ("--lora-rank", 4, "--lora-dropout", 0.1)
+LORA = ("--lora-rank", 4, "--lora-dropout", 0.3)
 
 
 # What a run writes
@@ -120,11 +120,11 @@ def test_preview_shows_the_trained_tokens_in_green(demo, tmp_path, capsys):
 # The gradient is the global batch's
 
 
-@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
 def test_losses_do_not_depend_on_how_a_step_is_cut_into_forward_passes(demo, tmp_path, mode):
     run(demo, tmp_path / "whole", *mode, "--steps", 6, "--micro-tokens", 100_000)
     run(demo, tmp_path / "cut", *mode, "--steps", 6, "--micro-tokens", 200)
-    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4 if mode == FULL else 1e-5)
 
 
 def test_a_step_can_be_sized_in_tokens(demo, tmp_path):
@@ -134,12 +134,23 @@ def test_a_step_can_be_sized_in_tokens(demo, tmp_path):
     assert all(600 < record["tokens"] <= 1000 for record in log(tmp_path / "run") if "loss" in record)
 
 
-@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
 def test_two_processes_give_the_losses_of_one(demo, tmp_path, mode):
     run(demo, tmp_path / "one", *mode, "--steps", 5, "--micro-tokens", 200)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
                     *flags(demo, tmp_path / "two", *mode, "--steps", 5, "--micro-tokens", 200)], check=True, capture_output=True, timeout=300)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4 if mode == FULL else 1e-5)
+
+
+def test_dropout_is_drawn_anew_each_step_and_makes_a_difference_to_the_losses(demo, tmp_path, monkeypatch):
+    seeds, usual = [], train.draw
+    monkeypatch.setattr(train, "draw", lambda model, keys, seed: (seeds.append(seed) if model.training else None, usual(model, keys, seed)))
+    for name, more in (("with", ()), ("without", ("--lora-dropout", 0)), ("other", ("--seed", 1))):
+        run(demo, tmp_path / name, *LORA, "--steps", 3, "--micro-tokens", 300, *more)
+    assert len(seeds) > 9 and len(set(seeds)) == 6                      # the passes of a step have one; the second run has the first one's
+    once, never = losses(tmp_path / "with"), losses(tmp_path / "without")
+    assert once[0] == pytest.approx(never[0], rel=1e-6)                 # B starts at zero: the first loss sees no adapter
+    assert once[1:] != pytest.approx(never[1:], rel=1e-4)               # far more than the losses above may differ
 
 
 # Broken and resumed
@@ -307,7 +318,7 @@ def test_every_flag_has_a_help_text():
 # Beginnings that rows share
 
 
-@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+@pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
 def test_a_shared_beginning_is_computed_once_to_the_same_losses_and_gradients(demo, tmp_path, mode):
     """Rows with one set of tools, some of them longer than the window; several forward passes a step."""
     rows = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()][:40]
@@ -318,7 +329,7 @@ def test_a_shared_beginning_is_computed_once_to_the_same_losses_and_gradients(de
     once, each = log(tmp_path / "once"), log(tmp_path / "each")
     for a, b in zip(once, each, strict=True):
         for key in ("loss", "grad_norm", "eval_loss"):
-            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-4)
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-5 if mode == LORA and key == "loss" else 1e-4)
         if "loss" in a:
             assert a["tokens"] == b["tokens"] == b["computed_tokens"] > 2 * a["computed_tokens"]
 
@@ -339,19 +350,11 @@ def test_on_a_cpu_the_program_starts_again_with_memory_it_keeps(demo, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no CUDA device")
-@pytest.mark.parametrize("flags", [(), ("--lora-targets", "q_proj,up_proj", "--lora-rank", 3)], ids=["all", "some"])
+@pytest.mark.parametrize("flags", [LORA, ("--lora-targets", "q_proj,up_proj", "--lora-rank", 3)], ids=["all", "some"])
 def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_path, flags):
     for kernels in ("torch", "triton"):
         run(demo, tmp_path / kernels, *flags, "--steps", 4, "--batch-rows", 2, "--kernels", kernels)
-    assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "torch"), rel=1e-4)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no CUDA device")
-def test_the_kernels_dropout_is_drawn_anew_each_step_and_alike_in_each_run(demo, tmp_path):
-    for name, dropout in (("once", 0.5), ("again", 0.5), ("never", 0)):
-        run(demo, tmp_path / name, "--steps", 2, "--batch-rows", 1, "--lora-dropout", dropout, "--kernels", "triton")
-    once, again, never = (losses(tmp_path / name) for name in ("once", "again", "never"))
-    assert once == again and once[0] == never[0] and once[1] != never[1]           # B starts at zero: the first loss sees no adapter
+    assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "torch"), rel=1e-5)
 
 
 def test_kernels_that_cannot_run_here_are_refused_with_the_remedy(demo, tmp_path, monkeypatch):
