@@ -475,9 +475,15 @@ class Batch:
     trained_tokens: int
     sources: tuple[str, ...]
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(tokens, targets) on the device; positions and documents stay on the CPU, where borders are read."""
-        return self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.positions, self.documents
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(tokens, positions, documents, rows, targets): the rows that carry loss (M), and their targets (M).
+
+        Positions and documents stay on the CPU, where borders are read; nothing waits for the device.
+        """
+        rows = (self.targets != IGNORE).nonzero().squeeze(1)
+        tokens, rows, targets = (tensor.pin_memory() if device.type == "cuda" else tensor for tensor in (self.tokens, rows, self.targets[rows]))
+        return (tokens.to(device, non_blocking=True), self.positions, self.documents, rows.to(device, non_blocking=True),
+                targets.to(device, non_blocking=True))
 
 
 def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:

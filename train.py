@@ -410,8 +410,8 @@ def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) 
 
 def loss_sum(model: Gemma3, batch: data.Batch) -> torch.Tensor:
     """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device."""
-    tokens, targets, positions, documents = batch.to(model.head.device)
-    return linear_cross_entropy(model(tokens, positions, documents), model.head, targets)
+    *inputs, targets = batch.to(model.head.device)
+    return linear_cross_entropy(model(*inputs), model.head, targets, every_row=True)
 
 
 def hash_seed(*numbers: int) -> int:
