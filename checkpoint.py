@@ -6,10 +6,14 @@ written appears whole or not at all: it is written under a temporary name, flush
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data import is_hub_name
+from gradients import like, whole
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
@@ -156,10 +162,10 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
 
 
 def decoding_copy(model: Gemma3) -> Gemma3:
-    """A model without adapters, its fp32 masters rounded to what it computes in once and not at every token."""
+    """A model without adapters, its fp32 masters rounded to what it computes in once and not at every token; of shards the whole."""
     with torch.device("meta"):
         copy = Gemma3(model.config, model.compute_dtype)
-    copy.load_state_dict({name: tensor.detach().to(model.compute_dtype) for name, tensor in model.state_dict().items()}, assign=True)
+    copy.load_state_dict({name: whole(tensor.detach()).to(model.compute_dtype) for name, tensor in model.state_dict().items()}, assign=True)
     return copy.eval()
 
 
@@ -274,23 +280,79 @@ def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", devi
 # Runs
 
 
-def save_run(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Write checkpoints/step-NNNNNN with all that a resumed run needs, then remove the older ones.
+class RunFolder:
+    """A run's folder, held by one program at a time, and its checkpoints, written in a thread of their own.
 
-    What is trained and the optimizer's moments go to safetensors files, `state` (JSON values) to state.json.
+    Each checkpoint is a folder checkpoints/step-NNNNNN: what is trained and the optimizer's moments as safetensors, and
+    state.json with the sizes and SHA-256 of both. The newest `keep` stay.
     """
-    path = folder / "checkpoints" / f"step-{step:06d}"
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        """Raises ValueError where another program holds the folder, OSError where it cannot be written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.keep = folder, keep
+        self.lock = (folder / ".lock").open("a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # the system lets go of it when this process ends
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise ValueError(f"{folder} is being written by another run (process {self.lock.read().strip() or 'unknown'}); wait for it, "
+                             "stop it, or choose another --out") from None
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} on {platform.node()}")
+        self.lock.flush()
+        remove_leftovers(folder)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future | None = None
+
+    def save(self, step: int, trained: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
+        """Copy what `snapshot` gave and return; the writing goes on beside the training.  Raises what the last one met."""
+        self.wait()
+        tensors = [{name: tensor.detach().to("cpu", copy=True) for name, tensor in some.items()} for some in (trained, moments)]
+        self.writing = self.thread.submit(self._write, step, *tensors, state)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk.  Raises OSError, naming the file and what is left, if it is not."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Finish what is being written and let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
+            self.lock.close()
+
+    def _write(self, step: int, trained: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
+        path = self.folder / "checkpoints" / f"step-{step:06d}"
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            with whole_folder(path) as temporary:
+                for name, tensors in ((TRAINED, trained), (MOMENTS, moments)):
+                    _write_tensors(temporary / name, tensors)
+                write_json(temporary / "state.json", {"step": step, **state, "files": {name: _fingerprint(temporary / name)
+                                                                                       for name in (TRAINED, MOMENTS)}})
+        except (OSError, SafetensorError) as error:
+            left = [path.name for path in find_checkpoints(self.folder)[-1:]]
+            raise OSError(f"{path}: the checkpoint could not be written ({error}); whole before it: {', '.join(left) or 'none'}; "
+                          "make room or mend the folder, then go on with --resume") from None
+        for older in find_checkpoints(self.folder)[:-self.keep]:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def _fingerprint(file: Path) -> dict:
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is trained, and the optimizer's moments, by name.  Where they are sharded, all processes must ask."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moments = {f"{key}.{name}": optimizer.state[p][key] for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")
+    moments = {f"{key}.{name}": whole(optimizer.state[p][key]) for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")
                if p in optimizer.state}
-    shutil.rmtree(path, ignore_errors=True)
-    with whole_folder(path) as temporary:
-        _write_tensors(temporary / "trained.safetensors", trained)
-        _write_tensors(temporary / "optimizer.safetensors", moments)
-        write_json(temporary / "state.json", {"step": step, **state})
-    for older in find_checkpoints(folder)[:-1]:
-        shutil.rmtree(older, ignore_errors=True)
-    return path
+    return {name: whole(p) for name, p in trained.items()}, moments
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -299,21 +361,49 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def load_last(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None] = print) -> dict | None:
+    """The newest undamaged checkpoint into model and optimizer; returns its state, or None where a run has none yet.
+
+    A damaged one is left where it is and said so. Raises ValueError where all are damaged.
+    """
+    found = find_checkpoints(folder)
+    for path in reversed(found):
+        try:
+            verify(path)
+        except ValueError as error:
+            say(f"resume {error}")
+            continue
+        return load_run(path, model, optimizer)
+    if found:
+        raise ValueError(f"{folder}: none of its {len(found)} checkpoints is whole; start anew with --overwrite, or with another --out")
+    return None
+
+
+def verify(path: Path) -> None:
+    """Raises ValueError for a checkpoint whose files are not those that were written."""
+    try:
+        files = read_json(path / "state.json").get("files", {})
+        wrong = [name for name, print_ in files.items() if _fingerprint(path / name) != print_]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if wrong:
+        raise ValueError(f"{path} is damaged: {' and '.join(wrong)} changed after it was written")
+
+
 @torch.no_grad()
 def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Put a checkpoint back into model and optimizer, in place; returns the state that `save_run` was given."""
+    """Put a checkpoint back into model and optimizer, in place; returns its state: `step`, and what `save` was given."""
     state = read_json(path / "state.json")
-    tensors, moments = _read_tensors(path / "trained.safetensors"), _read_tensors(path / "optimizer.safetensors")
+    state.pop("files", None)
+    tensors, moments = _read_tensors(path / TRAINED), _read_tensors(path / MOMENTS)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
-        parameter.copy_(tensors.pop(name))
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(state["step"]), device=parameter.device),
-            "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
-            "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device)}
+        parameter.copy_(like(parameter, tensors.pop(name)))
+        optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device),
+                                      **{key: like(parameter, moments[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}}
     if tensors:
         raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
     return state

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import heapq
 import itertools
 import json
 import re
@@ -23,6 +24,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -430,6 +432,10 @@ class Example:
         """Positions that the model computes: the last id is only ever a target."""
         return len(self.ids) - 1
 
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.trained[1:].sum())
+
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Example:
     ids, trained = tokenizer.encode_segments(conversation.segments())
@@ -477,14 +483,68 @@ class Batch:
     trained_tokens: int
     sources: tuple[str, ...]
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(tokens, targets) on the device; positions and documents stay on the CPU, where borders are read."""
-        return self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), self.positions, self.documents
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(tokens, positions, documents, rows, targets): the rows that carry loss (M), and their targets (M).
+
+        Positions and documents stay on the CPU, where borders are read; nothing waits for the device.
+        """
+        rows = (self.targets != IGNORE).nonzero().squeeze(1)
+        tokens, rows, targets = ((tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+                                 for tensor in (self.tokens, rows, self.targets[rows]))
+        return tokens, self.positions, self.documents, rows, targets
+
+
+# A token without loss: what a process computes that has to go along with others and has no batch left.
+IDLE = Batch(*(torch.full((1,), value) for value in (0, IGNORE, 0, 0)), torch.zeros(1, dtype=torch.int32), 0, ())
 
 
 def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """positions and documents, (Σ lengths) each, of documents of these lengths one after another."""
     return torch.cat([torch.arange(n) for n in lengths]), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+# Rows, and how many tokens they begin with alike; those tokens are computed once where the rows stay together.
+Group = tuple[int, list[Example]]
+
+
+def deal(examples: Sequence[Example], processes: int, share: bool = True) -> list[list[Group]]:
+    """The groups of rows that each of so many processes computes, so that the most that one has to compute is little.
+
+    share: whether a beginning that rows have in common is computed once. A group that is large beside a process's share of the
+    tokens is cut, and its beginning computed in each piece; of several sizes of pieces the one with the best deal is taken.
+    """
+    groups = shared_beginnings(examples) if share else [(0, [example]) for example in examples]
+    if processes == 1:
+        return [groups]
+    whole, deals = sum(map(tokens_of, groups)), []
+    for pieces in (1, 2, 4, sys.maxsize):
+        cut = [piece for group in groups for piece in _cut(group, whole / processes / pieces)]
+        shares: list[list[Group]] = [[] for _ in range(processes)]
+        load = [(0, process) for process in range(processes)]
+        for piece in sorted(cut, key=tokens_of, reverse=True):              # the largest first, each to whoever has least
+            tokens, process = heapq.heappop(load)
+            shares[process].append(piece)
+            heapq.heappush(load, (tokens + tokens_of(piece), process))
+        deals.append((max(load)[0], shares))
+    return min(deals, key=lambda deal: deal[0])[1]
+
+
+def tokens_of(group: Group) -> int:
+    """Tokens to compute for a group."""
+    shared, examples = group
+    return shared + sum(len(example) - shared for example in examples)
+
+
+def _cut(group: Group, most: float) -> Iterator[Group]:
+    """The group in pieces of at most so many tokens, as far as a piece can be so small."""
+    shared, examples = group
+    first, tokens = 0, shared
+    for i, example in enumerate(examples):
+        tokens += len(example) - shared
+        if i > first and tokens > most:
+            yield (shared if i > first + 1 else 0), examples[first:i]
+            first, tokens = i, len(example)
+    yield (shared if len(examples) > first + 1 else 0), examples[first:]
 
 
 def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> list[Batch]:
@@ -493,10 +553,15 @@ def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> li
     No example is cut: one that is longer than `max_tokens` gets a batch of its own. share: compute a beginning that rows of
     a batch have in common once; losses and gradients are the same.
     """
+    return pack_groups(deal(examples, 1, share)[0], max_tokens)
+
+
+def pack_groups(groups: Iterable[Group], max_tokens: int) -> list[Batch]:
+    """As `pack`, of groups that were found before."""
     batches: list[list[tuple[Example, int, int]]] = []           # of each batch: (example, its tokens from, to)
     room = 0
-    for shared, group in shared_beginnings(examples) if share else ((0, [example]) for example in examples):
-        whole = shared + sum(len(example) - shared for example in group)
+    for shared, group in groups:
+        whole = tokens_of((shared, group))
         begun = False
         for example in group:
             own = len(example) - shared
@@ -531,7 +596,7 @@ def prefix_keys(ids: np.ndarray) -> np.ndarray:
     return (np.cumsum((ids.astype(np.uint64) + 1) * powers) >> 32).astype(np.uint32).view(np.int32)
 
 
-def shared_beginnings(examples: Sequence[Example]) -> list[tuple[int, list[Example]]]:
+def shared_beginnings(examples: Sequence[Example]) -> list[Group]:
     """(tokens that a group's examples begin with alike, the group), so that few tokens are left to compute.
 
     A beginning ends before the token that predicts its row's first trained one, so that every loss is its own row's. A row
@@ -565,6 +630,16 @@ def _begin_alike(a: Example, b: Example) -> int:
     differ = a.ids[:most] != b.ids[:most] if most > 0 else np.array([True])
     alike = int(differ.argmax()) if differ.any() else most
     return alike if alike >= SHORTEST_BEGINNING else 0
+
+
+def ahead(items: Iterator) -> Iterator:
+    """The same items, the next one always made in a thread of its own while one is in use."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import checkpoint
 import data
@@ -228,12 +229,14 @@ def right_arguments(parameters: dict[str, list], given: dict, functions: dict[st
 
 
 def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], *, max_new_tokens: int | None = None,
-             batch_rows: int = 16, say: Callable[[str], None] = lambda _: None) -> dict:
+             batch_rows: int = 16, say: Callable[[str], None] = lambda _: None, processes: tuple[int, int] = (0, 1)) -> dict:
     """Answer the first query of every row greedily, and compare; returns what `--json` writes.
 
     max_new_tokens: of an answer; by default twice as many as the row wants, and 64 at least: a longer one is wrong. say:
-    hears of the progress. Fractions are of 1; `answers` has an entry for each row, in order.
+    hears of the progress. processes: (rank, number) of those that share the rows; each gets the whole result. Fractions are
+    of 1; `answers` has an entry for each row, in order.
     """
+    rank, world = processes
     examples = [data.tokenize(row, tokenizer) for row in rows]
     prompts = [example.ids[:example.trained.argmax()].tolist() for example in examples]      # all before the first token to be produced
     limits = [max_new_tokens or max(64, 2 * int(example.trained.sum())) for example in examples]
@@ -241,7 +244,9 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
     scores: dict[int, Score] = {}
     generated, cut = 0, 0
     began = told = time.perf_counter()
-    for i, ids in stream(model, prompts, limits, batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
+    own = range(rank, len(rows), world)
+    for n, ids in stream(model, prompts[rank::world], limits[rank::world], batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
+        i = own[n]
         text, row = tokenizer.decode(ids), rows[i]
         calls = parse_calls(text)
         scores[i] = score(row.accepted or [accepted_values(call) for call in row.calls], calls, row.tools, calls.unread)
@@ -253,10 +258,18 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
         generated, cut = generated + len(ids), cut + (ids[-1] not in STOP_IDS)
         if time.perf_counter() - told > 10:
             told = time.perf_counter()
-            say(f"{len(scores)}/{len(rows)} answered | {sum(s.exact for s in scores.values()) / len(scores):.1%} exact | "
+            say(f"{len(scores)}/{len(own)} answered | {sum(s.exact for s in scores.values()) / len(scores):.1%} exact | "
                 f"{generated / (told - began):.0f} tok/s")
+    if world > 1:
+        parts: list = [None] * world
+        dist.all_gather_object(parts, ({i: answers[i] for i in own}, scores, generated, cut))
+        generated, cut = sum(part[2] for part in parts), sum(part[3] for part in parts)
+        for its_answers, its_scores, *_ in parts:
+            scores |= its_scores
+            for i, answer in its_answers.items():
+                answers[i] = answer
     seconds = time.perf_counter() - began
-    result = summary(list(scores.values()))
+    result = summary([scores[i] for i in range(len(rows))])
     of_file: dict[str, list[Score]] = {}
     for i, row in enumerate(rows):
         of_file.setdefault(row.source.rpartition(":")[0], []).append(scores[i])

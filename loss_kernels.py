@@ -207,11 +207,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 # The public function
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool | None = None) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool | None = None, every_row: bool = False) -> Tensor:
     """Cross-entropy of the next token, summed over the rows that carry loss, in nats.
 
     hidden (T, D); weight (V, D), the tied embedding; targets (T) int64, `IGNORE` where there is no loss. by_triton: whether
-    kernels compute it (default: on a CUDA device). Returns an fp32 scalar, 0 where no row carries loss.
+    kernels compute it (default: on a CUDA device). every_row: that each row carries loss is known; finding those that do makes
+    the host wait for the device. Returns an fp32 scalar, 0 where no row carries loss.
     """
     takes = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.is_contiguous()
     if by_triton is None:
@@ -219,7 +220,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_tri
     if by_triton and not takes:
         raise ValueError(f"linear cross-entropy by kernels takes fp32, bf16, fp16 and a contiguous weight; got {hidden.dtype}, strides "
                          f"{weight.stride()}")
-    rows = (targets != IGNORE).nonzero().squeeze(1)
+    if not every_row:
+        rows = (targets != IGNORE).nonzero().squeeze(1)
+        hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     if not torch.is_grad_enabled():          # or the forward pass would work out a gradient that nobody takes
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden.index_select(0, rows), weight, targets.index_select(0, rows), by_triton)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, by_triton)

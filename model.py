@@ -22,6 +22,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import attention, plan
 from geglu_kernels import geglu
@@ -114,6 +115,10 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, factor: float, d
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def select(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
 # What a layer asks for its attention: (q (T, N, H), k (T, K, H), v (T, K, H), scale of the scores) -> (T, N, H).
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -151,11 +156,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(N * H, D)
         self.q_norm, self.k_norm = RMSNorm(H, config.rms_norm_eps), RMSNorm(H, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
         T = len(x)
         q, k, v = (part.view(T, -1, self.head_dim) for part in self.project(x))
         q, k = self.q_norm(q, rope=rope), self.k_norm(k, rope=rope)             # (T, N, H), (T, K, H)
-        return self.o_proj(attend(q, k, v, self.scale).reshape(T, -1))
+        return self.o_proj(select(attend(q, k, v, self.scale).reshape(T, -1), rows))
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q (T, N·H), k and v (T, K·H): in one place, for they share x."""
@@ -182,8 +187,9 @@ class Block(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, attend), residual=x)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """x (T, D) → (T, D), or those of its tokens that `rows` names: after attention a token stands alone."""
+        x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, attend, rows), residual=select(x, rows))
         return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), residual=x)
 
 
@@ -193,6 +199,7 @@ class Gemma3(nn.Module):
     def __init__(self, config: GemmaConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.checkpoint_activations = False     # keep only what enters each layer, and compute the layer again in the backward pass
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -203,32 +210,36 @@ class Gemma3(nn.Module):
         """The last projection, tied to the embedding: (V, D), in the dtype it is kept in."""
         return self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
-        """Hidden states after the last norm.
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm, of all tokens or of those that `rows` names.
 
         tokens (T) int64; documents (T), one value for each document, its tokens side by side; positions (T), each document
         counting from 0. A document that counts from n > 0 continues the first n tokens of the last one that counts from 0,
         and is computed as if it held them. Positions and documents that are kept on the CPU cost no device
-        synchronisation. Returns (T, D) in `compute_dtype`.
+        synchronisation. rows (M) int64, each once. Returns (T, D), or (M, D), in `compute_dtype`.
         """
         lengths = torch.unique_consecutive(documents, return_counts=True)[1]
         starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
         plans = {window: plan(lengths.tolist(), window, self.compute_dtype, tokens.device, self.config.heads, starts)
                  for window in set(self.config.windows)}
         return self.run(tokens, positions.to(tokens.device, non_blocking=True),
-                        [partial(attention, plan=plans[window]) for window in self.config.windows])
+                        [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
 
-    def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend]) -> Tensor:
+    def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend], rows: Tensor | None = None) -> Tensor:
         """The same with each layer's attention given: training packs documents, decoding keeps keys and values.
 
-        tokens and positions (T); attend: one for each layer. Returns (T, D) in `compute_dtype`.
+        tokens and positions (T); attend: one for each layer. The last layer goes on with `rows` alone after its attention,
+        for nothing looks at the others any more. Returns (T, D) or (M, D) in `compute_dtype`.
         """
         config, dtype = self.config, self.compute_dtype
         x = F.embedding(tokens, self.head).to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
         ropes = {"sliding_attention": rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype),
                  "full_attention": rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype)}
+        again = partial(checkpoint, use_reentrant=False) if self.checkpoint_activations and torch.is_grad_enabled() else None
+        last = self.model.layers[-1]
         for block, kind, attend_layer in zip(self.model.layers, config.layer_types, attend, strict=True):
-            x = block(x, ropes[kind], attend_layer)
+            inputs = x, ropes[kind], attend_layer, rows if block is last else None
+            x = again(block, *inputs) if again else block(*inputs)
         return self.model.norm(x)
 
     def logits(self, ids: Tensor) -> Tensor:

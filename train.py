@@ -10,6 +10,7 @@ loss over all its trained tokens, however many rows, batches and processes share
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,6 +36,7 @@ import checkpoint
 import data
 import report
 from evaluate import evaluate, table
+from gradients import Sharded, Summed, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
@@ -72,6 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-tokens", type=int, default=None, help="tokens in one forward pass; a larger step accumulates "
         "(default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
 
+    add("--checkpoint-activations", action="store_true", help="keep only what enters each layer and compute the layer again in the "
+        "backward pass: half the memory, a quarter more time")
     add("--share-beginnings", action=argparse.BooleanOptionalAction, default=True, help="compute a beginning that rows of a step have in "
         "common, such as the same tools, once for all of them (changes speed, not the result)")
 
@@ -95,17 +100,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-targets", default=",".join(TARGETS), metavar="A,B,…", help="linears that get an adapter")
     add("--rslora", action="store_true", help="scale by alpha / √rank instead")
 
-    add = parser.add_argument_group("machine").add_argument
+    add = parser.add_argument_group("machine (several processes: torchrun --nproc-per-node N train.py …)").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in")
     add("--kernels", choices=("auto", "triton", "torch"), default="auto", help="who computes the adapters' linears: Triton's "
         "kernels, PyTorch, or whichever is faster on this GPU, timed at the start (on a CPU PyTorch)")
+
+    add("--shard", action="store_true", help="with --full on several processes: keep parameters, gradients and moments in shards (FSDP2)")
+    add("--profile", type=int, default=0, metavar="N", help="write a trace of steps 3 to N + 2 to OUT/trace.json (for chrome://tracing or "
+        "ui.perfetto.dev) and print the ten kernels that took longest")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/last", help="the run's folder")
     add("--overwrite", action="store_true", help="start anew where --out holds an earlier run")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out; the losses are those of an unbroken run")
     add("--save-every", type=int, default=100, help="steps between checkpoints; 0 saves at the end alone")
+    add("--keep", type=int, default=2, metavar="N", help="checkpoints to keep, the newest ones")
     add("--eval-every", type=int, default=100, help="steps between held-out losses; 0 takes them at the start and the end alone")
     add("--log-every", type=int, default=1, help="steps between lines on the console; log.jsonl has every step")
     add("--eval-calls", type=int, default=50, metavar="N", help="with each held-out loss, answer N held-out queries and count the right "
@@ -119,8 +129,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.steps is None and args.epochs is None:
         args.epochs = 1.0
     for name, least in (("steps", 0), ("batch_rows", 1), ("batch_tokens", 1), ("micro_tokens", 1), ("max_tokens", 2), ("preview", 0),
-                        ("eval_rows", 0), ("eval_every", 0), ("eval_calls", 0), ("save_every", 0), ("log_every", 0), ("warmup_steps", 0),
-                        ("seed", 0), ("clip", 0), ("weight_decay", 0), ("min_lr", 0), ("eval_fraction", 0)):
+                        ("eval_rows", 0), ("eval_every", 0), ("eval_calls", 0), ("save_every", 0), ("log_every", 0), ("keep", 1),
+                        ("profile", 0), ("warmup_steps", 0), ("seed", 0), ("clip", 0), ("weight_decay", 0), ("min_lr", 0),
+                        ("eval_fraction", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if args.epochs is not None and args.epochs <= 0:
@@ -131,6 +142,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
     if args.full and args.kernels == "triton":
         parser.error("--kernels is about adapters' linears, and --full has none")
+    if args.shard and not (args.full and int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error("--shard divides all that --full trains among several processes: use it with --full, under torchrun")
     if args.batch_tokens:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
@@ -139,14 +152,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Flags that may differ between a run and its resumption; all others decide the losses.
-FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm"}
+FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm", "keep",
+              "profile", "shard", "checkpoint_activations", "micro_tokens", "share_beginnings"}
 
 
 def main(args: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as closing:
+        return run(args, closing)
+
+
+def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
     if world > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))     # rank 0 alone answers queries
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=30))
     if args.device == "cuda":
         torch.cuda.set_device(device)
     say = print if rank == 0 else lambda *_, **__: None
@@ -166,19 +185,12 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
     lengths = [len(example) for example in train]
 
-    def pack(examples: list[data.Example]) -> list[data.Batch]:
-        """Batches of at most --micro-tokens, and so small that as many processes as possible get one."""
-        if world == 1:
-            return data.pack(examples, args.micro_tokens, args.share_beginnings)
-        whole = sum(len(batch.tokens) for batch in data.pack(examples, sys.maxsize, args.share_beginnings))
-        size = math.ceil(whole / world)
-        while True:
-            batches = data.pack(examples, min(size, args.micro_tokens), args.share_beginnings)
-            if len(batches) <= world or size >= args.micro_tokens:
-                return batches
-            size = math.ceil(1.25 * size)
+    def pack(examples: list[data.Example]) -> tuple[list[data.Batch], int]:
+        """This process's batches of the examples, and the tokens that all processes compute for them."""
+        groups = data.deal(examples, world, args.share_beginnings)
+        return data.pack_groups(groups[rank], args.micro_tokens), sum(map(data.tokens_of, itertools.chain(*groups)))
 
-    held_out = pack(eval_examples)
+    held_out, _ = pack(eval_examples)
 
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -186,12 +198,14 @@ def main(args: argparse.Namespace) -> int:
     if not args.full:
         lora = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets.split(",")), args.rslora)
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
+    model.checkpoint_activations = args.checkpoint_activations
+    size, trained_size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False))
+    gradients = Sharded(model) if args.shard else Summed(model, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs}
     total = args.steps if args.epochs is None else sum(1 for _ in itertools.islice(data.steps(lengths, **plan), args.steps))
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
-    size, trained_size = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), parameters))
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
         f"{args.dtype} on {checkpoint.device_name(device)}")
     chosen: list[str] = []
@@ -200,41 +214,53 @@ def main(args: argparse.Namespace) -> int:
         if on_gpu:
             say("kernels are compiled and timed; a first start takes a minute or two", flush=True)
         first, _ = next(data.steps(lengths, args.seed, batch_rows=args.batch_rows, batch_tokens=args.batch_tokens))
-        chosen = choose_kernels(model, args.kernels, max(len(batch.tokens) for batch in pack([train[row] for row in first])))
+        sizes = [len(batch.tokens) for batch in pack([train[row] for row in first])[0]]
+        chosen = choose_kernels(model, args.kernels, max(sizes, default=1))
         for line in chosen:
             say(f"kernels {line}")
         if on_gpu:
             say(f"kernels ready after {time.perf_counter() - began:.1f} s; kept on disk for the next start")
             torch.cuda.reset_peak_memory_stats()
 
-    # A new run, or an old one from its last checkpoint.
+    # A new run, or an old one from its last checkpoint. When a process dies, torchrun starts all of them anew with the same flags.
     state = {"position": 0, "best_loss": None}
-    step = 0
-    found = checkpoint.find_checkpoints(out)
+    step, log, folder = 0, None, None
+    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS} | {"rows": len(train), "row_tokens": sum(lengths)}
-    if args.resume and found:
+    if args.steps != 0 and rank == 0:
+        folder = checkpoint.RunFolder(out, args.keep)
+        closing.callback(folder.close)
+    found = checkpoint.find_checkpoints(out)
+    if resume and found:
         check_same_run(out, flags)
-        state = checkpoint.load_run(found[-1], model, optimizer)
+        state = checkpoint.load_last(out, model, optimizer, say)
         step = state.pop("step")
-        say(f"resume {found[-1]} at step {step}")
-    elif rank == 0 and args.steps != 0 and (found or (out / "log.jsonl").exists()) and not (args.overwrite or args.resume):
+        say(f"resume {out} at step {step}")
+    elif rank == 0 and args.steps != 0 and (found or (out / "log.jsonl").exists()) and not (args.overwrite or resume):
         raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
-    log = None
-    if rank == 0 and args.steps != 0:
-        log = open_log(out, step, flags, device, chosen)
+    if folder:
+        log = closing.enter_context(open_log(out, step, flags, device, {"kernels": chosen, "processes": world}))
+
+    def passes(batches: list[data.Batch]) -> list[data.Batch]:
+        """The batches, and with --shard so many idle ones that all processes go through the layers together."""
+        if not args.shard:
+            return batches
+        most = torch.tensor(len(batches), device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return batches + [data.IDLE] * (int(most) - len(batches))
 
     def held_out_loss() -> float | None:
         """Mean nats a trained token over the held-out rows, shared among the processes."""
-        if not held_out:
+        if not eval_examples:
             return None
         with torch.no_grad():
             model.eval()
             nats = torch.zeros((), device=device)
-            for batch in held_out[rank::world]:
+            for batch in passes(held_out):
                 nats += loss_sum(model, batch)
         if world > 1:
             dist.all_reduce(nats)
-        return nats.item() / sum(batch.trained_tokens for batch in held_out)
+        return nats.item() / sum(example.trained_tokens for example in eval_examples)
 
     def evaluate_and_keep_best() -> None:
         loss = held_out_loss()
@@ -244,19 +270,28 @@ def main(args: argparse.Namespace) -> int:
         write(log, {"step": step, "eval_loss": loss})
         if step and (state["best_loss"] is None or loss < state["best_loss"]):
             state["best_loss"] = loss
-            if rank == 0:
-                save_result(model, args, model_folder, out)
+            keep_result()
+
+    def keep_result() -> None:
+        """The run's result, for other tools to load: out/adapter in PEFT's layout, or out/model in the published one."""
+        result = checkpoint.decoding_copy(model) if args.shard else model
+        if rank == 0 and args.full:
+            checkpoint.save_model(result, model_folder, out / "model")
+        elif rank == 0:
+            checkpoint.save_adapter(result, args.model, out / "adapter")
 
     def count_calls(model: Gemma3) -> None:
         """Let the model call: figures to the log, every answer to out/calls/step-N.json."""
-        if not (args.eval_calls and eval_rows and rank == 0):
+        if not (args.eval_calls and eval_rows):
             return
-        result = evaluate(checkpoint.decoding_copy(model) if args.full else model.eval(), tokenizer, eval_rows[:args.eval_calls])
+        tuned = checkpoint.decoding_copy(model) if args.full else model.eval()
+        result = evaluate(tuned, tokenizer, eval_rows[:args.eval_calls], processes=(rank, world))
         say(f"step {step:5d}/{total} | exact match {result['exact_match']:.1%} | AST match {result['ast_match']:.1%} of {result['rows']} "
             "held-out queries", flush=True)
         write(log, {"step": step, **{key: result[key] for key in ("rows", "exact_match", "ast_match", "name_accuracy", "parse_failures")}})
-        (out / "calls").mkdir(exist_ok=True)
-        checkpoint.write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
+        if rank == 0:
+            (out / "calls").mkdir(exist_ok=True)
+            checkpoint.write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
 
     if args.steps == 0:
         batch = data.pack(train[:1], args.micro_tokens)[0]
@@ -270,39 +305,43 @@ def main(args: argparse.Namespace) -> int:
 
     # Ctrl-C and SIGTERM let the step finish, save and leave; the second one leaves at once.
     stop_signal: list[int] = []
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note_signal(number: int, _) -> None:
         stop_signal.append(number)
         signal.signal(number, usual[number])
 
-    for number in usual:
-        signal.signal(number, note_signal)
+    usual = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in usual.items():
+        closing.callback(signal.signal, number, handler)
+
+    def prepared() -> Iterator[tuple]:
+        """Of each step: its rows, the position after it, and what this process is to compute."""
+        for rows, position in itertools.islice(data.steps(lengths, start=state["position"], **plan), total - step):
+            examples = [train[row] for row in rows]
+            yield rows, position, *pack(examples), sum(example.trained_tokens for example in examples)
 
     # The loop.
-    started = time.perf_counter()
-    first_step = step
-    for rows, position in data.steps(lengths, start=state["position"], **plan):
-        if step >= total:
-            break
+    profiler = closing.enter_context(profiled(args.profile, out, device)) if args.profile and rank == 0 else None
+    first_step, started = step, time.perf_counter()
+    ended, stopping = started, False
+    for rows, position, batches, computed_tokens, trained_tokens in data.ahead(prepared()):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, warmup, args)
-        batches = pack([train[row] for row in rows])
-        trained_tokens = sum(batch.trained_tokens for batch in batches)
 
         model.train()
         seed = hash_seed(args.seed, step)
-        loss = torch.zeros((), device=device)
-        for batch in batches[rank::world]:
-            share = loss_sum(model, batch, seed) / trained_tokens
-            share.backward()
-            loss += share.detach()
-        if world > 1:
-            loss = sum_over_processes(loss, parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
-        if not (math.isfinite(loss.item()) and norm <= args.max_grad_norm):       # a NaN fails both
-            raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, seed, loss.item(), norm, out))
+        nats = torch.zeros((), device=device)
+        batches = passes(batches)
+        for i, batch in enumerate(batches):
+            gradients.begin_pass(last=i == len(batches) - 1)
+            loss = loss_sum(model, batch, seed) / trained_tokens
+            loss.backward()
+            nats += loss.detach()
+        shared = gradients.finish(torch.stack([nats, torch.full_like(nats, float(bool(stop_signal)))]))
+        loss, stopping, norm = torch.stack([*shared, total_norm(parameters)]).tolist()        # all is launched: now wait for the device
+        if not (math.isfinite(loss) and norm <= args.max_grad_norm):       # a NaN fails both
+            raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, seed, loss, norm, out))
         if args.clip and norm > args.clip:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], args.clip / norm)
         optimizer.step()
@@ -310,42 +349,50 @@ def main(args: argparse.Namespace) -> int:
         step, state["position"] = step + 1, position
 
         now = time.perf_counter()
-        tokens_done = sum(lengths[row] for row in rows)
-        record = {"step": step, "loss": loss.item(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens_done,
-                  "computed_tokens": sum(len(batch.tokens) for batch in batches), "trained_tokens": trained_tokens,
-                  "seconds": now - began, "tokens_per_second": tokens_done / (now - began), "peak_gib": peak_gib(device)}
+        seconds, tokens_done = now - ended, sum(lengths[row] for row in rows)
+        tflops = sum(flops(model, batch) for batch in batches) / seconds / 1e12
+        record = {"step": step, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens_done,
+                  "computed_tokens": computed_tokens, "trained_tokens": trained_tokens, "seconds": seconds,
+                  "tokens_per_second": tokens_done / seconds, "trained_tokens_per_second": trained_tokens / seconds,
+                  "data_wait": (began - ended) / seconds, "tflops": tflops, "mfu": utilization(tflops, device),
+                  "peak_gib": peak_gib(device)}
         write(log, record)
-        stopping = any_process(bool(stop_signal), device, world)
         if step == total or stopping or (args.log_every and (step == 1 or step % args.log_every == 0)):
             say(console_line(record, total, (now - started) / (step - first_step) * (total - step)), flush=True)
         if step == total or (args.eval_every and step % args.eval_every == 0):
             evaluate_and_keep_best()
             if step < total:
                 count_calls(model)
-        if rank == 0 and (step == total or stopping or (args.save_every and step % args.save_every == 0)):
-            checkpoint.save_run(out, step, model, optimizer, state)
+        if step == total or stopping or (args.save_every and step % args.save_every == 0):
+            saved = checkpoint.snapshot(model, optimizer)                           # of shards, by all processes together
+            if folder:
+                folder.save(step, *saved, dict(state))
+        if profiler:
+            profiler.step()
+        ended = time.perf_counter()
         if stopping:
             break
 
-    for number, handler in usual.items():
-        signal.signal(number, handler)
-    if world > 1:
-        dist.destroy_process_group()
+    if folder:
+        folder.wait()
     if step < total:
         number = stop_signal[0] if stop_signal else signal.SIGTERM
         say(f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved, go on with --resume")
-        return 128 + number
-    if rank == 0 and state["best_loss"] is None:                                    # nothing held out: the last is the best
-        save_result(model, args, model_folder, out)
-    if rank == 0 and args.eval_calls and eval_rows:
-        result = (str(out), None) if args.full else (str(model_folder), str(out))    # what the user gets, not what is at hand
+        return leave(128 + number)
+    if state["best_loss"] is None:                                                  # nothing held out: the last is the best
+        keep_result()
+    if args.eval_calls and eval_rows:
+        if world > 1:
+            dist.barrier()                                                          # rank 0 has written the result
+        result = (str(out), None) if args.full else (str(model_folder), str(out))   # what the user gets, not what is at hand
         count_calls(checkpoint.load_tuned(*result, args.dtype, args.device)[0])
-        say("\n" + before_and_after(out) + "\n")
+        if rank == 0:
+            say("\n" + before_and_after(out) + "\n")
     if rank == 0:
         say(f"report {report.write(out)}")
     best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
     say(f"done   {step} steps{best}; {'model' if args.full else 'adapter'} in {out / ('model' if args.full else 'adapter')}")
-    return 0
+    return leave(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,9 +458,9 @@ def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) 
 
 def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0) -> torch.Tensor:
     """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device.  seed: of dropout, in training."""
-    draw(model, batch.keys, seed)
-    tokens, targets, positions, documents = batch.to(model.head.device)
-    return linear_cross_entropy(model(tokens, positions, documents), model.head, targets)
+    tokens, positions, documents, rows, targets = batch.to(model.head.device)
+    draw(model, batch.keys, seed, rows)
+    return linear_cross_entropy(model(tokens, positions, documents, rows), model.head, targets, every_row=True)
 
 
 def hash_seed(*numbers: int) -> int:
@@ -421,23 +468,51 @@ def hash_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def any_process(flag: bool, device: torch.device, world: int) -> bool:
-    """Whether the flag is up in any process; all of them get the same answer."""
-    if world == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags)
-    return flags.item() > 0
+# bf16 TFLOP/s of dense matrix products, as the maker states them.
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "4090": 165}
 
 
-def sum_over_processes(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """Add up gradients and loss over all processes, in one all-reduce; a process without a batch adds zeros."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([*(grad.flatten() for grad in grads), loss[None]])
-    dist.all_reduce(flat)
-    for parameter, grad in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = grad.view_as(parameter)
-    return flat[-1]
+def flops(model: Gemma3, batch: data.Batch) -> float:
+    """Floating-point operations that a batch's forward and backward pass need; what is computed twice counts once."""
+    config, tokens, rows, full = model.config, len(batch.tokens), batch.trained_tokens, model.head.requires_grad
+    D, F, N, K, H = config.hidden_size, config.intermediate_size, *config.heads
+    after_attention = D * (N * H + 3 * F)                                       # weights of o, gate, up and down
+    frozen_or_full = 2 * (3 if full else 2)                                     # forward, dX, and dW where it is wanted
+    layers = config.num_hidden_layers * tokens * (D * (N + 2 * K) * H + after_attention) - (tokens - rows) * after_attention
+    adapters = 0 if full else 6 * tokens * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seen = sum(int((batch.positions + 1).clamp(max=window or sys.maxsize).sum()) for window in config.windows)
+    return frozen_or_full * (layers + rows * config.vocab_size * D) + adapters + 12 * N * H * seen
+
+
+def utilization(tflops: float, device: torch.device) -> float | None:
+    """The share of the card's peak ("model FLOP/s utilization"); None where the peak is not known."""
+    peaks = [peak for name, peak in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)]
+    return tflops / peaks[0] if peaks else None
+
+
+def profiled(steps: int, out: Path, device: torch.device) -> torch.profiler.profile:
+    """A profiler that skips two steps, records so many, writes OUT/trace.json and prints where the time went."""
+    def write_trace(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(out / "trace.json"))
+        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
+        whole = sum(getattr(event, key) for event in events) or 1
+        print(f"profile of {steps} steps in {out / 'trace.json'}; the ten that took longest:")
+        for event in events[:10]:
+            spent = getattr(event, key)
+            print(f"  {spent / whole:6.1%} {spent / steps / 1e3:9.2f} ms a step {event.count // steps:6d} calls  {event.key[:80]}")
+
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    return torch.profiler.profile(activities=kinds, on_trace_ready=write_trace,
+                                  schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1))
+
+
+def leave(code: int) -> int:
+    """The exit code, after the other processes have come as far."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
 
 
 @torch.no_grad()
@@ -452,14 +527,6 @@ def describe_failure(model: Gemma3, examples: list[data.Example], step: int, see
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "
             f"Its worst rows: {rows}. Mend or leave out these rows, or start anew with a lower --lr; a larger --max-grad-norm lets "
             f"--resume go on from the last checkpoint in {out}")
-
-
-def save_result(model: Gemma3, args: argparse.Namespace, base: Path, out: Path) -> None:
-    """The run's result, for other tools to load: out/adapter in PEFT's layout, or out/model in the published one."""
-    if args.full:
-        checkpoint.save_model(model, base, out / "model")
-    else:
-        checkpoint.save_adapter(model, args.model, out / "adapter")
 
 
 def before_and_after(out: Path) -> str:
@@ -481,10 +548,8 @@ def check_same_run(out: Path, flags: dict) -> None:
         raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
 
 
-def open_log(out: Path, step: int, flags: dict, device: torch.device, kernels: list[str]):
+def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict):
     """out/config.json and out/log.jsonl, cut back to the records up to `step`; the first line says what ran on what."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.remove_leftovers(out)
     lines = []
     if step:
         earlier = (out / "log.jsonl").read_text(encoding="utf-8") if (out / "log.jsonl").exists() else ""
@@ -506,8 +571,7 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device, kernels: l
     except OSError:
         commit = ""
     lines.append(json.dumps({"flags": flags, "commit": commit.strip() or None, "python": platform.python_version(),
-                             "torch": torch.__version__, "device": checkpoint.device_name(device), "kernels": kernels,
-                             "resumed_at": step or None}))
+                             "torch": torch.__version__, "device": checkpoint.device_name(device), **more, "resumed_at": step or None}))
     with checkpoint.whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return (out / "log.jsonl").open("a", encoding="utf-8")
@@ -549,13 +613,28 @@ def keep_memory() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
 
 
+def fail(message: str) -> None:
+    """Leave with a line that names the rank. Where all ranks meet the same fault, rank 0 alone gets to say so: torchrun ends the others."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank:
+        time.sleep(2)
+    print(f"train.py: {f'rank {rank}: ' if world > 1 else ''}{message}", file=sys.stderr, flush=True)
+    os._exit(1) if world > 1 else sys.exit(1)            # at once: what other processes would still have to answer is not waited for
+
+
 if __name__ == "__main__":
     try:
         arguments = parse_args()
         if arguments.device == "cpu":
             keep_memory()
         sys.exit(main(arguments))
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).partition('. ')[0]}; a lower --micro-tokens or --checkpoint-activations takes less; --resume goes on with it")
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
-        sys.exit(f"train.py: {error}")
+        fail(str(error))
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "Connection closed" not in str(error) and "gloo" not in str(error):
+            raise
+        fail(f"another process is gone ({str(error).splitlines()[0]:.200}); its own message says why")
     except KeyboardInterrupt:
         sys.exit(130)

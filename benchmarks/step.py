@@ -36,7 +36,7 @@ from checkpoint import device_name  # noqa: E402
 from data import Example, pack  # noqa: E402
 from lora import TARGETS, LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
-from train import peak_gib  # noqa: E402
+from train import loss_sum, peak_gib  # noqa: E402
 
 # A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
 LADDER = {"PyTorch": ((), "torch"), "+ norms": ((norm_kernels,), "torch"), "+ attention": ((norm_kernels, attention_kernels), "torch"),
@@ -91,8 +91,7 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
 
         def step(i: int) -> torch.Tensor:
             batch = batches[i % len(batches)]
-            ids, targets, positions, documents = batch.to(device)
-            loss = loss_kernels.linear_cross_entropy(model(ids, positions, documents), model.head, targets) / batch.trained_tokens
+            loss = loss_sum(model, batch) / batch.trained_tokens
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

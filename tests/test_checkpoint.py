@@ -8,7 +8,18 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import find_checkpoints, load_adapter, load_model, load_run, save_adapter, save_run, whole_file, whole_folder
+from checkpoint import (
+    RunFolder,
+    find_checkpoints,
+    load_adapter,
+    load_last,
+    load_model,
+    load_run,
+    save_adapter,
+    snapshot,
+    whole_file,
+    whole_folder,
+)
 from lora import LoRAConfig, adapters, wrap
 
 
@@ -21,6 +32,14 @@ def trained(demo):
     model(torch.tensor([2, 105, 107]), torch.arange(3), torch.zeros(3)).square().sum().backward()
     optimizer.step()
     return model, optimizer
+
+
+def save(folder, step, trained, state, keep=2):
+    """One checkpoint, written to its end."""
+    run = RunFolder(folder, keep)
+    run.save(step, *snapshot(*trained), state)
+    run.close()
+    return find_checkpoints(folder)[-1]
 
 
 def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path):
@@ -57,19 +76,19 @@ def test_a_process_killed_while_saving_leaves_no_checkpoint_and_no_obstacle(demo
     path.mkdir()                                                     # what a kill during the removal of an old one leaves
     (path / "trained.safetensors").write_text("x")
     assert find_checkpoints(tmp_path) == []
-    save_run(tmp_path, 3, *trained, {"position": 1})
+    save(tmp_path, 3, trained, {"position": 1})
     assert find_checkpoints(tmp_path) == [path]
 
 
-def test_a_run_is_put_back_exactly_and_only_the_last_checkpoint_is_kept(demo, trained, tmp_path):
+def test_a_run_is_put_back_exactly_and_the_newest_checkpoints_are_kept(demo, trained, tmp_path):
     model, optimizer = trained
-    for step in (999_999, 1_000_000):
-        save_run(tmp_path, step, model, optimizer, {"position": 7, "best_loss": 0.5})
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-1000000"]
+    for step in (3, 999_999, 1_000_000):
+        save(tmp_path, step, trained, {"position": 7, "best_loss": 0.5})
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
     other = load_model(demo / "model", torch.float32)
     wrap(other, LoRAConfig(rank=2), torch.Generator().manual_seed(1))
     fresh = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.1, fused=True)
-    assert load_run(find_checkpoints(tmp_path)[0], other, fresh) == {"step": 1_000_000, "position": 7, "best_loss": 0.5}
+    assert load_run(find_checkpoints(tmp_path)[-1], other, fresh) == {"step": 1_000_000, "position": 7, "best_loss": 0.5}
     for (name, mine), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(mine, theirs), name
         if mine.requires_grad:
@@ -77,7 +96,7 @@ def test_a_run_is_put_back_exactly_and_only_the_last_checkpoint_is_kept(demo, tr
 
 
 def test_a_checkpoint_of_other_flags_or_a_cut_one_is_refused(demo, trained, tmp_path):
-    path = save_run(tmp_path, 1, *trained, {})
+    path = save(tmp_path, 1, trained, {})
     other = load_model(demo / "model", torch.float32)
     wrap(other, LoRAConfig(rank=3))
     with pytest.raises(ValueError, match="other flags"):
@@ -86,6 +105,60 @@ def test_a_checkpoint_of_other_flags_or_a_cut_one_is_refused(demo, trained, tmp_
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"optimizer\.safetensors: not a whole safetensors file"):
         load_run(path, *trained)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda file: file.write_bytes(file.read_bytes()[:-1]), lambda file: file.unlink()],
+                         ids=["a-flipped-bit", "cut-short", "gone"])
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, damage, name):
+    said = []
+    save(tmp_path, 1, trained, {"position": 1})
+    damage(save(tmp_path, 2, trained, {"position": 2}) / name)
+    assert load_last(tmp_path, *trained, say=said.append) == {"step": 1, "position": 1}
+    assert len(said) == 1 and "step-000002 is damaged: " in said[0] and name in said[0]
+    damage(find_checkpoints(tmp_path)[0] / name)
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; start anew"):
+        load_last(tmp_path, *trained, say=said.append)
+
+
+def test_what_is_saved_is_what_stood_there_when_it_was_asked_for(trained, tmp_path):
+    model, optimizer = trained
+    run = RunFolder(tmp_path)
+    before = {name: tensor.detach().clone() for name, tensor in snapshot(model, optimizer)[0].items()}
+    run.save(1, *snapshot(model, optimizer), {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()                               # the training goes on while the file is written
+    run.close()
+    stored = checkpoint._read_tensors(find_checkpoints(tmp_path)[0] / "trained.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    first = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=rf"is being written by another run \(process {os.getpid()} on .*\); wait for it"):
+        RunFolder(tmp_path)
+    first.close()
+    RunFolder(tmp_path).close()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_one_before(trained, tmp_path, monkeypatch):
+    """A full disk, as safetensors reports it, and a folder that is gone."""
+    path = save(tmp_path, 1, trained, {})
+    run = RunFolder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        run.save(2, *snapshot(*trained), {})
+        with pytest.raises(OSError, match=r"step-000002: .*No space left.*whole before it: step-000001; make room"):
+            run.wait()
+    assert find_checkpoints(tmp_path) == [path] and os.listdir(path.parent) == ["step-000001"]
+    run.close()
 
 
 def test_an_adapter_that_peft_saved_gives_the_same_logits(demo, tmp_path):

@@ -96,6 +96,41 @@ def test_gradients_equal_transformers(real_model):
         assert (grad - want[name]).norm() <= 1e-3 * want[name].norm(), name
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])
+def test_the_last_layer_for_some_rows_gives_their_hidden_states_and_the_same_gradients(small, again):
+    generator = torch.Generator().manual_seed(4)
+    ids, rows = torch.randint(97, (40,), generator=generator), torch.tensor([3, 4, 24, 30, 39])
+    documents, positions = torch.tensor([0] * 25 + [1] * 15), torch.cat((torch.arange(25), torch.arange(15)))
+    weight = torch.randn(len(rows), small.config.hidden_size, generator=generator)
+
+    def run(of_rows, again):
+        small.checkpoint_activations = again
+        hidden = small(ids, positions, documents, rows) if of_rows else small(ids, positions, documents)[rows]
+        small.zero_grad()
+        (hidden * weight).sum().backward()
+        return [hidden.detach(), *(p.grad.clone() for p in small.parameters())]
+
+    small.requires_grad_(True)
+    want, got = run(False, False), run(True, again)
+    small.checkpoint_activations = False
+    for a, b in zip(got, want, strict=True):
+        assert b.norm() > 0 and (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_computing_activations_again_keeps_fewer_bytes(small):
+    """What autograd saves for the backward pass."""
+    def saved(again):
+        sizes = {}
+        small.checkpoint_activations = again
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t):
+            small(torch.arange(60), torch.arange(60), torch.zeros(60))
+        small.checkpoint_activations = False
+        return sum(sizes.values())
+
+    small.requires_grad_(True)
+    assert saved(True) < 0.5 * saved(False)
+
+
 def test_a_document_never_sees_another(small):
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(97, (40,), generator=generator)

@@ -1,0 +1,110 @@
+"""The gradients of a step that several processes share: summed, or summed and kept in shards.
+
+A process has some of a step's batches; the step's gradient is the sum over all of them. Both classes give it the same way:
+
+    gradients.begin_pass(last=False); loss.backward(); …; gradients.begin_pass(last=True); loss.backward()
+    extra = gradients.finish(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
+
+`Summed` keeps every parameter whole in every process. Adapters (15 MB) go through one all-reduce with `extra` at its end; where
+everything is trained (1.07 GB) a bucket of layers is sent as soon as the last backward pass has finished with it, while the
+layers below are still being computed. `Sharded` is PyTorch's FSDP2: each process keeps a share of every parameter, of its
+gradient and of the optimizer's moments, and gathers a layer's weights when it comes to that layer.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model import Gemma3
+
+BUCKET = 8_000_000          # numbers sent together at least: large enough that latency does not count (32 MB of fp32)
+
+
+class Summed:
+    """Gradients added up over `world` processes.  Between `begin_pass(last=True)` and `finish` parts of them are on their way."""
+
+    def __init__(self, model: Gemma3, world: int) -> None:
+        self.world, self.sent, self.open = world, [], None
+        layers = [list(block.parameters()) for block in reversed(model.model["layers"])]       # as a backward pass finishes them
+        inside = {parameter for layer in layers for parameter in layer}
+        self.buckets: list[list[nn.Parameter]] = [[]]
+        for layer in [*layers, [p for p in model.parameters() if p not in inside]]:
+            if sum(p.numel() for p in self.buckets[-1]) >= BUCKET:
+                self.buckets.append([])
+            self.buckets[-1] += [p for p in layer if p.requires_grad]
+        if world > 1:
+            for number, bucket in enumerate(self.buckets[:-1]):              # the last one waits for `extra`
+                for parameter in bucket:
+                    parameter.register_post_accumulate_grad_hook(partial(self._finished, number))
+
+    def begin_pass(self, last: bool) -> None:
+        """Before each forward and backward pass; last: whether no other follows in this step."""
+        self.open = [len(bucket) for bucket in self.buckets] if last else None
+
+    def _finished(self, bucket: int, _: Tensor) -> None:
+        if self.open is None:
+            return
+        self.open[bucket] -= 1
+        while len(self.sent) < len(self.buckets) - 1 and self.open[len(self.sent)] == 0:        # in one order in all processes
+            self._send()
+
+    def _send(self, *extra: Tensor) -> None:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.buckets[len(self.sent)]]     # none: no batch here
+        flat = torch.cat([*(grad.flatten() for grad in grads), *extra])
+        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def finish(self, extra: Tensor) -> Tensor:
+        """After the last pass, or where a process has none: gradients and `extra` (n) become those of all processes."""
+        if self.world == 1:
+            return extra
+        while len(self.sent) < len(self.buckets) - 1:
+            self._send()
+        self._send(extra)
+        for bucket, (flat, sending) in zip(self.buckets, self.sent, strict=True):
+            sending.wait()
+            sizes = [p.numel() for p in bucket]
+            for parameter, grad in zip(bucket, flat[:sum(sizes)].split(sizes), strict=True):
+                parameter.grad = grad.view_as(parameter)
+        extra = self.sent[-1][0][-len(extra):]
+        self.sent, self.open = [], None
+        return extra
+
+
+class Sharded:
+    """Parameters, gradients and moments in `world` shards (FSDP2).  Every process must make equally many passes."""
+
+    def __init__(self, model: Gemma3) -> None:
+        from torch.distributed.fsdp import fully_shard
+        self.model = model
+        for module in [*model.model["layers"], model]:
+            fully_shard(module)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)              # a sum, not a mean
+
+    def begin_pass(self, last: bool) -> None:
+        self.model.set_requires_gradient_sync(last)
+
+    def finish(self, extra: Tensor) -> Tensor:
+        dist.all_reduce(extra)
+        return extra
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor behind a shard; every process must ask for it.  A whole tensor is itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """`whole` on the device of `tensor`, or this process's shard of it where `tensor` is one."""
+    whole = whole.to(tensor.device)
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
+
+
+def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together: a scalar, the same in all processes."""
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
