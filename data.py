@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import math
 import re
 import sys
 import zlib
@@ -517,8 +518,8 @@ def deal(examples: Sequence[Example], processes: int, share: bool = True) -> lis
     if processes == 1:
         return [groups]
     whole, deals = sum(map(tokens_of, groups)), []
-    for pieces in (1, 2, 4, sys.maxsize):
-        cut = [piece for group in groups for piece in _cut(group, whole / processes / pieces)]
+    for finer in (1, 2, 4, sys.maxsize):
+        cut = [piece for group in groups for piece in _cut(group, math.ceil(finer * processes * tokens_of(group) / whole))]
         shares: list[list[Group]] = [[] for _ in range(processes)]
         load = [(0, process) for process in range(processes)]
         for piece in sorted(cut, key=tokens_of, reverse=True):              # the largest first, each to whoever has least
@@ -535,16 +536,13 @@ def tokens_of(group: Group) -> int:
     return shared + sum(len(example) - shared for example in examples)
 
 
-def _cut(group: Group, most: float) -> Iterator[Group]:
-    """The group in pieces of at most so many tokens, as far as a piece can be so small."""
+def _cut(group: Group, pieces: int) -> list[Group]:
+    """The group in about so many pieces of about equally many tokens of their own."""
     shared, examples = group
-    first, tokens = 0, shared
-    for i, example in enumerate(examples):
-        tokens += len(example) - shared
-        if i > first and tokens > most:
-            yield (shared if i > first + 1 else 0), examples[first:i]
-            first, tokens = i, len(example)
-    yield (shared if len(examples) > first + 1 else 0), examples[first:]
+    own = np.array([len(example) - shared for example in examples])
+    place = (np.cumsum(own) - own / 2) / own.sum() * min(pieces, len(examples))
+    cut = [[examples[i] for i in rows] for _, rows in itertools.groupby(range(len(examples)), lambda i: int(place[i]))]
+    return [(shared if len(piece) > 1 else 0, piece) for piece in cut]
 
 
 def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> list[Batch]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from data import Example, RowError, json_type, pack, parse_row, query_hash, read_rows, steps
+from data import Example, RowError, ahead, deal, json_type, pack, parse_row, query_hash, read_rows, steps, tokens_of
 from loss_kernels import IGNORE
 from tokenizer import Tokenizer, render
 
@@ -459,3 +459,50 @@ def test_a_leaderboard_row_that_cannot_be_right_says_so(row, message):
 def test_columns_of_other_names_do_not_make_a_row_the_leaderboard_s():
     row = {"query": "go", "tools": [FUNCTION], "answers": [{"name": "f", "arguments": {"x": "a"}}], "question": "?", "ground_truth": 3}
     assert parse_row(row, "x:1").calls == row["answers"]
+
+
+# Dealt among processes, made ahead
+
+
+def lengths_of(deal):
+    return [sum(map(tokens_of, groups)) for groups in deal]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
+def test_processes_get_equal_work_and_every_row_is_one_processes(processes, generator):
+    sizes = torch.randint(50, 900, (150,), generator=generator).tolist()
+    made = examples(*sizes)
+    dealt = deal(made, processes)
+    assert sorted(example.source for groups in dealt for _, group in groups for example in group) == sorted(example.source for example in made)
+    load = lengths_of(dealt)
+    assert sum(load) == sum(map(len, made)) and max(load) <= (1.02 if processes < 64 else 1.1) * sum(load) / processes
+
+
+def test_a_beginning_that_all_rows_share_is_computed_once_a_process(generator):
+    made = [Example(np.r_[np.arange(1000), np.full(100 + i, i + 5)].astype(np.int32), np.r_[np.zeros(1050, bool), np.ones(50 + i, bool)], f"r:{i}")
+            for i in range(40)]
+    whole = sum(lengths_of(deal(made, 1)))
+    load = lengths_of(deal(made, 4))
+    assert max(load) - min(load) < 300 and sum(load) < whole + 3 * 1100 and len(load) == 4
+
+
+def test_fewer_rows_than_processes_leave_some_without_work():
+    assert sorted(lengths_of(deal(examples(100, 60), 5))) == [0, 0, 0, 60, 100]
+
+
+def test_items_are_made_ahead_in_order_and_an_error_comes_in_its_place():
+    import threading
+    made = []
+
+    def items():
+        for i in range(3):
+            made.append((i, threading.current_thread() is threading.main_thread()))
+            yield i
+        raise ValueError("the fourth")
+
+    taken = []
+    with pytest.raises(ValueError, match="the fourth"):
+        for item in ahead(items()):
+            taken.append(item)
+    assert taken == [0, 1, 2] and made == [(0, False), (1, False), (2, False)]
+    assert next(iter(ahead(iter([7])))) == 7                        # left early: nothing hangs

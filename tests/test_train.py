@@ -1,8 +1,10 @@
 """train.py from outside and inside: what it logs, that it learns, and that a run broken anywhere goes on to the same losses."""
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,14 +137,6 @@ def test_a_step_can_be_sized_in_tokens(demo, tmp_path):
     assert all(600 < record["tokens"] <= 1000 for record in log(tmp_path / "run") if "loss" in record)
 
 
-@pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
-def test_two_processes_give_the_losses_of_one(demo, tmp_path, mode):
-    run(demo, tmp_path / "one", *mode, "--steps", 5, "--micro-tokens", 200)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
-                    *flags(demo, tmp_path / "two", *mode, "--steps", 5, "--micro-tokens", 200)], check=True, capture_output=True, timeout=300)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4 if mode == FULL else 1e-5)
-
-
 def test_dropout_is_drawn_anew_each_step_and_makes_a_difference_to_the_losses(demo, tmp_path, monkeypatch):
     seeds, usual = [], train.draw
     monkeypatch.setattr(train, "draw", lambda model, keys, seed, rows: (seeds.append(seed) if model.training else None,
@@ -153,6 +147,67 @@ def test_dropout_is_drawn_anew_each_step_and_makes_a_difference_to_the_losses(de
     once, never = losses(tmp_path / "with"), losses(tmp_path / "without")
     assert once[0] == pytest.approx(never[0], rel=1e-6)                 # B starts at zero: the first loss sees no adapter
     assert once[1:] != pytest.approx(never[1:], rel=1e-4)               # far more than the losses above may differ
+
+
+def torchrun(processes, *arguments, **more):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                           str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.mark.parametrize("mode, processes", [(LORA, 2), (FULL, 2), ((*FULL, "--shard"), 2), (FULL, 3)],
+                         ids=["lora", "full", "shard", "three-with-nothing-for-one"])
+def test_several_processes_give_the_losses_answers_and_model_of_one(demo, tmp_path, mode, processes):
+    rows = ("--batch-rows", 2) if processes == 3 else ()
+    more = (*rows, "--steps", 5, "--micro-tokens", 200, "--eval-calls", 3, "--eval-every", 3)
+    run(demo, tmp_path / "one", *(flag for flag in mode if flag != "--shard"), *more)
+    done = torchrun(processes, *flags(demo, tmp_path / "some", *mode, *more))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step     5/5 | loss") == 1                         # rank 0 alone prints
+    one, some = log(tmp_path / "one"), log(tmp_path / "some")
+    assert some[0]["processes"] == processes and [list(record) for record in some[1:]] == [list(record) for record in one[1:]]
+    assert losses(tmp_path / "some") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for a, b in zip(one[1:], some[1:], strict=True):
+        assert a.get("eval_loss", 0.0) == pytest.approx(b.get("eval_loss", 0.0), rel=1e-5) and a.get("exact_match") == b.get("exact_match")
+    answers = [json.loads((tmp_path / name / "calls" / "step-000000.json").read_text())["answers"] for name in ("one", "some")]
+    assert [a["text"] for a in answers[0]] == [a["text"] for a in answers[1]] and len(answers[0]) == 3
+    file = "adapter/adapter_model.safetensors" if "--lora-rank" in mode else "model/model.safetensors"
+    mine, theirs = (checkpoint._read_tensors(tmp_path / name / file) for name in ("one", "some"))
+    assert all((mine[name].float() - theirs[name].float()).abs().max() < 2e-2 for name in mine) and set(mine) == set(theirs)
+
+
+def test_a_fault_that_all_processes_meet_is_told_once_and_one_of_a_rank_names_it(demo, tmp_path):
+    done = torchrun(2, *flags(demo, tmp_path / "run"), "--data", "nowhere.jsonl")
+    assert done.returncode != 0 and done.stderr.count("nowhere.jsonl: no such file") == 1 and "train.py: rank 0: nowhere" in done.stderr
+
+
+def test_activations_that_are_computed_again_change_no_loss(demo, tmp_path):
+    run(demo, tmp_path / "kept", *LORA, "--steps", 3)
+    run(demo, tmp_path / "again", *LORA, "--steps", 3, "--checkpoint-activations")
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 16)], ids=["full", "lora"])
+def test_the_arithmetic_that_is_counted_is_what_pytorch_counts(demo, mode):
+    """Beside attention, whose tiles compute what the mask then hides."""
+    from torch.utils.flop_counter import FlopCounterMode
+    tokenizer, model = Tokenizer.load(demo / "model"), checkpoint.load_model(demo / "model", torch.float32).train().requires_grad_()
+    if mode != FULL:
+        train.wrap(model, train.LoRAConfig(16))
+    rows = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 6)]
+    batch = data.pack(rows, 10_000)[0]
+    with FlopCounterMode(display=False) as counted:
+        train.loss_sum(model, batch).backward()
+    seen = sum(int((batch.positions + 1).clamp(max=window or 10_000).sum()) for window in model.config.windows)
+    ours = train.flops(model, batch)
+    assert 0.8 < ours / counted.get_total_flops() < 1.1
+    assert 12 * model.config.heads[0] * model.config.heads[2] * seen < 0.4 * ours       # attention's share does not hide the rest
+
+
+def test_a_profile_writes_a_trace_and_prints_what_took_longest(demo, tmp_path, capsys):
+    run(demo, tmp_path / "run", *FULL, "--steps", 6, "--profile", 2)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d+\.\d% +[\d.]+ ms a step +\d+ calls  \S", said, flags=re.MULTILINE)) == 10
+    assert any("mm" in event.get("name", "") for event in json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"])
 
 
 # Broken and resumed
@@ -174,6 +229,16 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_losses_bit_for_bit(demo, t
     assert without_times[0] == without_times[1]
     final = [checkpoint.find_checkpoints(tmp_path / name)[-1] / "trained.safetensors" for name in ("whole", "killed")]
     assert final[0].read_bytes() == final[1].read_bytes()
+
+
+def test_a_run_goes_on_in_other_processes_and_cut_otherwise_to_the_same_losses(demo, tmp_path):
+    more = *LORA, "--steps", 4, "--save-every", 2
+    run(demo, tmp_path / "run", *more)
+    whole = losses(tmp_path / "run")
+    shutil.rmtree(checkpoint.find_checkpoints(tmp_path / "run")[-1])
+    done = torchrun(2, *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-beginnings"))
+    assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
