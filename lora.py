@@ -162,7 +162,8 @@ def draw(model: nn.Module, keys: Tensor, seed: int, rows: Tensor | None = None) 
     adapter = next((adapter for _, adapter in adapters(model)), None)
     if adapter is None or not adapter.config.dropout:
         return
-    numbers = odd_numbers(keys.numpy().view(np.uint32), seed).to(adapter.weight.device)
+    numbers, device = odd_numbers(keys.numpy().view(np.uint32), seed), adapter.weight.device
+    numbers = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
     adapter.tokens.clear()
     if rows is not None:
         adapter.tokens[len(rows)] = numbers[rows]
