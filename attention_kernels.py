@@ -3,7 +3,8 @@
 The work is cut into tiles, some queries and the keys they may see, so that no score is computed outside a document or far
 outside a window, and no (T, T) mask exists. Documents that begin alike may share that beginning, computed once: each then
 continues it, and its tiles see the beginning's keys before their own. On a CPU a tile is a few matrix products, here with their
-gradients; on a GPU three kernels walk through tables of them, with no number shared between two programs.
+gradients; on a GPU three kernels walk through tables of them, with no number shared between two programs. docs/derivations.md
+derives the gradients and draws the tiles.
 
 Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query heads that share
 a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150).
@@ -259,17 +260,22 @@ def _forward_kernel(q, k, v, out, lse, table, info, scale, offset, T, M_BUCKET, 
 
 @tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY, fits=lambda **_: True)
 @jit
-def _query_gradient_kernel(q, k, v, do, dq, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
+def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
                            WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
                            BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """dQ = s dS K.  A program owns what it owns in the forward pass; factor is the scale of the scores, scale that of base 2."""
+    """dQ = s dS K, and delta = rowsum(dO ∘ O) for the kernel after it.
+
+    A program owns what it owns in the forward pass; factor is the scale of the scores, scale that of base 2.
+    """
     block = table + tl.program_id(0) * 6
     head = tl.program_id(1)
     first, count = tl.load(block), tl.load(block + 1)
     tokens, there, places = _rows(first, count, head, N, K, H, BLOCK_Q)
     at = places[:, None] * H + tl.arange(0, H)[None, :]
     q_tile, do_tile = tl.load(q + at, mask=there[:, None], other=0.0), tl.load(do + at, mask=there[:, None], other=0.0)
-    lse_tile, delta_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(delta + places, mask=there, other=0.0)
+    lse_tile, out_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(out + at, mask=there[:, None], other=0.0)
+    delta_tile = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + places, delta_tile, mask=there)
     sums = tl.zeros((BLOCK_Q * (N // K), H), tl.float32)
     shared, tiles = _tiles_of(block, BLOCK_K)
     for i in range(0, tiles):
@@ -338,13 +344,12 @@ class _AttentionByTriton(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         scale, plan, dout = ctx.scale, ctx.plan, dout.contiguous()
-        delta = (dout.float() * out.float()).sum(-1)                                                # (queries, N)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        delta, dq, dk, dv = torch.empty_like(lse), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sizes = _sizes(q, k, plan)
         numbers = sizes.pop("numbers")
         if len(plan.queries):
             _query_gradient_kernel[(len(plan.queries), k.shape[1])](
-                q, k, v, dout, dq, lse, delta, plan.queries, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
+                q, k, v, out, dout, dq, lse, delta, plan.queries, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
                 BLOCK_Q=plan.block_q, **sizes)
         if len(plan.keys):
             _key_gradient_kernel[(len(plan.keys), k.shape[1])](
