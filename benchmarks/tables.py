@@ -50,6 +50,8 @@ def tables() -> dict[str, str]:
         made["step"] = step_table(found["step"])
     if "lora" in found:
         made["lora"] = lora_table(found["lora"])
+    if "attention" in found:
+        made["attention"] = attention_table(found["attention"])
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
     return made
@@ -153,6 +155,21 @@ def lora_table(r: dict) -> str:
         f"| forward + backward of {M} tokens, ms (× frozen) | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines, "",
         f"Rank {r['rank']}, {r['dtype']}; {r['device']}: {r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
         f"torch {r['versions']['torch']}, triton {r['versions']['triton']}; `python benchmarks/lora.py --save`"])
+
+
+def attention_table(r: dict) -> str:
+    """Milliseconds forward and backward of each way, with each window."""
+    def cell(made: dict) -> str:
+        return f"{made['forward']['ms']:.3f} + {made['backward']['ms']:.3f}" if "both" in made else next(iter(made))    # wrong, or failed
+
+    windows = list(r["windows"].values())
+    head = " | ".join(["| forward + backward, ms", *(f"window {window}" for window in r["windows"])]) + " |"
+    names = {way: f"**{way}**" if way == "ours" else way for way in windows[0]}
+    lines = [" | ".join([f"| {name}", *(cell(made[way]) for made in windows)]) + " |" for way, name in names.items()]
+    return "\n".join([
+        head, "|---|" + "---|" * len(windows), *lines, "",
+        f"{r['tokens']} tokens in {r['documents']} documents, {r['dtype']}; {r['device']}, torch {r['versions']['torch']}, "
+        f"triton {r['versions']['triton']}; `python benchmarks/attention.py --save`"])
 
 
 def tokenizer_table(r: dict) -> str:
