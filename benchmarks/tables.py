@@ -43,7 +43,7 @@ def tables() -> dict[str, str]:
     if decode := found.get("decode", found.get("cpu_decode")):
         made["decode"] = decode_table(decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
-        made["peft"] = peft_table(found["cpu_vs_peft"], found["cpu_parity"])
+        made["peft"] = peft_table(found["cpu_vs_peft"], found.get("cpu_full"), found["cpu_parity"])
     if "cpu_one_set" in found:
         made["one_set"] = one_set_table(found["cpu_one_set"])
     if "step" in found:
@@ -104,14 +104,18 @@ def decode_table(r: dict) -> str:
         f"{r['versions']['transformers']}; `python benchmarks/decode.py`"])
 
 
-def peft_table(s: dict, p: dict) -> str:
-    ours, peft = (statistics.median(s[side]["tokens_per_second"]) for side in ("ours", "peft"))
+def peft_table(s: dict, full: dict | None, p: dict) -> str:
+    def rows(s: dict, what: str) -> list[str]:
+        ours, peft = (statistics.median(s[side]["tokens_per_second"]) for side in ("ours", "peft"))
+        return [f"| {what}: real tokens/s (theirs: padded fours, all logits) | {peft:.0f} | **{ours:.0f}** | "
+                f"{statistics.median(s['speed_ratio']):.1f} × |",
+                f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |"]
+
     loss = f"held-out loss after {p['steps']} steps on the same rows (before: {p['ours']['held_out_before']:.2f})"
     return "\n".join([
-        "| Gemma 3 270M, LoRA rank 16, bf16, 8 rows a step | transformers + PEFT | ours | |", "|---|---|---|---|",
-        f"| real tokens/s (theirs: padded fours, all logits) | {peft:.0f} | **{ours:.0f}** | {statistics.median(s['speed_ratio']):.1f} × |",
-        f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |",
-        f"| {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
+        "| Gemma 3 270M, bf16, 8 rows a step | transformers + PEFT | ours | |", "|---|---|---|---|",
+        *rows(s, "LoRA rank 16"), *(rows(full, "every parameter (theirs in bf16 alone)") if full else []),
+        f"| LoRA, {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
         f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers {s['versions']['transformers']}, "
         f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` for the loss"])
 
