@@ -50,8 +50,8 @@ def flags(args: argparse.Namespace, steps: int, out: Path, side: str) -> list[st
     """The flags of train.py that both sides follow."""
     trained = ["--full", "--lr", "2e-5"] if args.full else ["--lora-rank", "16", "--lr", "3e-4"]
     return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", *trained, "--steps", str(steps),
-            "--batch-rows", str(batch_rows(args, side)), "--dtype", "bf16", "--device", args.device, "--save-every", "0", "--eval-every", "0",
-            "--eval-calls", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
+            "--batch-rows", str(batch_rows(args, side)), "--dtype", "bf16", "--device", args.device, "--save-every", "0",
+            "--eval-every", "0", "--eval-calls", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
 
 
 def run_ours(args: argparse.Namespace, steps: int, folder: Path, *more: str) -> dict:
