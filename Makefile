@@ -54,8 +54,9 @@ lint: setup-dev          ## ruff
 
 bench: setup-dev         ## side by side with the peers; JSON in benchmarks/results
 	$(PYTHON) benchmarks/cpu_vs_peft.py --save
-	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PYTHON) benchmarks/step.py --save && $(PYTHON) benchmarks/lora.py --save; \
-	else echo "benchmarks/step.py and lora.py: left out, no CUDA device here"; fi
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PYTHON) benchmarks/step.py --save && $(PYTHON) benchmarks/lora.py --save && \
+		$(PYTHON) benchmarks/attention.py --save; \
+	else echo "benchmarks/step.py, lora.py and attention.py: left out, no CUDA device here"; fi
 
 # Real weights for the tests that compare with them. Built once, where the means are there; without them those tests skip.
 .PHONY: real-model

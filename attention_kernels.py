@@ -3,14 +3,14 @@
 The work is cut into tiles, some queries and the keys they may see, so that no score is computed outside a document or far
 outside a window, and no (T, T) mask exists. Documents that begin alike may share that beginning, computed once: each then
 continues it, and its tiles see the beginning's keys before their own. On a CPU a tile is a few matrix products, here with their
-gradients; on a GPU three kernels walk through tables of them, with no number shared between two programs.
+gradients; on a GPU three kernels walk through tables of them, with no number shared between two programs. docs/derivations.md
+derives the gradients and draws the tiles.
 
 Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query heads that share
 a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150).
 """
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,45 +68,26 @@ class Tile:
 
 def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, starts: Sequence[int] | None = None,
          keys_only: int = 0) -> list[Tile]:
-    """The tiles of documents of these lengths, one after another.
-
-    window: tokens that a query sees, itself included (None: all). starts: each document's first position (default 0): one
-    that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only: so many
-    documents at the beginning have keys but no queries.
-    """
-    starts = starts or [0] * len(lengths)
-    firsts = list(itertools.accumulate(lengths, initial=0))                        # where each document's keys begin
-    reach = window or EVERYTHING                                                   # tokens seen, itself included
+    """The blocks of queries of `tables`, arguments as there, with their masks."""
+    at_once = QUERIES if device.type == "cpu" else window or max(lengths, default=1)
+    table = tables(lengths, window, torch.device("cpu"), starts, keys_only, at_once)
+    position, document, start, root = table.tokens
     masks: dict[tuple[int, int], Tensor] = {}
     tiles = []
-    for root, run in _runs(starts, lengths):
-        if run[0] < keys_only:
-            continue
-        start, base = starts[run[0]], firsts[run[0]]
-        documents = torch.tensor(run).repeat_interleave(torch.tensor([lengths[i] for i in run]))
-        positions = torch.cat([torch.arange(start, start + lengths[i]) for i in run])
-        at_once = QUERIES if device.type == "cpu" else window or (len(positions) if start == 0 else 2 * QUERIES)
-        for first in range(0, len(positions), at_once):
-            stop = min(first + at_once, len(positions))
-            lowest = max(firsts[documents[first]] - base, first - reach + 1)           # the first of the run's keys seen by any query
-            oldest = max(0, int(positions[first:stop].min()) - reach + 1)              # and of the beginning's
-            beginning = slice(firsts[root] + oldest, firsts[root] + start) if oldest < start else None
-            plain = beginning is None and len(run) == 1                                # query i stands at key i + keys - queries
-            shape = stop - first, stop - lowest
-            if plain and device.type != "cpu" and shape[0] == shape[1] <= reach:
-                mask = None
-            elif plain and shape in masks:
-                mask = masks[shape]
-            else:
-                ago = positions[first:stop, None] - positions[lowest:stop]
-                hidden = (ago < 0) | (ago >= reach) | (documents[first:stop, None] != documents[lowest:stop])
-                if beginning:
-                    hidden = torch.cat((positions[first:stop, None] - torch.arange(oldest, start) >= reach, hidden), dim=1)
-                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf).to(device)
-                if plain:
-                    masks[shape] = mask
-            asked = base - firsts[keys_only]
-            tiles.append(Tile(slice(asked + first, asked + stop), slice(base + lowest, base + stop), mask, beginning))
+    for first, count, key, end, old, old_end in table.queries.tolist():
+        queries, keys = torch.arange(end - count, end), torch.cat((torch.arange(old, old_end), torch.arange(key, end)))
+        plain = old == old_end and document[key] == document[end - 1]              # query i stands at key i + keys - queries
+        shape = count, end - key
+        mask = masks.get(shape) if plain else None
+        if mask is None and not (plain and device.type != "cpu" and count == end - key <= table.window):
+            i, j = queries[:, None], keys[None, :]
+            own = (document[i] == document[j]) & (position[j] <= position[i])
+            older = (root[i] == document[j]) & (position[j] < start[i])
+            seen = (position[i] - position[j] < table.window) & (own | older)
+            mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf).to(device)
+            if plain:
+                masks[shape] = mask
+        tiles.append(Tile(slice(first, first + count), slice(key, end), mask, slice(old, old_end) if old < old_end else None))
     return tiles
 
 
@@ -166,16 +147,20 @@ class Tables:
 
 def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None, keys_only: int = 0,
            block_q: int = ROWS // 4, block_k: int = KEYS) -> Tables:
-    """What `tile` says, for the kernels; arguments as there, and the tokens of a block of queries and of keys."""
-    starts = np.array(starts or [0] * len(lengths))
+    """Documents of these lengths, one after another, cut into blocks of queries and of keys.
+
+    window: tokens that a query sees, itself included (None: all). starts: each document's first position (default 0): one
+    that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only: so many
+    documents at the beginning have keys but no queries.
+    """
+    lengths, starts = np.array(lengths, dtype=np.int64), np.array(starts or [0] * len(lengths), dtype=np.int64)
     firsts = np.concatenate(([0], np.cumsum(lengths)))
     ends = np.append(firsts[:-1][starts == 0], firsts[-1])          # where a whole document ends, with all that continue it
     reach = window or EVERYTHING
-    queries, keys, roots = [np.zeros((0, 6))], [np.zeros((0, 4))], []
+    queries, keys, roots = [np.zeros((0, 6))], [np.zeros((0, 4))], [np.zeros(0)]
     for root, run in _runs(starts.tolist(), lengths):
         base, end, start = firsts[run[0]], firsts[run[-1] + 1], starts[run[0]]
-        sizes = [lengths[i] for i in run]
-        begins, stops = firsts[run].repeat(sizes) - base, firsts[np.array(run) + 1].repeat(sizes) - base      # of each token's document
+        begins, stops = (x[run].repeat(lengths[run]) - base for x in (firsts[:-1], firsts[1:]))               # of each token's document
         if run[0] >= keys_only:
             first = np.arange(0, end - base, block_q)
             stop = np.minimum(first + block_q, end - base)
@@ -188,7 +173,7 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
         whole = ends[np.searchsorted(ends, base, side="right")] if start == 0 else end
         following = starts[run[-1] + 1:np.searchsorted(firsts, whole)].min(initial=2 * EVERYTHING)            # where others go on
         last = np.where(following - (stop - 1) < reach, whole, base + np.minimum(stops[stop - 1], stop - 1 + reach))
-        keys.append(np.stack((base + first, stop - first, base + first, last), axis=1))
+        keys.append(np.stack((base + first, stop - first, np.maximum(base + first, firsts[keys_only]), last), axis=1))
         roots.append(np.full(end - base, root))
     documents = np.arange(len(lengths)).repeat(lengths)
     tokens = np.stack((np.arange(firsts[-1]) - firsts[documents] + starts[documents], documents, starts[documents], np.concatenate(roots)))
@@ -275,17 +260,22 @@ def _forward_kernel(q, k, v, out, lse, table, info, scale, offset, T, M_BUCKET, 
 
 @tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY, fits=lambda **_: True)
 @jit
-def _query_gradient_kernel(q, k, v, do, dq, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
+def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
                            WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
                            BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """dQ = s dS K.  A program owns what it owns in the forward pass; factor is the scale of the scores, scale that of base 2."""
+    """dQ = s dS K, and delta = rowsum(dO ∘ O) for the kernel after it.
+
+    A program owns what it owns in the forward pass; factor is the scale of the scores, scale that of base 2.
+    """
     block = table + tl.program_id(0) * 6
     head = tl.program_id(1)
     first, count = tl.load(block), tl.load(block + 1)
     tokens, there, places = _rows(first, count, head, N, K, H, BLOCK_Q)
     at = places[:, None] * H + tl.arange(0, H)[None, :]
     q_tile, do_tile = tl.load(q + at, mask=there[:, None], other=0.0), tl.load(do + at, mask=there[:, None], other=0.0)
-    lse_tile, delta_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(delta + places, mask=there, other=0.0)
+    lse_tile, out_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(out + at, mask=there[:, None], other=0.0)
+    delta_tile = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + places, delta_tile, mask=there)
     sums = tl.zeros((BLOCK_Q * (N // K), H), tl.float32)
     shared, tiles = _tiles_of(block, BLOCK_K)
     for i in range(0, tiles):
@@ -300,17 +290,18 @@ def _query_gradient_kernel(q, k, v, do, dq, lse, delta, table, info, scale, fact
     tl.store(dq + at, (sums * factor).to(dq.dtype.element_ty), mask=there[:, None])
 
 
-@tuned([{"BLOCK_Q": 8, "num_warps": 8, "num_stages": 2}, {"BLOCK_Q": 16, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY,
-       fits=lambda BLOCK_Q, CAPABILITY, **_: (8 if CAPABILITY >= 90 else 16) == BLOCK_Q)
+@tuned([{"ROWS": 32, "num_warps": 8, "num_stages": 2}, {"ROWS": 64, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY,
+       fits=lambda ROWS, CAPABILITY, **_: (32 if CAPABILITY >= 90 else 64) == ROWS)
 @jit
-def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, info, scale, factor, T, M_BUCKET, WINDOW: tl.constexpr,
-                         N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-                         BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
+                         WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                         ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """dV = Pᵀ dO, dK = s dSᵀ Q, with all the documents that continue a key's own.
 
     A program owns a block of keys of one kv head and goes over the queries that see them, the kv head's N/K query heads
     together: nothing is shared with another program, and nothing added in memory.
     """
+    BLOCK_Q: tl.constexpr = ROWS // (N // K)
     block = table + tl.program_id(0) * 4
     head = tl.program_id(1)
     keys = tl.load(block) + tl.arange(0, BLOCK_K)
@@ -320,12 +311,12 @@ def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, info, scale, fa
     dk_sums, dv_sums = tl.zeros((BLOCK_K, H), tl.float32), tl.zeros((BLOCK_K, H), tl.float32)
     end = tl.load(block + 3)
     for first in range(tl.load(block + 2), end, BLOCK_Q):
-        tokens, there, places = _rows(first, end - first, head, N, K, H, BLOCK_Q)
+        tokens, there, places = _rows(first - offset, end - first, head, N, K, H, BLOCK_Q)
         at_rows = places[:, None] * H + tl.arange(0, H)[None, :]
         q_tile, do_tile = tl.load(q + at_rows, mask=there[:, None], other=0.0), tl.load(do + at_rows, mask=there[:, None], other=0.0)
         lse_tile, delta_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(delta + places, mask=there, other=0.0)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale                       # (keys, rows)
-        seen = _seen(tokens[None, :], there[None, :], keys[:, None], inside[:, None], info, T, WINDOW)
+        seen = _seen((tokens + offset)[None, :], there[None, :], keys[:, None], inside[:, None], info, T, WINDOW)
         p = tl.where(seen, tl.exp2(scores - lse_tile[None, :]), 0.0)
         dv_sums = tl.dot(p.to(do_tile.dtype), do_tile, dv_sums, input_precision=PRECISION)
         ds = p * (tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile[None, :])
@@ -353,16 +344,17 @@ class _AttentionByTriton(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         scale, plan, dout = ctx.scale, ctx.plan, dout.contiguous()
-        delta = (dout.float() * out.float()).sum(-1)                                                # (queries, N)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        delta, dq, dk, dv = torch.empty_like(lse), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sizes = _sizes(q, k, plan)
         numbers = sizes.pop("numbers")
         if len(plan.queries):
             _query_gradient_kernel[(len(plan.queries), k.shape[1])](
-                q, k, v, dout, dq, lse, delta, plan.queries, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
+                q, k, v, out, dout, dq, lse, delta, plan.queries, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
                 BLOCK_Q=plan.block_q, **sizes)
+        if len(plan.keys):
             _key_gradient_kernel[(len(plan.keys), k.shape[1])](
-                q, k, v, dout, dk, dv, lse, delta, plan.keys, plan.tokens, scale * LOG2_E, scale, *numbers, BLOCK_K=plan.block_k, **sizes)
+                q, k, v, dout, dk, dv, lse, delta, plan.keys, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
+                BLOCK_K=plan.block_k, **sizes)
         return dq, dk, dv, None, None
 
 
@@ -451,8 +443,13 @@ def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Sequence[Tile] | Tables) -> Tensor:
     """O = softmax(s Q Kᵀ) V; gradients for q, k and v.
 
-    q (T, N, H); k and v (keys, K, H), each kv head serving N/K query heads; plan: of `plan`. Returns (T, N, H).
+    q (T, N, H); k and v (keys, K, H), each kv head serving N/K query heads; plan: of `plan`. Returns (T, N, H). Raises
+    ValueError where kernels would read tokens that are not there.
     """
     if isinstance(plan, Tables):
+        keys = plan.tokens.shape[1]
+        if (len(q), len(k), len(v)) != (keys - plan.first_query, keys, keys):
+            raise ValueError(f"q, k and v have {len(q)}, {len(k)} and {len(v)} tokens, the plan is for {keys - plan.first_query} queries "
+                             f"and {keys} keys; make it from the lengths of these documents")
         return _AttentionByTriton.apply(q, k, v, scale, plan)
     return (attention_reference if q.is_cuda else _Attention.apply)(q, k, v, scale, plan)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope
-from triton_support import can_run, jit, load_tile, milliseconds, precision, remembered, tl, triton, tuned
+from triton_support import can_run, jit, load_tile, milliseconds, precision, remembered, tile_sizes, tl, triton, tuned
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
 Adapted = tuple[Tensor, Tensor, Tensor]
@@ -115,12 +115,8 @@ def _room(numbers: int, num_warps: int, PRECISION: str, CAPABILITY: int, **_) ->
     return PRECISION == "tf32" and numbers / (32 * num_warps) <= (80 if CAPABILITY < 90 else 144)
 
 
-def _tiles(*sizes: tuple[int, ...], names: tuple[str, ...]) -> list[dict]:
-    return [dict(zip((*names, "num_warps", "num_stages"), size, strict=True)) for size in sizes]
-
-
-@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3),
-              names=("BLOCK_M", "BLOCK_O", "BLOCK_I")),
+@tuned(tile_sizes(("BLOCK_M", "BLOCK_O", "BLOCK_I"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3),
+                  (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3)),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
        fits=lambda BLOCK_M, BLOCK_O, BLOCK_R, GEGLU, DROPOUT, **more:
            _room(BLOCK_M * ((BLOCK_O + BLOCK_R) * (1 + GEGLU) + 16 * (DROPOUT > GEGLU)), **more))
@@ -228,8 +224,8 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M
         return tl.dot(narrow, a_tile, sums, input_precision=PRECISION)
 
 
-@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3),
-              names=("BLOCK_M", "BLOCK_I", "BLOCK_O")),
+@tuned(tile_sizes(("BLOCK_M", "BLOCK_I", "BLOCK_O"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3),
+                  (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3)),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
        fits=lambda BLOCK_M, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
            _room(BLOCK_M * (BLOCK_I * (1 + GEGLU + DROPOUT) + BLOCK_R), **more))
@@ -268,7 +264,7 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
         tl.store(dx + rows[:, None] * I + ins[None, :], sums.to(dx.dtype.element_ty), mask=mine)
 
 
-@tuned(_tiles((64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 4), names=("BLOCK_M", "BLOCK_N")),
+@tuned(tile_sizes(("BLOCK_M", "BLOCK_N"), (64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 4)),
        key=("M_BUCKET", "N0", "N1", "N2", "C", "DROPOUT"),
        fits=lambda BLOCK_N, BLOCK_C, **more: _room(BLOCK_N * (BLOCK_C + 32), **more))
 @jit

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, load_tile, precision, tl, triton, tuned
+from triton_support import can_run, jit, load_tile, precision, tile_sizes, tl, triton, tuned
 
 IGNORE = -100        # target of a token that carries no loss
 CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · (4 + 2 bytes) = 0.4 GB
@@ -51,11 +51,7 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tens
 # The kernels.  Products are of h's dtype and add up in fp32; logits are never rounded.
 
 
-def _tiles(*sizes: tuple[int, ...]) -> list[dict]:
-    return [dict(zip(("BLOCK_M", "BLOCK_V", "BLOCK_D", "num_warps", "num_stages"), size, strict=True)) for size in sizes]
-
-
-@tuned(_tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 64, 32, 8, 3)),
+@tuned(tile_sizes(("BLOCK_M", "BLOCK_V", "BLOCK_D"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 64, 32, 8, 3)),
        key=("M_BUCKET", "V", "D", "GRADIENT"),
        fits=lambda BLOCK_M, BLOCK_V, PRECISION, num_warps, CAPABILITY, **_:        # fp32 does without tensor cores: the smallest
            PRECISION == "tf32" and BLOCK_M * BLOCK_V / (32 * num_warps) <= (64 if CAPABILITY < 90 else 128))
@@ -199,7 +195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
-        return (None if dhidden is None else dhidden * grad.to(dhidden.dtype),
+        return (None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),     # [None]: a scalar would be rounded to bf16 first
                 None if dweight is None else (dweight * grad).to(ctx.weight_dtype), None, None)
 
 

@@ -23,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(function: Callable) -> Callable:
-    """`triton.jit`. Numbers of rows change from call to call, and no value of theirs is compiled in."""
-    changing = ["M", "T", "M_BUCKET", "rows_a_split", "rows_a_program"]
+    """`triton.jit`. Numbers of tokens change from call to call, and no value of theirs is compiled in."""
+    changing = ["M", "T", "M_BUCKET", "rows_a_split", "rows_a_program", "offset"]
     return triton.jit(do_not_specialize=changing)(function) if triton else function
 
 
@@ -40,6 +40,11 @@ def load_tile(pointers, inside, EVEN: tl.constexpr):
 def precision(dtype: torch.dtype) -> str:
     """Of a kernel's products: fp32 in full, without tensor cores; 16-bit operands take no notice."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def tile_sizes(names: tuple[str, ...], *sizes: tuple[int, ...]) -> list[dict]:
+    """What `tuned` chooses from: sizes of these names, num_warps, num_stages."""
+    return [dict(zip((*names, "num_warps", "num_stages"), size, strict=True)) for size in sizes]
 
 
 def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) -> Callable[[Callable], Callable]:
@@ -81,8 +86,8 @@ def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether Triton kernels can run on tensors of `device`."""
-    return triton is not None and (INTERPRETED or device.type == "cuda")
+    """Whether Triton kernels can run on tensors of `device`: they are launched on the current one (`torch.cuda.set_device`)."""
+    return triton is not None and (INTERPRETED or (device.type == "cuda" and device.index in (None, torch.cuda.current_device())))
 
 
 def remembered(name: str, device: torch.device, key: Sequence, make: Callable[[], dict]) -> dict:

@@ -1,6 +1,7 @@
 """Our LoRA training beside transformers + PEFT: speed, memory and learning, on the same rows in the same order.
 
     python benchmarks/cpu_vs_peft.py --save                 # speed and memory: ours and theirs in turn
+    python benchmarks/cpu_vs_peft.py --full --save          # the same with every parameter trained, without PEFT
     python benchmarks/cpu_vs_peft.py --parity 60 --save     # held-out loss after 60 steps on both sides (long)
     python benchmarks/cpu_vs_peft.py --one-set --save       # rows that all have the same tools, as an application's have
 
@@ -8,9 +9,9 @@ Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausal
 PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
 take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
 gets the malloc settings that train.py gives itself. Parity lets theirs project trained rows alone (`selected`), which
-changes its speed and not its result. With --one-set every row is given all of the file's tools in one order: ours takes
-32 of them a step, with the shared beginning computed once and without; theirs 2 of them, one by one, as all logits of
-four would not fit into 24 GiB.
+changes its speed and not its result. With --full theirs is trained in bf16 alone, ours with fp32 masters. With --one-set
+every row is given all of the file's tools in one order: ours takes 32 of them a step, with the shared beginning computed
+once and without; theirs 2 of them, one by one, as all logits of four would not fit into 24 GiB.
 
 --save writes benchmarks/results/DEVICE_vs_peft.json or DEVICE_parity.json. Where the real weights and rows are not at
 hand, speed is measured on random weights of the same size and the demo's rows, and the report says so.
@@ -47,9 +48,9 @@ def batch_rows(args: argparse.Namespace, side: str) -> int:
 
 def flags(args: argparse.Namespace, steps: int, out: Path, side: str) -> list[str]:
     """The flags of train.py that both sides follow."""
-    return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", "--lora-rank", "16", "--lr", "3e-4",
-            "--steps", str(steps), "--batch-rows", str(batch_rows(args, side)), "--dtype", "bf16", "--device", args.device,
-            "--save-every", "0",
+    trained = ["--full", "--lr", "2e-5"] if args.full else ["--lora-rank", "16", "--lr", "3e-4"]
+    return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", *trained, "--steps", str(steps),
+            "--batch-rows", str(batch_rows(args, side)), "--dtype", "bf16", "--device", args.device, "--save-every", "0",
             "--eval-every", "0", "--eval-calls", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
 
 
@@ -66,7 +67,7 @@ def run_ours(args: argparse.Namespace, steps: int, folder: Path, *more: str) -> 
 def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) -> dict:
     command = [sys.executable, __file__, "--worker", mode, "--folder", str(folder), "--steps", str(steps), "--parity", str(args.parity),
                "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows),
-               *(["--one-set"] if args.one_set else [])]
+               *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -97,7 +98,7 @@ def worker(args: argparse.Namespace) -> None:
     examples, held_out = ([data.tokenize(row, tokenizer) for row in rows] for rows in (train_rows, eval_rows))
 
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device)
-    model = PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)
+    model = base if args.full else PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=ours.lr, betas=(0.9, ours.beta2), weight_decay=0.0)
 
@@ -176,6 +177,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, in turn")
     parser.add_argument("--parity", type=int, default=0, metavar="STEPS", help="compare held-out losses after so many steps instead")
     parser.add_argument("--one-set", action="store_true", help="rows that all have the same tools (of --data's first file, or snips.jsonl)")
+    parser.add_argument("--full", action="store_true", help="train every parameter instead of adapters")
     parser.add_argument("--eval-rows", type=int, default=50)
     parser.add_argument("--save", action="store_true", help="keep the report in benchmarks/results")
     parser.add_argument("--worker", choices=("peft", "selected"), help=argparse.SUPPRESS)
@@ -185,8 +187,8 @@ def main() -> None:
         if args.device == "cpu":
             train.keep_memory()
         return worker(args)
-    if args.one_set and args.parity:
-        parser.error("--one-set takes steps of another size on each side, so that --parity means nothing")
+    if args.one_set and (args.parity or args.full):
+        parser.error("--one-set takes steps of another size on each side, so that --parity means nothing; it is measured with adapters")
     if args.one_set and args.data == parser.get_default("data"):
         args.data = str(ROOT.parent / "shared/data/snips.jsonl")
     if args.one_set:
@@ -219,7 +221,7 @@ def main() -> None:
                 if args.one_set:
                     runs["ours, each alone"].append(run_ours(args, 1 + WARMUP_STEPS, folder, "--no-share-beginnings", "--batch-rows", "8"))
                 runs["peft"].append(run_theirs(args, args.steps, folder, "peft"))
-            report = {"what": "LoRA rank 16, bf16: real tokens a second and peak memory"}
+            report = {"what": f"{'every parameter' if args.full else 'LoRA rank 16'}, bf16: real tokens a second and peak memory"}
             for name, results in runs.items():
                 report[name] = {"tokens_per_second": [round(speed(r), 1) for r in results],
                                 "rows_per_second": [round(speed(r) / statistics.mean(r["row_tokens"]), 3) for r in results],
@@ -242,7 +244,8 @@ def main() -> None:
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
     print(json.dumps(report, indent=2))
     if args.save:
-        path = ROOT / "benchmarks/results" / f"{args.device}_{'parity' if args.parity else 'one_set' if args.one_set else 'vs_peft'}.json"
+        kind = "parity" if args.parity else "one_set" if args.one_set else "full" if args.full else "vs_peft"
+        path = ROOT / f"benchmarks/results/{args.device}_{kind}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

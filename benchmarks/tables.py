@@ -43,13 +43,15 @@ def tables() -> dict[str, str]:
     if decode := found.get("decode", found.get("cpu_decode")):
         made["decode"] = decode_table(decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
-        made["peft"] = peft_table(found["cpu_vs_peft"], found["cpu_parity"])
+        made["peft"] = peft_table(found["cpu_vs_peft"], found.get("cpu_full"), found["cpu_parity"])
     if "cpu_one_set" in found:
         made["one_set"] = one_set_table(found["cpu_one_set"])
     if "step" in found:
         made["step"] = step_table(found["step"])
     if "lora" in found:
         made["lora"] = lora_table(found["lora"])
+    if "attention" in found:
+        made["attention"] = attention_table(found["attention"])
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
     return made
@@ -102,14 +104,18 @@ def decode_table(r: dict) -> str:
         f"{r['versions']['transformers']}; `python benchmarks/decode.py`"])
 
 
-def peft_table(s: dict, p: dict) -> str:
-    ours, peft = (statistics.median(s[side]["tokens_per_second"]) for side in ("ours", "peft"))
+def peft_table(s: dict, full: dict | None, p: dict) -> str:
+    def rows(s: dict, what: str) -> list[str]:
+        ours, peft = (statistics.median(s[side]["tokens_per_second"]) for side in ("ours", "peft"))
+        return [f"| {what}: real tokens/s (theirs: padded fours, all logits) | {peft:.0f} | **{ours:.0f}** | "
+                f"{statistics.median(s['speed_ratio']):.1f} × |",
+                f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |"]
+
     loss = f"held-out loss after {p['steps']} steps on the same rows (before: {p['ours']['held_out_before']:.2f})"
     return "\n".join([
-        "| Gemma 3 270M, LoRA rank 16, bf16, 8 rows a step | transformers + PEFT | ours | |", "|---|---|---|---|",
-        f"| real tokens/s (theirs: padded fours, all logits) | {peft:.0f} | **{ours:.0f}** | {statistics.median(s['speed_ratio']):.1f} × |",
-        f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |",
-        f"| {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
+        "| Gemma 3 270M, bf16, 8 rows a step | transformers + PEFT | ours | |", "|---|---|---|---|",
+        *rows(s, "LoRA rank 16"), *(rows(full, "every parameter (theirs in bf16 alone)") if full else []),
+        f"| LoRA, {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
         f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers {s['versions']['transformers']}, "
         f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` for the loss"])
 
@@ -153,6 +159,21 @@ def lora_table(r: dict) -> str:
         f"| forward + backward of {M} tokens, ms (× frozen) | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines, "",
         f"Rank {r['rank']}, {r['dtype']}; {r['device']}: {r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
         f"torch {r['versions']['torch']}, triton {r['versions']['triton']}; `python benchmarks/lora.py --save`"])
+
+
+def attention_table(r: dict) -> str:
+    """Milliseconds forward and backward of each way, with each window."""
+    def cell(made: dict) -> str:
+        return f"{made['forward']['ms']:.3f} + {made['backward']['ms']:.3f}" if "both" in made else next(iter(made))    # wrong, or failed
+
+    windows = list(r["windows"].values())
+    head = " | ".join(["| forward + backward, ms", *(f"window {window}" for window in r["windows"])]) + " |"
+    names = {way: f"**{way}**" if way == "ours" else way for way in windows[0]}
+    lines = [" | ".join([f"| {name}", *(cell(made[way]) for made in windows)]) + " |" for way, name in names.items()]
+    return "\n".join([
+        head, "|---|" + "---|" * len(windows), *lines, "",
+        f"{r['tokens']} tokens in {r['documents']} documents, {r['dtype']}; {r['device']}, torch {r['versions']['torch']}, "
+        f"triton {r['versions']['triton']}; `python benchmarks/attention.py --save`"])
 
 
 def tokenizer_table(r: dict) -> str:

@@ -56,12 +56,12 @@ def launches() -> list[tuple[str, object, dict]]:
                 x = torch.empty(shape, dtype=dtype, requires_grad=True)
                 w = torch.empty(shape[-1], dtype=weight or torch.float32, requires_grad=weight is None)
                 norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, by_triton=True).sum().backward()
-        for window, card in itertools.product((512, None), SHARED_KIB):
-            what = f"{'local' if window else 'global'} bfloat16 sm_{card}"
-            q, k, v = (torch.empty(256, heads, 256, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 1, 1))
-            blocks = (attention_kernels.ROWS // 4, attention_kernels.KEYS) if card >= 90 else (
-                attention_kernels.OLDER_ROWS // 4, attention_kernels.OLDER_KEYS)
-            table = attention_kernels.tables([100, 156], window, torch.device("cpu"), None, 0, *blocks)
+        for (window, N, K), card in itertools.product(((512, 4, 1), (None, 4, 1), (512, 4, 4), (512, 8, 4)), SHARED_KIB):
+            what = f"{'local' if window else 'global'} {N}/{K} bfloat16 sm_{card}"          # 8/4: Gemma 3 4B
+            q, k, v = (torch.empty(256, heads, 256, dtype=torch.bfloat16, requires_grad=True) for heads in (N, K, K))
+            rows, keys = (attention_kernels.ROWS, attention_kernels.KEYS) if card >= 90 else (
+                attention_kernels.OLDER_ROWS, attention_kernels.OLDER_KEYS)
+            table = attention_kernels.tables([100, 156], window, torch.device("cpu"), None, 0, rows * K // N, keys)
             attention_kernels.attention(q, k, v, 0.0625, table).sum().backward()
         for dtype, rank, dropout in ((torch.bfloat16, 16, 0.0), (torch.bfloat16, 128, 0.0), (torch.bfloat16, 16, 0.1), (torch.float32, 16, 0.0)):
             for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),  # noqa: E741

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+CUDA = torch.cuda.is_available()
 os.environ.setdefault("GLIBC_TUNABLES", "")        # train.py need not start itself again, as it does for a CPU's sake
-if not torch.cuda.is_available():
+if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device")
+INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
 
 

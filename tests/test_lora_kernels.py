@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import CUDA, GPU, INTERPRETER
 
 import lora_kernels
 from lora_kernels import (
@@ -17,9 +18,6 @@ from lora_kernels import (
     lora_mlp_reference,
 )
 
-CUDA = torch.cuda.is_available()
-INTERPRETER = pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device"))
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -3,18 +3,16 @@ import re
 
 import pytest
 import torch
+from conftest import GPU, INTERPRETED
 
 import norm_kernels
 from norm_kernels import rms_norm, rms_norm_reference, rotate
 
-CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device")
 WAYS = [pytest.param("cpu", FP32, False, id="pytorch-fp32"), pytest.param("cpu", BF16, False, id="pytorch-bf16"),
         *(pytest.param("cpu", dtype, True, marks=INTERPRETED, id=f"interpreted-{dtype}") for dtype in (FP32, FP16, BF16)),
-        *(pytest.param("cuda", dtype, True, marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")], id=f"cuda-{dtype}")
-          for dtype in (FP32, FP16, BF16))]
+        *(pytest.param("cuda", dtype, True, marks=GPU.marks, id=f"cuda-{dtype}") for dtype in (FP32, FP16, BF16))]
 EPS = 1e-6
 
 

@@ -6,7 +6,7 @@ import torch
 
 import triton_support
 from lora_kernels import _forward_kernel
-from triton_support import fitting, remembered
+from triton_support import can_run, fitting, remembered
 
 
 @pytest.fixture
@@ -42,6 +42,13 @@ def test_a_torn_or_foreign_file_is_made_anew(card, content):
 def test_a_folder_that_cannot_be_written_costs_time_alone(card):
     card.parent.joinpath("cache").write_text("a file in the folder's place")
     assert remembered("times", torch.device("cuda"), [1], lambda: {"ms": 1}) == {"ms": 1}
+
+
+@pytest.mark.skipif(triton_support.triton is None, reason="no Triton for this platform")
+def test_kernels_run_on_the_current_device_alone(monkeypatch):
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [can_run(torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1", "cpu")] == [True, False, True, False]
 
 
 def test_large_tiles_are_left_out_where_registers_are_few():
