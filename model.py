@@ -235,7 +235,7 @@ class Gemma3(nn.Module):
         x = F.embedding(tokens, self.head).to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
         ropes = {"sliding_attention": rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype),
                  "full_attention": rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype)}
-        again = partial(checkpoint, use_reentrant=False) if self.checkpoint_activations and torch.is_grad_enabled() else None
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if self.checkpoint_activations and torch.is_grad_enabled() else None
         last = self.model.layers[-1]
         for block, kind, attend_layer in zip(self.model.layers, config.layer_types, attend, strict=True):
             inputs = x, ropes[kind], attend_layer, rows if block is last else None
