@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data import is_hub_name
+import hub
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+INDEX = "model.safetensors.index.json"              # of weights in several files
+MODEL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,16 +115,23 @@ def device_name(device: torch.device) -> str:
 
 
 def fetch_model(name: str) -> Path:
-    """The folder behind `--model`: a local one, or a model's name on the Hugging Face Hub."""
-    if not is_hub_name(name):
-        if not Path(name).is_dir():
-            raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
-        folder = Path(name)
-        if (folder / "adapter" / ADAPTER_CONFIG).exists() or (folder / ADAPTER_CONFIG).exists():
-            raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base or nothing")
-        return folder / "model" if (folder / "model" / "config.json").exists() else folder       # a run's folder was given
-    from huggingface_hub import snapshot_download
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))
+    """The folder behind `--model`: a local one, or a model's on the Hugging Face Hub (hub.py)."""
+    if found := hub.parse(name):
+        if found.part:
+            raise ValueError(f"{name}: a model is named owner/name or owner/name@revision, with no :{found.part}")
+        pinned = hub.pin(name, "model")
+        files = hub.list_files(pinned, "model")
+        needed = [file for file in files if file in MODEL_FILES or re.fullmatch(r"model[^/]*\.safetensors", file)]
+        if "config.json" not in needed or not any(file.endswith(".safetensors") for file in needed):
+            raise FileNotFoundError(f"{found.repo} holds no config.json and model*.safetensors, only {', '.join(files):.300}; "
+                                    + ("it is an adapter: name its base" if ADAPTER_CONFIG in files else "name a model that has them"))
+        return hub.fetch(pinned, "model", needed)[0].parent
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
+    folder = Path(name)
+    if (folder / "adapter" / ADAPTER_CONFIG).exists() or (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base or nothing")
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder           # a run's folder was given
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
@@ -140,6 +150,12 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX}: no \"weight_map\" in it; fetch it again")
+        if missing := set(map(str, index["weight_map"].values())) - {file.name for file in files}:
+            raise FileNotFoundError(f"{folder / min(missing)}: no such file, though {INDEX} names it; fetch the model again")
     weights = {}
     for file in files:
         for name, tensor in _read_tensors(file).items():
@@ -188,9 +204,11 @@ def save_adapter(model: nn.Module, base: str, folder: Path) -> None:
     """Write the adapters of a wrapped model as PEFT does: adapter_config.json and adapter_model.safetensors (fp32)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = next(adapter.config for _, adapter in adapters(model))
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base            # a folder is found from anywhere
+    named = hub.parse(base)
+    revision = named.revision if named else None
+    base = named.repo if named else str(Path(base).resolve()) if Path(base).is_dir() else base      # a folder is found from anywhere
     write_json(folder / ADAPTER_CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision, "r": config.rank,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": list(config.targets),
         "use_rslora": config.rslora, "bias": "none", "fan_in_fan_out": False, "inference_mode": True})
     tensors = {}
@@ -250,12 +268,13 @@ def base_of(model: str | None, adapter: str | None) -> str:
     if not adapter:
         raise ValueError("name a model: --model FOLDER, --adapter RUN, or both")
     config = adapter_folder(adapter) / ADAPTER_CONFIG
-    base = read_json(config).get("base_model_name_or_path")
+    stored = read_json(config)
+    base = stored.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{config} names no base; name a model: --model FOLDER, --adapter RUN, or both")
     if base.startswith("/") and not Path(base).is_dir():
         raise FileNotFoundError(f"{base}: no such folder, though {config} names it as the base; give the base with --model")
-    return base
+    return f"{base}@{stored['revision']}" if stored.get("revision") and hub.parse(base) else base
 
 
 def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", device: str = "cpu") -> tuple[Gemma3, Path]:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import hub
 from loss_kernels import IGNORE
 from tokenizer import Segment, Tokenizer, render_segments
 from tokenizer.chat import SCHEMA_KEYS
@@ -40,6 +41,9 @@ DEVELOPER_TEXT = "You are a model that can do function calling with the followin
 
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
+
+ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")         # as datasets on the Hub call their files and folders
 
 
 class RowError(ValueError):
@@ -110,7 +114,7 @@ def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> It
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")))
+        found = sorted(p for p in path.rglob("*") if p.name.endswith(ROW_FILES))
         if not found:
             raise FileNotFoundError(f"{path}: no .json, .jsonl or .gz file in this folder")
         return found
@@ -589,22 +593,38 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, b
         yield rows, position
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether `name` can only be "owner/name" on the Hugging Face Hub: it is no local path and does not look like one."""
-    owner, _, rest = name.partition("/")
-    return (not Path(name).exists() and not Path(owner).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
-            and not rest.endswith((".json", ".jsonl", ".gz")))
-
-
 def fetch(source: str) -> list[Path]:
-    """The files behind one `--data` source: a local path, or a dataset's name on the Hugging Face Hub."""
+    """The files behind one `--data` source: a local path, or rows on the Hugging Face Hub (hub.py)."""
     if not source:
         raise ValueError("--data names an empty source; look for a comma too many")
-    if not is_hub_name(source):
+    if not hub.parse(source):
         return [Path(source)]
-    from huggingface_hub import snapshot_download
-    folder = snapshot_download(source, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.gz"])
-    return _files_of(Path(folder))
+    pinned = hub.pin(source, "dataset")
+    return hub.fetch(pinned, "dataset", files_with_rows(hub.parse(source), hub.list_files(pinned, "dataset")))
+
+
+def files_with_rows(name: hub.Name, files: list[str]) -> list[str]:
+    """Those files of a dataset that hold the rows asked for.  Raises FileNotFoundError or ValueError saying what there is instead."""
+    def is_of(split: str, file: str) -> bool:
+        stem = file.rpartition("/")[2].partition(".")[0]
+        return split == stem or split in re.split(r"[^A-Za-z0-9]+", file.rpartition(".json")[0])
+
+    rows = [file for file in files if file.endswith(ROW_FILES) and not file.startswith(".") and file != "dataset_infos.json"]
+    if name.part in rows:
+        return [name.part]
+    if not rows or name.part in files:
+        others = name.part or ", ".join(file for file in files if not file.startswith("."))
+        convert = f"from datasets import load_dataset; load_dataset('{name.repo}', split='train').to_json('rows.jsonl')"
+        raise FileNotFoundError(f"{name.repo}: rows must be JSON or JSONL, and this is {others:.300}; convert them, pip install datasets; "
+                                f"python -c \"{convert}\", and give --data rows.jsonl")
+    splits = {split: of_it for split in SPLITS if (of_it := [file for file in rows if is_of(split, file)])}
+    if name.part is None and len(splits) > 1:
+        raise ValueError(f"{name.repo} has the splits {', '.join(splits)}; name one, as --data {name.repo}:{next(iter(splits))}")
+    chosen = rows if name.part is None else [file for file in rows if is_of(name.part, file)]
+    if not chosen:
+        there = f"the splits {', '.join(splits)} and " if splits else ""
+        raise FileNotFoundError(f"{name.repo} has no split or file {name.part!r}; there are {there}the files {', '.join(rows):.600}")
+    return chosen
 
 
 def read_sources(sources: Iterable[str], skipped: Counter | None = None) -> list[Conversation]:

@@ -317,8 +317,8 @@ def table(results: dict[str, dict]) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Count how many queries a model answers with the right calls, and why it misses others.")
     add = parser.add_argument_group("what to evaluate on").add_argument
-    add("--data", default=None, metavar="A,B,…", help="files or folders of rows, as for train.py; or the leaderboard's, with several "
-        "accepted values for an argument")
+    add("--data", default=None, metavar="A,B,…", help="files or folders of rows, or datasets on the Hub, as for train.py; or the "
+        "leaderboard's, with several accepted values for an argument")
     add("--held-out", type=float, default=None, metavar="F", help="only the rows that train.py holds out with --eval-fraction F")
     add("--limit", type=int, default=None, metavar="N", help="at most N rows, chosen by a hash of the query")
     add("--skip-invalid", action="store_true", help="leave out rows that cannot be right, instead of stopping")

@@ -348,7 +348,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that reads a tuned model; `checkpoint.base_of` and `load_adapter` take their values."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, help="folder in the published layout, a run's folder of full fine-tuning, or a name on the Hugging Face "
-        "Hub (default: what the adapter was trained on)")
+        "Hub, owner/name or owner/name@revision (default: what the adapter was trained on)")
     add("--adapter", default=None, metavar="RUN", help="a run's folder, or an adapter's in PEFT's layout")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import hub
 from data import Example, RowError, json_type, pack, parse_row, query_hash, read_rows, steps
 from loss_kernels import IGNORE
 from tokenizer import Tokenizer, render
@@ -218,10 +219,10 @@ def test_every_real_row_is_read(shared):
 # Sources
 
 
-@pytest.mark.parametrize(("name", "hub"), [("Salesforce/xlam-function-calling-60k", True), ("nowhere/rows.jsonl", False), ("../models", False),
+@pytest.mark.parametrize(("name", "found"), [("Salesforce/xlam-function-calling-60k", True), ("nowhere/rows.jsonl", False), ("../models", False),
                                            ("./x", False), ("tests/x", False), ("rows.jsonl", False), ("a/b/c", False)])
-def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(name, hub):
-    assert data.is_hub_name(name) == hub
+def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(name, found):
+    assert (hub.parse(name) is not None) == found
 
 
 def test_an_empty_source_is_refused():
