@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -79,13 +80,20 @@ def write_json(path: Path, value: dict) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); mend the file, or fetch or write it again") from None
+
+
+def read_object(path: Path) -> dict:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; mend the file, or fetch or write it again")
+    return value
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -104,6 +112,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error})") from None
 
 
 def device_name(device: torch.device) -> str:
@@ -142,17 +152,17 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     bf16 compute are what full fine-tuning wants. Raises FileNotFoundError or ValueError naming the file.
     """
     folder = Path(folder)
-    stored = read_json(folder / "config.json")
+    stored = read_object(folder / "config.json")
     try:
         config = GemmaConfig.from_dict(stored)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; mend the file, or fetch it again") from None
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")
     if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
-        index = read_json(folder / INDEX)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        index = read_object(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"{folder / INDEX}: no \"weight_map\" in it; fetch it again")
         if missing := set(map(str, index["weight_map"].values())) - {file.name for file in files}:
             raise FileNotFoundError(f"{folder / min(missing)}: no such file, though {INDEX} names it; fetch the model again")
@@ -161,6 +171,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
         for name, tensor in _read_tensors(file).items():
             name = name.replace("model.language_model.", "model.").removeprefix("language_model.")     # beside a vision part
             if name != "lm_head.weight" and "vision_tower" not in name and "multi_modal" not in name:   # lm_head: a tied copy
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{file}: {name} is {tensor.dtype}; weights are floating-point numbers; fetch the model again")
                 weights[name] = tensor.to(device=device, dtype=master_dtype or dtype)
     with torch.device("meta"):
         model = Gemma3(config, compute_dtype=dtype)
@@ -186,7 +198,7 @@ def save_model(model: Gemma3, base: Path, folder: Path) -> None:
         if (base / name).exists() and base.resolve() != folder.resolve():
             with whole_file(folder / name) as temporary:
                 shutil.copyfile(base / name, temporary)
-    config = read_json(base / "config.json")
+    config = read_object(base / "config.json")
     config = config.get("text_config", config)                  # the larger models nest it beside a vision part, which is not written
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     config |= {"architectures": ["Gemma3ForCausalLM"], "torch_dtype": "bfloat16", "tie_word_embeddings": True}
@@ -232,24 +244,26 @@ def adapter_folder(folder: str | Path) -> Path:
 def load_adapter(model: Gemma3, folder: str | Path) -> None:
     """Wrap `model` in the adapters of a folder that `save_adapter` or PEFT wrote, or of a run, in place."""
     folder = adapter_folder(folder)
-    stored = read_json(folder / ADAPTER_CONFIG)
-    if not isinstance(stored, dict):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: not a JSON object; write the adapter again")
+    stored = read_object(folder / ADAPTER_CONFIG)
     for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)), ("fan_in_fan_out", (False, None)),
                        ("alpha_pattern", ({}, None)), ("rank_pattern", ({}, None)), ("modules_to_save", ([], None)),
                        ("layers_to_transform", ([], None))):
         if stored.get(key, plain[0]) not in plain:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored[key]!r}; only plain LoRA is supported ({plain[0]!r})")
-    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float)), ("target_modules", list)):
-        if not isinstance(stored.get(key, 0.0 if key == "lora_dropout" else None), kinds):
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored.get(key)!r}; plain LoRA has r as an integer, lora_alpha and "
-                             "lora_dropout as numbers, target_modules as a list")
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("lora_dropout", (int, float)), ("target_modules", (list,))):
+        if type(stored.get(key, 0.0 if key == "lora_dropout" else None)) not in kinds:
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored.get(key)!r:.60}; plain LoRA has r as an integer, lora_alpha "
+                             "and lora_dropout as numbers, target_modules as a list")
+    tensors = _read_tensors(folder / ADAPTER)
+    ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim}
+    if ranks != {stored["r"]}:                              # before memory is asked for
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: r is {stored['r']}, and its tensors have rank {sorted(ranks)}; the adapter is "
+                         "damaged, or made for another model")
     try:
         wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0),
                                tuple(map(str, stored["target_modules"])), bool(stored.get("use_rslora"))))
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from None
-    tensors = _read_tensors(folder / ADAPTER)
     for name, adapter in adapters(model):
         for part, parameter in (("lora_A", adapter.lora_a), ("lora_B", adapter.lora_b)):
             key = f"{_PREFIX}{name}.{part}.weight"
@@ -268,13 +282,13 @@ def base_of(model: str | None, adapter: str | None) -> str:
     if not adapter:
         raise ValueError("name a model: --model FOLDER, --adapter RUN, or both")
     config = adapter_folder(adapter) / ADAPTER_CONFIG
-    stored = read_json(config)
-    base = stored.get("base_model_name_or_path")
-    if not base:
+    stored = read_object(config)
+    base, revision = stored.get("base_model_name_or_path"), stored.get("revision")
+    if not isinstance(base, str) or not base or not isinstance(revision, str | None):
         raise ValueError(f"{config} names no base; name a model: --model FOLDER, --adapter RUN, or both")
     if base.startswith("/") and not Path(base).is_dir():
         raise FileNotFoundError(f"{base}: no such folder, though {config} names it as the base; give the base with --model")
-    return f"{base}@{stored['revision']}" if stored.get("revision") and hub.parse(base) else base
+    return f"{base}@{revision}" if revision and hub.parse(base) else base
 
 
 def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", device: str = "cpu") -> tuple[Gemma3, Path]:
