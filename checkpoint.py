@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import hub
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
+from tokenizer import Tokenizer
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
@@ -144,6 +145,23 @@ def fetch_model(name: str) -> Path:
     return folder / "model" if (folder / "model" / "config.json").exists() else folder           # a run's folder was given
 
 
+def load_config(folder: Path) -> GemmaConfig:
+    stored = read_object(folder / "config.json")
+    try:
+        return GemmaConfig.from_dict(stored)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; mend the file, or fetch it again") from None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder.  Raises ValueError for one with ids that the model has no embedding of."""
+    tokenizer, rows = Tokenizer.load(folder), load_config(folder).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} pieces, and the model's vocab_size is {rows}; they do not "
+                         "belong together: fetch both again")
+    return tokenizer
+
+
 def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
                master_dtype: torch.dtype | None = None) -> Gemma3:
     """The model in a folder of the published layout (config.json and model*.safetensors).
@@ -152,11 +170,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     bf16 compute are what full fine-tuning wants. Raises FileNotFoundError or ValueError naming the file.
     """
     folder = Path(folder)
-    stored = read_object(folder / "config.json")
-    try:
-        config = GemmaConfig.from_dict(stored)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}; mend the file, or fetch it again") from None
+    config = load_config(folder)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")

@@ -369,7 +369,7 @@ def evaluate_files(args: argparse.Namespace) -> dict:
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
-    result = evaluate(model, Tokenizer.load(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
+    result = evaluate(model, checkpoint.load_tokenizer(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
                       say=lambda text: print(text, flush=True))
     files = result.get("files", {})
     print(table({**(files if len(files) <= 6 else {}), "all": result}))

@@ -388,7 +388,7 @@ def main(args: argparse.Namespace) -> int:
         except data.RowError as error:
             raise ValueError(f"{args.tools}: {error}") from None
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = checkpoint.load_tokenizer(folder)
 
     def ask(messages: list[dict]) -> str:
         ids, _ = tokenizer.encode_segments(render_segments(messages, tools, add_generation_prompt=True))

@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
     # Rows → examples, some of them held out.
     pin_sources(args, rank, world)
     model_folder = checkpoint.fetch_model(args.model)
-    tokenizer = Tokenizer.load(model_folder)
+    tokenizer = checkpoint.load_tokenizer(model_folder)
     train_rows, eval_rows = read_conversations(args, say)
     if args.preview:
         for row in train_rows[:args.preview]:
