@@ -157,8 +157,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a model's folder.  Raises ValueError for one with ids that the model has no embedding of."""
     tokenizer, rows = Tokenizer.load(folder), load_config(folder).vocab_size
     if tokenizer.vocab_size > rows:
-        raise ValueError(f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} pieces, and the model's vocab_size is {rows}; they do not "
-                         "belong together: fetch both again")
+        raise ValueError(f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} pieces, and the model's vocab_size is {rows}; they do "
+                         "not belong together: fetch both again")
     return tokenizer
 
 

@@ -152,7 +152,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file, of one that is too long its beginning."""
     while line := file.readline(MAX_ROW_BYTES + 1):
-        yield line
+        yield line.rstrip(b"\r\n")
         while line and not line.endswith(b"\n"):
             line = file.readline(MAX_ROW_BYTES)
 
@@ -314,8 +314,9 @@ def _parse_messages(row: dict, source: str) -> Conversation:
             made = [_call(call.get("function", call) if isinstance(call, dict) else call, functions) for call in calls]
             names |= {call["id"]: f["name"] for call, f in zip(calls, made, strict=True) if isinstance(call.get("id"), str)}
             message["tool_calls"] = [{"type": "function", "function": function} for function in made]
-        if message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names:
-            message["name"] = names[message["tool_call_id"]]
+        asked = message.get("tool_call_id")
+        if message["role"] == "tool" and not message.get("name") and isinstance(asked, str) and asked in names:
+            message["name"] = names[asked]
         out.append(message)
     if not any(message["role"] == "assistant" for message in out):
         raise RowError("nothing to train", "no assistant message: there is nothing to learn from this row")
