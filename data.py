@@ -10,7 +10,8 @@ Rows come as JSONL or as a JSON array, gzipped or not, in one of three shapes:
 A tool is xLAM's {name, description, parameters: {p: {type, description, default?}}}, the same with a JSON Schema as its
 parameters, or OpenAI's envelope {"type": "function", "function": …}.
 
-A row that cannot be right is an error that names file:line and the remedy; nothing is cut or guessed silently.
+A row that cannot be right is an error that names file:line and the remedy; nothing is cut or guessed silently. Files are read
+piece by piece, arrays too, and no row may be longer than 1 MiB: whatever a file holds, memory is bounded (docs/hostile.md).
 """
 from __future__ import annotations
 
@@ -43,10 +44,10 @@ DEVELOPER_TEXT = "You are a model that can do function calling with the followin
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
 
-# A longer row is an error. FunctionGemma's whole context, 32,768 tokens, is some 100 KB.
+# A longer row is an error: FunctionGemma's whole context, 32,768 tokens, is some 100 KB of text.
 MAX_ROW_BYTES = 1 << 20
 
-# Objects and lists in one another; a deeper row is an error, where every call of a function would be at the limit of Python's stack.
+# Objects and lists in one another; a deeper row is an error, long before Python's own limit of nested calls.
 MAX_NESTING = 100
 TOO_DEEP = f"objects and lists stand more than {MAX_NESTING} deep in one another"
 

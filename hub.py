@@ -98,7 +98,7 @@ def explained(name: Name, kind: str) -> Iterator[None]:
         raise PermissionError("HF_TOKEN holds a character that no token has, such as a space; set it again")
     try:
         yield
-    except (OSError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError, errors.XetDownloadError) as error:
+    except (OSError, RuntimeError, errors.HTTPError, errors.EntryNotFoundError) as error:
         kind_of_error, text = _explanation(error, name, kind, bool(token))
         raise kind_of_error(text.replace(token, "…") if token else text) from None
 
@@ -135,7 +135,7 @@ def _explanation(error: Exception, name: Name, kind: str, has_token: bool) -> tu
     if status or isinstance(error, errors.HTTPError | errors.EntryNotFoundError):
         return ConnectionError, (f"{what}: {constants.ENDPOINT} does not answer or breaks off ({said}), and {cache} does not hold all "
                                  "of it; look at the network and run it again: what came whole is kept")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
         return OSError, (f"{what}: the disk is full, {free / 2**30:.1f} GiB are free at {cache}; make room, or set HF_HOME to a folder "
                          "on a larger disk, and run it again: what came whole is kept")

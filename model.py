@@ -15,7 +15,6 @@ transformers, and `python tests/compare_layers.py MODEL` does so layer by layer.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,8 +96,8 @@ class GemmaConfig:
             default, most = cls.__dataclass_fields__[key].default, 1_000 if key == "num_hidden_layers" else LARGEST
             if isinstance(default, int) and not (type(value) is int and 1 <= value <= most):
                 raise ValueError(f"{key} is {value!r:.60}; expected an integer from 1 to {most}")
-            if isinstance(default, float) and not (type(value) in (int, float) and 0 < value < math.inf):
-                raise ValueError(f"{key} is {value!r:.60}; expected a number above 0")
+            if isinstance(default, float) and not (type(value) in (int, float) and 0 < value <= 1e30):
+                raise ValueError(f"{key} is {value!r:.60}; expected a number above 0, and not beyond 1e30")
         pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
         if "layer_types" not in known and pattern:
             if type(pattern) is not int or pattern < 1:

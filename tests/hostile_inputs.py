@@ -52,7 +52,7 @@ def nested(opening: str, closing: str, depth: int) -> str:
 # Files of rows: content, as bytes or as (bytes, how often) for what is too large to hold
 
 LINES = {
-    "10,000 lists in one another": nested("[", "]", 10_000).encode(),
+    "100,000 lists in one another": nested("[", "]", 100_000).encode(),
     "an argument nested 10,000 deep": call(nested("[", "]", 10_000)),
     "an argument nested 300 deep": call(nested('{"a":', "}", 300)),
     "a parameter whose items are nested 300 deep": row(tools=[{"name": "f", "parameters": {"a": {"type": "list", "items": json.loads(

@@ -239,7 +239,7 @@ def test_any_config_is_a_model_that_can_be_built_or_a_value_error(change):
         assert str(error)
         return
     assert len(config.layer_types) == config.num_hidden_layers <= 1000 and config.head_dim % 2 == 0
-    assert all(math.isfinite(number) and number > 0 for number in (config.rope_theta, config.rope_factor, config.rms_norm_eps, config.query_pre_attn_scalar))
+    assert all(0 < number < math.inf for number in (config.rope_theta, config.rope_factor, config.rms_norm_eps, config.query_pre_attn_scalar))
 
 
 def test_safetensors_with_changed_bytes_in_the_header_are_refused_or_read(demo, tmp_path):
