@@ -29,7 +29,7 @@ import demo  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from tokenizer.model_file import BYTE, BYTE_PIECES, NORMAL, UNKNOWN, USER_DEFINED, control_names  # noqa: E402
 
-SECONDS, MEBIBYTES = 20, 400            # processor time of a case; memory of all cases, beyond what the imports take
+SECONDS, MEBIBYTES = 20, 200            # processor time of a case; memory of all cases, beyond what the imports take
 TOOL = {"name": "f", "description": "d", "parameters": {"a": {"type": "str", "description": "d"}}}
 GOOD = {"query": "q", "tools": [TOOL], "answers": [{"name": "f", "arguments": {"a": "x"}}]}
 CONTROL = "".join(control_names())
