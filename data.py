@@ -15,6 +15,7 @@ piece by piece, arrays too, and no row may be longer than 1 MiB: whatever a file
 """
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import itertools
@@ -140,9 +141,12 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
         try:
             is_first = True
             for number, line in enumerate(_lines(file), start=1):
-                if is_first and (line := line.lstrip(b"\xef\xbb\xbf \t\r\n")).startswith(b"["):
-                    yield from _array_rows(path.name, number, itertools.chain([line[1:]], iter(lambda: file.read(1 << 20), b"")))
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if is_first and (begin := line.lstrip()).startswith(b"["):
+                    yield from _array_rows(path.name, number, itertools.chain([begin[1:]], iter(lambda: file.read(1 << 20), b"")))
                     return
+                line = line.rstrip(b"\r\n")
                 if len(line) > MAX_ROW_BYTES or line.strip():
                     is_first = False
                     yield str(number), line
@@ -153,7 +157,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a file, of one that is too long its beginning."""
     while line := file.readline(MAX_ROW_BYTES + 1):
-        yield line.rstrip(b"\r\n")
+        yield line
         while line and not line.endswith(b"\n"):
             line = file.readline(MAX_ROW_BYTES)
 

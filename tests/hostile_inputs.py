@@ -83,7 +83,8 @@ LINES = {
 }
 LIMIT = (b"x" * (1 << 20), 100)
 WHOLE_FILES = {
-    "an empty file": b"", "a file of 2 MB of newlines": (b"\n" * (2 << 20),), "UTF-16": row().decode().encode("utf-16"),
+    "an empty file": b"", "a file of 2 MB of newlines": (b"\n" * (2 << 20),), "100 MB of spaces, then a row": ((b" " * (1 << 20), 100), row()),
+    "a byte order mark": b"\xef\xbb\xbf" + row(), "a byte order mark before an array": b"\xef\xbb\xbf\n [" + row() + b"]", "UTF-16": row().decode().encode("utf-16"),
     "an array that does not end": b"[" + row() + b",\n" + row()[:-5], "an array with a brace too many": b"[" + row() + b"}, " + row() + b"]",
     "an array with a brace too few": b"[" + row()[:-1] + b",\n" + row() + b"]", "an array and more after it": b"[" + row() + b"]\n[]",
     "an array with a broken item": b"[" + row() + b",\n{\"query\" 1},\n" + row() + b"]",
