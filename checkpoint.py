@@ -11,25 +11,30 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data import is_hub_name
+import hub
 from gradients import like, whole
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
+from tokenizer import Tokenizer
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+INDEX = "model.safetensors.index.json"              # of weights in several files
+MODEL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,13 +87,20 @@ def write_json(path: Path, value: dict) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); mend the file, or fetch or write it again") from None
+
+
+def read_object(path: Path) -> dict:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; mend the file, or fetch or write it again")
+    return value
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -107,6 +119,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error})") from None
 
 
 def device_name(device: torch.device) -> str:
@@ -118,16 +132,40 @@ def device_name(device: torch.device) -> str:
 
 
 def fetch_model(name: str) -> Path:
-    """The folder behind `--model`: a local one, or a model's name on the Hugging Face Hub."""
-    if not is_hub_name(name):
-        if not Path(name).is_dir():
-            raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
-        folder = Path(name)
-        if (folder / "adapter" / ADAPTER_CONFIG).exists() or (folder / ADAPTER_CONFIG).exists():
-            raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base or nothing")
-        return folder / "model" if (folder / "model" / "config.json").exists() else folder       # a run's folder was given
-    from huggingface_hub import snapshot_download
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))
+    """The folder behind `--model`: a local one, or a model's on the Hugging Face Hub (hub.py)."""
+    if found := hub.parse(name):
+        if found.part:
+            raise ValueError(f"{name}: a model is named owner/name or owner/name@revision, with no :{found.part}")
+        pinned = hub.pin(name, "model")
+        files = hub.list_files(pinned, "model")
+        needed = [file for file in files if file in MODEL_FILES or re.fullmatch(r"model[^/]*\.safetensors", file)]
+        if "config.json" not in needed or not any(file.endswith(".safetensors") for file in needed):
+            raise FileNotFoundError(f"{found.repo} holds no config.json and model*.safetensors, only {', '.join(files):.300}; "
+                                    + ("it is an adapter: name its base" if ADAPTER_CONFIG in files else "name a model that has them"))
+        return hub.fetch(pinned, "model", needed)[0].parent
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
+    folder = Path(name)
+    if (folder / "adapter" / ADAPTER_CONFIG).exists() or (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base or nothing")
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder           # a run's folder was given
+
+
+def load_config(folder: Path) -> GemmaConfig:
+    stored = read_object(folder / "config.json")
+    try:
+        return GemmaConfig.from_dict(stored)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; mend the file, or fetch it again") from None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder.  Raises ValueError for one with ids that the model has no embedding of."""
+    tokenizer, rows = Tokenizer.load(folder), load_config(folder).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} pieces, and the model's vocab_size is {rows}; they do "
+                         "not belong together: fetch both again")
+    return tokenizer
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
@@ -138,19 +176,23 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
     bf16 compute are what full fine-tuning wants. Raises FileNotFoundError or ValueError naming the file.
     """
     folder = Path(folder)
-    stored = read_json(folder / "config.json")
-    try:
-        config = GemmaConfig.from_dict(stored)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    config = load_config(folder)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
+        index = read_object(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX}: no \"weight_map\" in it; fetch it again")
+        if missing := set(map(str, index["weight_map"].values())) - {file.name for file in files}:
+            raise FileNotFoundError(f"{folder / min(missing)}: no such file, though {INDEX} names it; fetch the model again")
     weights = {}
     for file in files:
         for name, tensor in _read_tensors(file).items():
             name = name.replace("model.language_model.", "model.").removeprefix("language_model.")     # beside a vision part
             if name != "lm_head.weight" and "vision_tower" not in name and "multi_modal" not in name:   # lm_head: a tied copy
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{file}: {name} is {tensor.dtype}; weights are floating-point numbers; fetch the model again")
                 weights[name] = tensor.to(device=device, dtype=master_dtype or dtype)
     with torch.device("meta"):
         model = Gemma3(config, compute_dtype=dtype)
@@ -176,7 +218,7 @@ def save_model(model: Gemma3, base: Path, folder: Path) -> None:
         if (base / name).exists() and base.resolve() != folder.resolve():
             with whole_file(folder / name) as temporary:
                 shutil.copyfile(base / name, temporary)
-    config = read_json(base / "config.json")
+    config = read_object(base / "config.json")
     config = config.get("text_config", config)                  # the larger models nest it beside a vision part, which is not written
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     config |= {"architectures": ["Gemma3ForCausalLM"], "torch_dtype": "bfloat16", "tie_word_embeddings": True}
@@ -194,9 +236,11 @@ def save_adapter(model: nn.Module, base: str, folder: Path) -> None:
     """Write the adapters of a wrapped model as PEFT does: adapter_config.json and adapter_model.safetensors (fp32)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = next(adapter.config for _, adapter in adapters(model))
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base            # a folder is found from anywhere
+    named = hub.parse(base)
+    revision = named.revision if named else None
+    base = named.repo if named else str(Path(base).resolve()) if Path(base).is_dir() else base      # a folder is found from anywhere
     write_json(folder / ADAPTER_CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": revision, "r": config.rank,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": list(config.targets),
         "use_rslora": config.rslora, "bias": "none", "fan_in_fan_out": False, "inference_mode": True})
     tensors = {}
@@ -220,24 +264,26 @@ def adapter_folder(folder: str | Path) -> Path:
 def load_adapter(model: Gemma3, folder: str | Path) -> None:
     """Wrap `model` in the adapters of a folder that `save_adapter` or PEFT wrote, or of a run, in place."""
     folder = adapter_folder(folder)
-    stored = read_json(folder / ADAPTER_CONFIG)
-    if not isinstance(stored, dict):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: not a JSON object; write the adapter again")
+    stored = read_object(folder / ADAPTER_CONFIG)
     for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)), ("fan_in_fan_out", (False, None)),
                        ("alpha_pattern", ({}, None)), ("rank_pattern", ({}, None)), ("modules_to_save", ([], None)),
                        ("layers_to_transform", ([], None))):
         if stored.get(key, plain[0]) not in plain:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored[key]!r}; only plain LoRA is supported ({plain[0]!r})")
-    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float)), ("target_modules", list)):
-        if not isinstance(stored.get(key, 0.0 if key == "lora_dropout" else None), kinds):
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored.get(key)!r}; plain LoRA has r as an integer, lora_alpha and "
-                             "lora_dropout as numbers, target_modules as a list")
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("lora_dropout", (int, float)), ("target_modules", (list,))):
+        if type(stored.get(key, 0.0 if key == "lora_dropout" else None)) not in kinds:
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: {key} is {stored.get(key)!r:.60}; plain LoRA has r as an integer, lora_alpha "
+                             "and lora_dropout as numbers, target_modules as a list")
+    tensors = _read_tensors(folder / ADAPTER)
+    ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim}
+    if ranks != {stored["r"]}:                              # before memory is asked for
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: r is {stored['r']}, and its tensors have rank {sorted(ranks)}; the adapter is "
+                         "damaged, or made for another model")
     try:
         wrap(model, LoRAConfig(stored["r"], stored["lora_alpha"], stored.get("lora_dropout", 0.0),
                                tuple(map(str, stored["target_modules"])), bool(stored.get("use_rslora"))))
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from None
-    tensors = _read_tensors(folder / ADAPTER)
     for name, adapter in adapters(model):
         for part, parameter in (("lora_A", adapter.lora_a), ("lora_B", adapter.lora_b)):
             key = f"{_PREFIX}{name}.{part}.weight"
@@ -256,12 +302,13 @@ def base_of(model: str | None, adapter: str | None) -> str:
     if not adapter:
         raise ValueError("name a model: --model FOLDER, --adapter RUN, or both")
     config = adapter_folder(adapter) / ADAPTER_CONFIG
-    base = read_json(config).get("base_model_name_or_path")
-    if not base:
+    stored = read_object(config)
+    base, revision = stored.get("base_model_name_or_path"), stored.get("revision")
+    if not isinstance(base, str) or not base or not isinstance(revision, str | None):
         raise ValueError(f"{config} names no base; name a model: --model FOLDER, --adapter RUN, or both")
     if base.startswith("/") and not Path(base).is_dir():
         raise FileNotFoundError(f"{base}: no such folder, though {config} names it as the base; give the base with --model")
-    return base
+    return f"{base}@{revision}" if revision and hub.parse(base) else base
 
 
 def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", device: str = "cpu") -> tuple[Gemma3, Path]:

@@ -10,10 +10,12 @@ Rows come as JSONL or as a JSON array, gzipped or not, in one of three shapes:
 A tool is xLAM's {name, description, parameters: {p: {type, description, default?}}}, the same with a JSON Schema as its
 parameters, or OpenAI's envelope {"type": "function", "function": …}.
 
-A row that cannot be right is an error that names file:line and the remedy; nothing is cut or guessed silently.
+A row that cannot be right is an error that names file:line and the remedy; nothing is cut or guessed silently. Files are read
+piece by piece, arrays too, and no row may be longer than 1 MiB: whatever a file holds, memory is bounded (docs/hostile.md).
 """
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import heapq
@@ -28,12 +30,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import hub
 from loss_kernels import IGNORE
 from tokenizer import Segment, Tokenizer, render_segments
 from tokenizer.chat import SCHEMA_KEYS
@@ -43,6 +46,16 @@ DEVELOPER_TEXT = "You are a model that can do function calling with the followin
 
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
+
+# A longer row is an error: FunctionGemma's whole context, 32,768 tokens, is some 100 KB of text.
+MAX_ROW_BYTES = 1 << 20
+
+# Objects and lists in one another; a deeper row is an error, long before Python's own limit of nested calls.
+MAX_NESTING = 100
+TOO_DEEP = f"objects and lists stand more than {MAX_NESTING} deep in one another"
+
+ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")         # as datasets on the Hub call their files and folders
 
 
 class RowError(ValueError):
@@ -113,7 +126,7 @@ def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> It
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")))
+        found = sorted(p for p in path.rglob("*") if p.name.endswith(ROW_FILES))
         if not found:
             raise FileNotFoundError(f"{path}: no .json, .jsonl or .gz file in this folder")
         return found
@@ -122,58 +135,95 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row in a file: bytes of JSON for a line of JSONL, decoded JSON for an item of an array."""
+def _raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, JSON) of every row in a file; of a row that is too long its beginning, which `parse_row` refuses."""
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
     with gzip.open(path) if packed else path.open("rb") as file:
         try:
-            array_begins = True
-            for number, line in enumerate(file, start=1):
-                line = line.strip(b"\xef\xbb\xbf \t\r\n") if array_begins else line.strip()
-                if array_begins and line.startswith(b"["):
-                    yield from _array_rows(path, b"\n" * (number - 1) + line + b"\n" + file.read())
+            is_first = True
+            for number, line in enumerate(_lines(file), start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if is_first and (begin := line.lstrip()).startswith(b"["):
+                    yield from _array_rows(path.name, number, itertools.chain([begin[1:]], iter(lambda: file.read(1 << 20), b"")))
                     return
-                if line:
-                    array_begins = False
+                line = line.rstrip(b"\r\n")
+                if len(line) > MAX_ROW_BYTES or line.strip():
+                    is_first = False
                     yield str(number), line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise RowError("broken gzip", f"{path.name}: {error}; fetch or compress the file again") from None
 
 
-def _array_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    """The items of a JSON array, with the line each begins on."""
-    def broken(at: int, why: object) -> RowError:
-        return RowError("not JSON", f"{path.name}:{text.count(chr(10), 0, at) + 1}: {why}; a broken array cannot be skipped over: mend it")
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, of one that is too long its beginning."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW_BYTES)
 
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RowError("not UTF-8", f"{path.name}:{line}: not UTF-8; save the file as UTF-8") from None
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
-    at, line, counted = space.match(text).end() + 1, 1, 0
-    for number in itertools.count(1):
-        at = space.match(text, at).end()
-        if number > 1 and text.startswith(",", at):
-            at = space.match(text, at + 1).end()
-        elif text.startswith("]", at):
-            if rest := text[at + 1:].strip():
-                raise broken(at + 1, f"{rest[:20]!r} after the array's end")
-            return
-        elif number > 1:
-            raise broken(at, f"expected a comma or the array's end, found {text[at:at + 20]!r}")
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise broken(at, f"row {number} is not valid JSON ({error})") from None
-        yield f"{line} (row {number})", row
+
+# A bracket, a comma, or a string; of a string that goes on after the text, the group: half of an escape, or nothing.
+_JSON_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|(\\?)\Z)|[][{},]', re.DOTALL)
+
+
+def _array_rows(name: str, line: int, chunks: Iterator[bytes]) -> Iterator[tuple[str, bytes]]:
+    """The items of a JSON array, cut apart at its commas, with the line each begins on; `parse_row` judges what they are.
+
+    line: of the array's beginning; chunks: what follows its opening bracket.  Raises RowError for an array that does not end.
+    """
+    depth, number, begins, item, unread = 1, 1, line, bytearray(), b""
+
+    def take(piece: bytes) -> None:
+        """Add to the item, as much as `parse_row` needs to see that it is too long."""
+        nonlocal line, begins
+        if not item:
+            own = piece.lstrip()
+            line += piece.count(b"\n", 0, len(piece) - len(own))
+            begins, piece = line, own
+        line += piece.count(b"\n")
+        item.extend(piece[:MAX_ROW_BYTES + 1 - len(item)])
+
+    for chunk in chunks:
+        text, start = unread + chunk, len(unread)               # start: of what is not taken yet
+        unread = b""
+        for mark in _JSON_MARK.finditer(text):
+            what = mark[0][:1]
+            if what == b'"' and mark[1] is not None:
+                unread = b'"' + mark[1]                         # the next chunk is read as if the string began with it
+            depth += (what in b"[{") - (what in b"]}")
+            if depth > 1 or (depth == 1 and what != b","):
+                continue
+            take(text[start:mark.start()])
+            start = mark.end()
+            if depth == 0 and what == b"}":
+                raise RowError("broken array", f"{name}:{begins}: row {number} closes more than it opens; mend the file")
+            if item or what == b"," or number > 1:
+                yield f"{begins} (row {number})", bytes(item)
+            item.clear()
+            number += 1
+            if depth == 0:
+                for rest in itertools.chain([text[start:]], chunks):
+                    if rest.strip():
+                        raise RowError("broken array", f"{name}:{line}: {rest.strip()[:20]!r} after the array's end; mend the file")
+                return
+        take(text[start:])
+    raise RowError("broken array", f"{name}:{begins}: the file ends inside row {number} of the array; fetch or write it again")
 
 
 def parse_row(row: Any, source: str) -> Conversation:
     """One row, as decoded JSON or as its text in a string or in UTF-8.  Raises RowError saying what is wrong with it."""
+    try:
+        return _parse_row(row, source)
+    except RecursionError:
+        raise RowError("nested too deeply", TOO_DEEP) from None
+
+
+def _parse_row(row: Any, source: str) -> Conversation:
     if isinstance(row, bytes):
+        if len(row) > MAX_ROW_BYTES:
+            raise RowError("too long", f"the row is longer than {MAX_ROW_BYTES >> 20} MiB, many times what a model reads at once")
         try:
             row = row.decode()
         except UnicodeDecodeError as error:
@@ -196,8 +246,9 @@ def parse_row(row: Any, source: str) -> Conversation:
     answers = [_first_accepted(call) for call in accepted] if several else _decoded(row["answers"], "answers")
     if not isinstance(answers, list):
         raise RowError("bad answers", f"answers is {_kind(answers)}, not a list of {{\"name\", \"arguments\"}}")
+    functions = _by_name(tools)
     turn = {"role": "assistant", "content": None if answers else "",        # no call: the model is to stay silent
-            "tool_calls": [{"type": "function", "function": _call(answer, tools)} for answer in answers]}
+            "tool_calls": [{"type": "function", "function": _call(answer, functions)} for answer in answers]}
     messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user", "content": row["query"]}, turn]
     return _checked(Conversation(tools, messages, source, accepted))
 
@@ -254,6 +305,7 @@ def _parse_messages(row: dict, source: str) -> Conversation:
     messages = _decoded(row["messages"], "messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise RowError("bad messages", "messages must be a list of objects, each with a \"role\"")
+    functions = _by_name(tools)
     names: dict[str, str] = {}              # tool_call_id → function name, for responses that give the id alone
     out: list[dict] = []
     if tools and (not messages or messages[0]["role"] not in ("system", "developer")):
@@ -266,11 +318,12 @@ def _parse_messages(row: dict, source: str) -> Conversation:
         if not isinstance(calls, list):
             raise RowError("bad messages", f"tool_calls is {_kind(calls)}, not a list")
         if calls:
-            functions = [_call(call.get("function", call) if isinstance(call, dict) else call, tools) for call in calls]
-            names |= {call["id"]: f["name"] for call, f in zip(calls, functions, strict=True) if isinstance(call.get("id"), str)}
-            message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
-        if message["role"] == "tool" and not message.get("name") and message.get("tool_call_id") in names:
-            message["name"] = names[message["tool_call_id"]]
+            made = [_call(call.get("function", call) if isinstance(call, dict) else call, functions) for call in calls]
+            names |= {call["id"]: f["name"] for call, f in zip(calls, made, strict=True) if isinstance(call.get("id"), str)}
+            message["tool_calls"] = [{"type": "function", "function": function} for function in made]
+        asked = message.get("tool_call_id")
+        if message["role"] == "tool" and not message.get("name") and isinstance(asked, str) and asked in names:
+            message["name"] = names[asked]
         out.append(message)
     if not any(message["role"] == "assistant" for message in out):
         raise RowError("nothing to train", "no assistant message: there is nothing to learn from this row")
@@ -279,24 +332,47 @@ def _parse_messages(row: dict, source: str) -> Conversation:
 
 def _checked(conversation: Conversation) -> Conversation:
     """Render once, so that what the template refuses is found here, with the row's name."""
+    level: list = [conversation.tools, conversation.messages]
+    for _ in range(MAX_NESTING):
+        level = [child for value in level if isinstance(value, dict | list)
+                 for child in (value.values() if isinstance(value, dict) else value)]
+    if level:
+        raise RowError("nested too deeply", TOO_DEEP)
     try:
         "".join(segment.text for segment in conversation.segments()).encode()        # half a surrogate pair is no text
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise RowError("not renderable", f"the template cannot render this row: {error}") from None
     return conversation
 
 
-def _call(answer: Any, tools: list[dict]) -> dict:
+def _by_name(tools: list[dict]) -> dict[str, dict]:
+    return {tool["function"]["name"]: tool["function"] for tool in tools}
+
+
+def _call(answer: Any, functions: dict[str, dict]) -> dict:
     if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
         raise RowError("bad call", f"a call is {answer!r:.80}, not {{\"name\": …, \"arguments\": {{…}}}}")
     name, arguments = answer["name"], _decoded(answer.get("arguments") or {}, f"the arguments of {answer['name']!r:.60}")
     if not isinstance(arguments, dict):
         raise RowError("bad arguments", f"the arguments of {name!r:.60} are {_kind(arguments)}, not an object")
-    known = [tool["function"]["name"] for tool in tools]
-    if name not in known:
-        listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
-        raise RowError("unknown function", f"call to \"{name:.80}\" is not one of its {len(known)} tools ({listed})")
+    if name not in functions:
+        listed = ", ".join(json.dumps(known)[1:-1][:60] for known in list(functions)[:8]) + (", …" if len(functions) > 8 else "")
+        raise RowError("unknown function", f"call to {json.dumps(name):.80} is not one of its {len(functions)} tools ({listed})")
     return {"name": name, "arguments": arguments}
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text:.40} is beyond the numbers that a computer holds")
+    return number
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
 
 
 def _decoded(value: Any, what: str) -> Any:
@@ -304,8 +380,8 @@ def _decoded(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return _JSON.decode(value)
+    except ValueError as error:
         raise RowError("not JSON", f"{what} is not valid JSON ({error})") from None
 
 
@@ -320,13 +396,13 @@ def _kind(value: Any) -> str:
 
 def parse_tools(value: Any) -> list[dict]:
     """Tools in any of the accepted forms, or their JSON text → OpenAI's envelope.  Raises RowError."""
-    tools = _decoded(value, "tools")
-    if not isinstance(tools, list):
-        raise RowError("bad tools", f"tools is {_kind(tools)}, not a list")
     try:
+        tools = _decoded(value, "tools")
+        if not isinstance(tools, list):
+            raise RowError("bad tools", f"tools is {_kind(tools)}, not a list")
         return [{"type": "function", "function": _function(tool)} for tool in tools]
     except RecursionError:
-        raise RowError("bad tool", "a tool's parameters are nested too deeply to read") from None
+        raise RowError("nested too deeply", TOO_DEEP) from None
 
 
 def _function(tool: Any) -> dict:
@@ -374,7 +450,7 @@ def json_type(text: Any) -> tuple[dict, bool]:
 
     Union[…] and whatever is unknown become string.
     """
-    text = text.strip() if isinstance(text, str) else ""
+    text = text.strip() if isinstance(text, str) and len(text) <= 1000 else ""       # what follows takes the square of its length
     bare = re.sub(r"\s*,\s*optional\b[^\[\]]*$", "", text, flags=re.IGNORECASE)
     optional, text = bare != text, bare.removeprefix("typing.")
     outer, bracket, inner = text.partition("[")
@@ -671,22 +747,38 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, b
         yield rows, position
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether `name` can only be "owner/name" on the Hugging Face Hub: it is no local path and does not look like one."""
-    owner, _, rest = name.partition("/")
-    return (not Path(name).exists() and not Path(owner).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
-            and not rest.endswith((".json", ".jsonl", ".gz")))
-
-
 def fetch(source: str) -> list[Path]:
-    """The files behind one `--data` source: a local path, or a dataset's name on the Hugging Face Hub."""
+    """The files behind one `--data` source: a local path, or rows on the Hugging Face Hub (hub.py)."""
     if not source:
         raise ValueError("--data names an empty source; look for a comma too many")
-    if not is_hub_name(source):
+    if not hub.parse(source):
         return [Path(source)]
-    from huggingface_hub import snapshot_download
-    folder = snapshot_download(source, repo_type="dataset", allow_patterns=["*.json", "*.jsonl", "*.gz"])
-    return _files_of(Path(folder))
+    pinned = hub.pin(source, "dataset")
+    return hub.fetch(pinned, "dataset", files_with_rows(hub.parse(source), hub.list_files(pinned, "dataset")))
+
+
+def files_with_rows(name: hub.Name, files: list[str]) -> list[str]:
+    """Those files of a dataset that hold the rows asked for.  Raises FileNotFoundError or ValueError saying what there is instead."""
+    def is_of(split: str, file: str) -> bool:
+        stem = file.rpartition("/")[2].partition(".")[0]
+        return split == stem or split in re.split(r"[^A-Za-z0-9]+", file.rpartition(".json")[0])
+
+    rows = [file for file in files if file.endswith(ROW_FILES) and not file.startswith(".") and file != "dataset_infos.json"]
+    if name.part in rows:
+        return [name.part]
+    if not rows or name.part in files:
+        others = name.part or ", ".join(file for file in files if not file.startswith("."))
+        convert = f"from datasets import load_dataset; load_dataset('{name.repo}', split='train').to_json('rows.jsonl')"
+        raise FileNotFoundError(f"{name.repo}: rows must be JSON or JSONL, and this is {others:.300}; convert them, pip install datasets; "
+                                f"python -c \"{convert}\", and give --data rows.jsonl")
+    splits = {split: of_it for split in SPLITS if (of_it := [file for file in rows if is_of(split, file)])}
+    if name.part is None and len(splits) > 1:
+        raise ValueError(f"{name.repo} has the splits {', '.join(splits)}; name one, as --data {name.repo}:{next(iter(splits))}")
+    chosen = rows if name.part is None else [file for file in rows if is_of(name.part, file)]
+    if not chosen:
+        there = f"the splits {', '.join(splits)} and " if splits else ""
+        raise FileNotFoundError(f"{name.repo} has no split or file {name.part!r}; there are {there}the files {', '.join(rows):.600}")
+    return chosen
 
 
 def read_sources(sources: Iterable[str], skipped: Counter | None = None) -> list[Conversation]:

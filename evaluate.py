@@ -330,8 +330,8 @@ def table(results: dict[str, dict]) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Count how many queries a model answers with the right calls, and why it misses others.")
     add = parser.add_argument_group("what to evaluate on").add_argument
-    add("--data", default=None, metavar="A,B,…", help="files or folders of rows, as for train.py; or the leaderboard's, with several "
-        "accepted values for an argument")
+    add("--data", default=None, metavar="A,B,…", help="files or folders of rows, or datasets on the Hub, as for train.py; or the "
+        "leaderboard's, with several accepted values for an argument")
     add("--held-out", type=float, default=None, metavar="F", help="only the rows that train.py holds out with --eval-fraction F")
     add("--limit", type=int, default=None, metavar="N", help="at most N rows, chosen by a hash of the query")
     add("--skip-invalid", action="store_true", help="leave out rows that cannot be right, instead of stopping")
@@ -382,7 +382,7 @@ def evaluate_files(args: argparse.Namespace) -> dict:
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
-    result = evaluate(model, Tokenizer.load(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
+    result = evaluate(model, checkpoint.load_tokenizer(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
                       say=lambda text: print(text, flush=True))
     files = result.get("files", {})
     print(table({**(files if len(files) <= 6 else {}), "all": result}))

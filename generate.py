@@ -348,7 +348,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that reads a tuned model; `checkpoint.base_of` and `load_adapter` take their values."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, help="folder in the published layout, a run's folder of full fine-tuning, or a name on the Hugging Face "
-        "Hub (default: what the adapter was trained on)")
+        "Hub, owner/name or owner/name@revision (default: what the adapter was trained on)")
     add("--adapter", default=None, metavar="RUN", help="a run's folder, or an adapter's in PEFT's layout")
 
 
@@ -388,7 +388,7 @@ def main(args: argparse.Namespace) -> int:
         except data.RowError as error:
             raise ValueError(f"{args.tools}: {error}") from None
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = checkpoint.load_tokenizer(folder)
 
     def ask(messages: list[dict]) -> str:
         ids, _ = tokenizer.encode_segments(render_segments(messages, tools, add_generation_prompt=True))

@@ -32,8 +32,9 @@ class LoRAConfig:
         if unknown or not self.targets:
             raise ValueError(f"LoRA targets {', '.join(unknown) or '(none)'}: choose from {', '.join(TARGETS)}"
                              " (the head is tied to the embedding and takes no adapter)")
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA needs rank ≥ 1 and 0 ≤ dropout < 1; got rank {self.rank}, dropout {self.dropout}")
+        if self.rank < 1 or not 0 <= self.dropout < 1 or not math.isfinite(self.alpha):
+            raise ValueError(f"LoRA needs rank ≥ 1, 0 ≤ dropout < 1 and a finite alpha; got rank {self.rank}, dropout {self.dropout}, "
+                             f"alpha {self.alpha}")
 
     @property
     def scale(self) -> float:

@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 
 import checkpoint
 import data
+import hub
 import report
 from evaluate import evaluate, table
 from gradients import Sharded, Summed, total_norm
@@ -58,8 +59,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], formatter_class=Help)
     add = parser.add_argument_group("what to train on").add_argument
-    add("--model", required=True, help="folder in the published layout, or a name on the Hugging Face Hub")
-    add("--data", required=True, metavar="A,B,…", help="files or folders of rows (JSONL, JSON, .gz), or dataset names on the Hub")
+    add("--model", required=True, help="folder in the published layout, or a name on the Hugging Face Hub, owner/name or "
+        "owner/name@revision (branch, tag, commit)")
+    add("--data", required=True, metavar="A,B,…", help="files or folders of rows (JSONL, JSON, .gz), or datasets on the "
+        "Hub, owner/name[@revision][:split] or owner/name[@revision][:file]")
     add("--eval-data", default=None, metavar="A,B,…", help="held-out rows; without it a share of --data is held out")
     add("--eval-fraction", type=float, default=0.05, help="share of queries to hold out, chosen by a hash of the query")
     add("--eval-rows", type=int, default=200, help="evaluate on at most this many held-out rows")
@@ -172,8 +175,9 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     out = Path(args.out)
 
     # Rows → examples, some of them held out.
+    pin_sources(args, rank, world)
     model_folder = checkpoint.fetch_model(args.model)
-    tokenizer = Tokenizer.load(model_folder)
+    tokenizer = checkpoint.load_tokenizer(model_folder)
     train_rows, eval_rows = read_conversations(args, say)
     if args.preview:
         for row in train_rows[:args.preview]:
@@ -399,6 +403,22 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 # The pieces of `main`, in its order
 
 
+def pin_sources(args: argparse.Namespace, rank: int, world: int) -> None:
+    """Give each name on the Hub in the flags its commit: a resumed run's own, or the one that the first process finds there now."""
+    args.asked = [args.model, args.data, args.eval_data]
+    config = Path(args.out) / "config.json"
+    stored = checkpoint.read_json(config) if args.resume and config.exists() else {}
+    pinned = [None] * 3
+    if stored.get("asked") == args.asked:
+        pinned = [stored["model"], stored["data"], stored["eval_data"]]
+    elif rank == 0:
+        pinned = [hub.pin(args.model, "model"), *(sources and ",".join(hub.pin(source, "dataset") for source in sources.split(","))
+                                                  for sources in (args.data, args.eval_data))]
+    if world > 1:
+        dist.broadcast_object_list(pinned)
+    args.model, args.data, args.eval_data = pinned
+
+
 def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Conversation], list[data.Conversation]]:
     """The training rows and the held-out rows."""
     skipped = Counter() if args.skip_invalid else None
@@ -543,7 +563,7 @@ def check_same_run(out: Path, flags: dict) -> None:
     """Refuse to resume with flags under which the losses would differ."""
     stored = checkpoint.read_json(out / "config.json")
     changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items()
-               if stored.get(key, value) != value]
+               if key != "asked" and stored.get(key, value) != value]
     if changed:
         raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import hub
 from data import Example, RowError, ahead, deal, json_type, pack, parse_row, query_hash, read_rows, steps, tokens_of
 from loss_kernels import IGNORE
 from tokenizer import Tokenizer, render
@@ -200,9 +201,9 @@ def test_files_that_are_not_there_not_whole_or_not_utf8_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \.json"):
         list(read_rows([tmp_path]))
     good = json.dumps(row()).encode()
-    for name, content, said in (("a", b'[{"query": "x', "a:1: row 1 is not valid JSON"), ("b", good + b'\n\n"\xff"', "b:3: the row's byte 1 is not UTF-8"),
-                                ("d", b"[\n" + good + b',\n"\xff"]', "d:3: not UTF-8"), ("e", b"[" + good + b"]\n[]", "after the array's end"),
-                                ("f", b"[" + good + b"\n" + good + b"]", "f:2: expected a comma"), ("g", b"[" + good + b",]", "row 2 is not valid JSON"),
+    for name, content, said in (("a", b'[{"query": "x', "a:1: the file ends inside row 1 of the array"), ("b", good + b'\n\n"\xff"', "b:3: the row's byte 1 is not UTF-8"),
+                                ("d", b"[\n" + good + b',\n"\xff"]', r"d:3 \(row 2\): the row\'s byte 1 is not UTF-8"), ("e", b"[" + good + b"]\n[]", "after the array's end"),
+                                ("f", b"[" + good + b"\n" + good + b"]", r"f:1 \(row 1\): the row is not valid JSON \(Extra data: line 2"), ("g", b"[" + good + b",]", r"g:1 \(row 2\): the row is not valid JSON"),
                                 ("h", gzip.compress(b"x" * 5000)[:-30] + b"\0" * 30, "gzip|CRC|invalid|ended|h:"),
                                 ("c", gzip.compress(b"x" * 5000)[:30], "broken|end-of-stream|ended")):
         (tmp_path / name).write_bytes(content)
@@ -218,10 +219,10 @@ def test_every_real_row_is_read(shared):
 # Sources
 
 
-@pytest.mark.parametrize(("name", "hub"), [("Salesforce/xlam-function-calling-60k", True), ("nowhere/rows.jsonl", False), ("../models", False),
+@pytest.mark.parametrize(("name", "found"), [("Salesforce/xlam-function-calling-60k", True), ("nowhere/rows.jsonl", False), ("../models", False),
                                            ("./x", False), ("tests/x", False), ("rows.jsonl", False), ("a/b/c", False)])
-def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(name, hub):
-    assert data.is_hub_name(name) == hub
+def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(name, found):
+    assert (hub.parse(name) is not None) == found
 
 
 def test_an_empty_source_is_refused():

@@ -74,7 +74,8 @@ class Tokenizer:
     def __init__(self, model: ModelFile, added_tokens: dict[int, str] | None = None):
         """added_tokens: {id: name} as in tokenizer_config.json; they overrule the names in tokenizer.model
 
-        Raises ValueError for a control token with a gap before its id, an unusual name, or one that is taken.
+        Raises ValueError for a control token with a gap before its id, an unusual name, or one that is taken, and for
+        more user-defined pieces than can be looked for in a text.
         """
         self.vocab_size = len(model.pieces)
         self.pieces = list(model.pieces)
@@ -84,7 +85,7 @@ class Tokenizer:
             if is_text(name):
                 continue
             if not CONTROL_NAME.fullmatch(name) or name in self.control or not 0 <= i <= len(self.pieces):
-                raise ValueError(f"control token {name!r} has id {i}: expected a name like <name> that no other id "
+                raise ValueError(f"control token {name!r:.60} has id {i}: expected a name like <name> that no other id "
                                  f"has, and an id from 0 to {len(self.pieces)}")
             self.pieces[i : i + 1] = [name]     # or append it, after the last
             self.control[name] = i
@@ -92,6 +93,9 @@ class Tokenizer:
         reserved = set(self.control.values())
         self.frozen = {piece for i, piece in enumerate(model.pieces)
                        if model.types[i] == USER_DEFINED and i not in reserved}
+        if len(self.frozen) > 1000 or any(len(piece) > 256 for piece in self.frozen):
+            raise ValueError(f"{len(self.frozen)} user-defined pieces, of up to {max(map(len, self.frozen))} characters: expected 1000 "
+                             "at most, of 256 characters at most")
         self.ids = {piece: i for i, piece in enumerate(model.pieces)
                     if (model.types[i] == NORMAL and i not in reserved) or piece in self.frozen}
         self.costs = {piece: -model.scores[i] for piece, i in self.ids.items()}     # the cheapest merge goes first
@@ -133,12 +137,10 @@ class Tokenizer:
         """
         model = read_model_file(Path(folder) / "tokenizer.model")
         config = Path(folder) / "tokenizer_config.json"
-        if not config.exists():
-            return cls(model)
         try:
-            added = json.loads(config.read_bytes()).get("added_tokens_decoder", {})
+            added = json.loads(config.read_bytes()).get("added_tokens_decoder", {}) if config.exists() else {}
             return cls(model, {int(i): token["content"] for i, token in added.items()})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{config}: {type(error).__name__}: {error}; expected JSON with added_tokens_decoder: "
                              "{id: {\"content\": name}} that fits tokenizer.model; download both again") from None
 
