@@ -40,7 +40,7 @@ MODES = {"LoRA": ("--lora-rank", "4"), "dropout": ("--lora-rank", "4", "--lora-d
 STEPS = 12
 
 # What stands before train.py in a run with a fault of its own. `at_step` calls a fault in every process when it has the gradients
-# of its first, second, … step; `mark` notes the time.
+# of its first, second, … step, and has told the others whether it was to stop after that one; `mark` notes the time.
 FAULTY = """import os, runpy, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
@@ -184,7 +184,7 @@ class Bench:
 
     def stopped(self, name: str, mode: str = "LoRA", *more, step: int = 5, **how) -> Run:
         """A run that was stopped by SIGTERM to its last process after a step, and saved."""
-        run = self.start(name, mode, *more, fault=when(f"RANK == {how.get('processes', 1) - 1} and step == {step}", STOP), **how)
+        run = self.start(name, mode, *more, fault=when(f"RANK == {how.get('processes', 1) - 1} and step == {step - 1}", STOP), **how)
         assert run.end() != 0 and run.said().count(f"stopped by SIGTERM after step {step};") == 1, run.errors()
         return run
 
@@ -301,7 +301,7 @@ def killed_in_a_save(bench: Bench) -> Iterator[dict]:
 def killed_in_a_removal(bench: Bench) -> Iterator[dict]:
     run = bench.start("removal", fault="""
 def rmtree(path, **more):
-    if "step-000002" in str(path) and any(path.iterdir()):
+    if "step-000002" in str(path) and path.exists():
         os.unlink(path / "trained.safetensors")
         mark()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -342,7 +342,7 @@ def impatient(bench: Bench) -> Iterator[dict]:
 @fault("SIGTERM to one rank of two")
 def signal_to_a_rank(bench: Bench, ranks: tuple = (0, 1)) -> Iterator[dict]:
     for rank in ranks:
-        run = bench.start(f"rank-{rank}", fault=when(f"RANK == {rank} and step == 5", STOP), processes=2)
+        run = bench.start(f"rank-{rank}", fault=when(f"RANK == {rank} and step == 4", STOP), processes=2)
         seconds, code = run.seconds(), run.end()
         assert code and run.message().count("stopped by SIGTERM after step 5") == 1, run.errors()
         assert run.errors().count("exitcode: 143") >= 1
@@ -675,7 +675,7 @@ def attempt(name: str, bench: Bench) -> list[dict]:
             made.append({"fault": name, **result})
             print(line(made[-1]), flush=True)
     except Exception as error:                                               # whatever it is, the other faults are still tried
-        made.append({"fault": name, "failed": f"{type(error).__name__}: {error}"[-1500:]})
+        made.append({"fault": name, "failed": f"{type(error).__name__}: {error}"[:300] + f" … {bench.runs[-1].errors()[:1500]}"})
         print(f"FAILED {name}: {made[-1]['failed']}", flush=True)
     finally:
         bench.close()
@@ -694,6 +694,7 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=1, help="faults tried beside each other")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/faults.json")
     args = parser.parse_args()
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     from demo import write
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(args.jobs) as pool:
         folder = Path(place)
@@ -701,12 +702,14 @@ if __name__ == "__main__":
         shared = Bench(folder / "demo", folder / "whole")
         names = [name for name in FAULTS if args.only in name]
         benches = [Bench(folder / "demo", folder / str(i), shared) for i in range(len(names))]
-        results = [result for made in pool.map(attempt, names, benches) for result in made]
+        results = [result | {"commit": commit} for made in pool.map(attempt, names, benches) for result in made]
     failed = [result for result in results if "failed" in result]
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     if args.save:
-        (ROOT / "benchmarks/results/faults.json").write_text(json.dumps({
-            "machine": f"CPU ({os.cpu_count()} cores), {platform.machine()}", "torch": torch.__version__, "commit": commit, "results": results},
-            indent=2, ensure_ascii=False) + "\n")
+        path = ROOT / "benchmarks/results/faults.json"
+        earlier = json.loads(path.read_text())["results"] if path.exists() else []
+        results = [result for result in earlier if result["fault"] not in names] + results
+        results.sort(key=lambda result: list(FAULTS).index(result["fault"]))
+        path.write_text(json.dumps({"machine": f"CPU ({os.cpu_count()} cores), {platform.machine()}", "torch": torch.__version__,
+                                    "results": results}, indent=2, ensure_ascii=False) + "\n")
     print(f"{len(results)} tried, {len(failed)} failed")
     sys.exit(bool(failed))
