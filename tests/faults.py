@@ -89,7 +89,7 @@ class Run:
     """One start of train.py, as a process or under torchrun."""
 
     def __init__(self, bench: Bench, out: Path, flags: tuple, processes: int = 1, restarts: int = 0, fault: str = "") -> None:
-        self.out, self.processes, self.marks = out, processes, "mark()" in fault
+        self.folder, self.out, self.processes, self.marks = bench.folder, out, processes, "mark()" in fault
         self.mark = Path(tempfile.mktemp(prefix="mark-", dir=bench.folder))
         program = ROOT / "train.py"
         if fault:
@@ -112,7 +112,8 @@ class Run:
     def message(self) -> str:
         """train.py's own lines on stderr, and what it said of a stop."""
         own = [line for line in self.errors().splitlines() if line.startswith("train.py: ")]
-        return " / ".join(own + re.findall(r"^(?:stopped|resume .*damaged).*$", self.said(), re.MULTILINE))
+        said = re.findall(r"^(?:stopped|resume .*damaged).*$", self.said(), re.MULTILINE)
+        return " / ".join(own + said).replace(f"{self.folder}/", "")
 
     def until(self, condition: Callable[[], object]) -> bool:
         """Wait for it; False where the run ends before."""
@@ -276,13 +277,14 @@ def random_kills(bench: Bench, kills: int = 20, seed: int = 0) -> Iterator[dict]
                 break
             kills -= 1
             torn = bool(list(folder.glob("*.tmp")))
-            yield {"how": f"{mode}, {way}" + (": a save torn" if torn else ""), "step": logged(run.out), "killed": True}
+            saved = [int(path.name[5:]) for path in checkpoint.find_checkpoints(run.out)]
+            yield {"how": f"{mode}, {way}" + (": a save torn" if torn else ""), "recomputed": max(0, logged(run.out) - max(saved, default=0)),
+                   "exit": run.end()}
             if not kills:
                 break
-        reached = logged(run.out)
         last = bench.finish(run, mode)
         assert difference(run.out, whole) == 0
-        yield {"how": f"{mode}, to the end", "losses": 0.0, "recomputed": max(0, reached - resumed_at(run.out)), "exit": last.end()}
+        yield {"how": f"{mode}, gone on with to its end", "losses": 0.0, "exit": last.end()}
 
 
 @fault("killed by -9 with half a checkpoint written")
@@ -465,7 +467,7 @@ def full_disk(bench: Bench, which: tuple = ("checkpoint", "log")) -> Iterator[di
             name = str(folder / "run") if folder else "no-room"
             run = bench.start(name, "full", fault=hook)
             seconds, code = run.seconds(), run.end()
-            assert code == 1 and "No space left on device" in run.message() and str(run.out) in run.message(), run.errors()
+            assert code == 1 and "No space left on device" in run.message() and str(run.out) in run.errors(), run.errors()
             assert len(run.message()) < 600 and "Traceback" not in run.errors() and checkpoint.find_checkpoints(run.out)
             reached = logged(run.out)
             if folder:
@@ -493,7 +495,7 @@ def read_only(bench: Bench) -> Iterator[dict]:
         before = bytes_of(out)
         refused = bench.start(str(out), "LoRA", "--resume")
         code = refused.end()
-        assert code == 1 and str(out) in refused.message() and "Traceback" not in refused.errors() and bytes_of(out) == before
+        assert code == 1 and str(out) in refused.errors() and "Traceback" not in refused.errors() and bytes_of(out) == before
         if folder:
             remount(folder, "rw")
         else:
