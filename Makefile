@@ -14,7 +14,7 @@ DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 4e-3 --beta2 0.98 --batch-ro
               --eval-rows 200 --eval-calls 200 --eval-every 550 --save-every 550 --log-every 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev test test-gpu check-kernels lint finetune report bench clean
+.PHONY: help setup setup-dev test test-gpu check-kernels faults lint finetune report bench clean
 
 help:                    ## this list
 	@awk -F '##' '/^[a-z-]+:.*##/ { split($$0, name, ":"); printf "  make %-13s %s\n", name[1], $$2 }' Makefile
@@ -48,6 +48,9 @@ test-gpu: setup-dev      ## the tests that need a CUDA device
 
 check-kernels: setup-dev ## compile every kernel for sm_80 and sm_90, no GPU needed: registers, spills, tensor cores
 	$(PYTHON) tests/check_kernels.py
+
+faults: setup-dev        ## break runs in every way we know and compare what came of it; JSON in benchmarks/results
+	$(PYTHON) tests/faults.py --save && $(PYTHON) benchmarks/tables.py
 
 lint: setup-dev          ## ruff
 	$(PYTHON) -m ruff check .

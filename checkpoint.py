@@ -43,13 +43,15 @@ MODEL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it takes `path`'s name only when the block has ended well."""
+    """A temporary path to write to; it takes `path`'s name only when the block has ended well.  Raises OSError naming `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         _flush(temporary)
         temporary.rename(path)
         _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: could not be written ({error}); make room or mend the folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -364,6 +366,11 @@ class RunFolder:
             writing, self.writing = self.writing, None
             writing.result()
 
+    def check(self) -> None:
+        """Raises what the writing has met by now."""
+        if self.writing and self.writing.done():
+            self.wait()
+
     def close(self) -> None:
         """Finish what is being written and let go of the folder."""
         try:
@@ -373,20 +380,29 @@ class RunFolder:
             self.lock.close()
 
     def _write(self, step: int, trained: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
-        path = self.folder / "checkpoints" / f"step-{step:06d}"
-        shutil.rmtree(path, ignore_errors=True)
+        path = checkpoint_folder(self.folder, step)
+        _remove(path)
         try:
             with whole_folder(path) as temporary:
                 for name, tensors in ((TRAINED, trained), (MOMENTS, moments)):
                     _write_tensors(temporary / name, tensors)
-                write_json(temporary / "state.json", {"step": step, **state, "files": {name: _fingerprint(temporary / name)
-                                                                                       for name in (TRAINED, MOMENTS)}})
-        except (OSError, SafetensorError) as error:
-            left = [path.name for path in find_checkpoints(self.folder)[-1:]]
-            raise OSError(f"{path}: the checkpoint could not be written ({error}); whole before it: {', '.join(left) or 'none'}; "
-                          "make room or mend the folder, then go on with --resume") from None
+                state = {"step": step, **state, "files": {name: _fingerprint(temporary / name) for name in (TRAINED, MOMENTS)}}
+                write_json(temporary / "state.json", state | {"sha256": _hash(state)})
+        except OSError as error:
+            left = find_checkpoints(self.folder)[-1:]
+            raise OSError(f"{error}; " + (f"--resume goes on from {left[0].name}" if left else "no checkpoint is before it")) from None
         for older in find_checkpoints(self.folder)[:-self.keep]:
-            shutil.rmtree(older, ignore_errors=True)
+            _remove(older)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint's folder; one that a kill leaves half removed is no checkpoint any more."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.tmp")), ignore_errors=True)
+
+
+def _hash(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(file: Path) -> dict:
@@ -402,14 +418,18 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     return {name: whole(p) for name, p in trained.items()}, moments
 
 
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     whole = (path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").exists())
     return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load_last(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None] = print) -> dict | None:
-    """The newest undamaged checkpoint into model and optimizer; returns its state, or None where a run has none yet.
+def find_last(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest undamaged checkpoint, or None where a run has none yet.
 
     A damaged one is left where it is and said so. Raises ValueError where all are damaged.
     """
@@ -420,7 +440,7 @@ def load_last(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
         except ValueError as error:
             say(f"resume {error}")
             continue
-        return load_run(path, model, optimizer)
+        return path
     if found:
         raise ValueError(f"{folder}: none of its {len(found)} checkpoints is whole; start anew with --overwrite, or with another --out")
     return None
@@ -429,8 +449,11 @@ def load_last(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
 def verify(path: Path) -> None:
     """Raises ValueError for a checkpoint whose files are not those that were written."""
     try:
-        files = read_json(path / "state.json").get("files", {})
-        wrong = [name for name, print_ in files.items() if _fingerprint(path / name) != print_]
+        state = read_json(path / "state.json")
+        if state.pop("sha256", None) == _hash(state):
+            wrong = [name for name, print_ in state["files"].items() if _fingerprint(path / name) != print_]
+        else:
+            wrong = ["state.json"]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if wrong:
@@ -440,8 +463,7 @@ def verify(path: Path) -> None:
 @torch.no_grad()
 def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put a checkpoint back into model and optimizer, in place; returns its state: `step`, and what `save` was given."""
-    state = read_json(path / "state.json")
-    state.pop("files", None)
+    state = {key: value for key, value in read_json(path / "state.json").items() if key not in ("files", "sha256")}
     tensors, moments = _read_tensors(path / TRAINED), _read_tensors(path / MOMENTS)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -229,19 +231,22 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     # A new run, or an old one from its last checkpoint. When a process dies, torchrun starts all of them anew with the same flags.
     state = {"position": 0, "best_loss": None}
     step, log, folder = 0, None, None
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS} | {"rows": len(train), "row_tokens": sum(lengths)}
-    if args.steps != 0 and rank == 0:
-        folder = checkpoint.RunFolder(out, args.keep)
-        closing.callback(folder.close)
-    found = checkpoint.find_checkpoints(out)
-    if resume and found:
+    flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS} | {"rows": fingerprint(train)}
+    if rank == 0:
+        if args.steps != 0:
+            folder = checkpoint.RunFolder(out, args.keep)
+            closing.callback(folder.close)
+        resume = args.resume or restarted(out)
+        if folder and not (resume or args.overwrite) and (checkpoint.find_checkpoints(out) or (out / "log.jsonl").exists()):
+            raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
+        last = checkpoint.find_last(out, say) if resume else None
+        step = int(last.name.removeprefix("step-")) if last else 0
+    step = same_for_all(step, flags["rows"], device) if world > 1 else step
+    if step:
         check_same_run(out, flags)
-        state = checkpoint.load_last(out, model, optimizer, say)
+        state = checkpoint.load_run(checkpoint.checkpoint_folder(out, step), model, optimizer)
         step = state.pop("step")
         say(f"resume {out} at step {step}")
-    elif rank == 0 and args.steps != 0 and (found or (out / "log.jsonl").exists()) and not (args.overwrite or resume):
-        raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
     if folder:
         log = closing.enter_context(open_log(out, step, flags, device, {"kernels": chosen, "processes": world}))
 
@@ -307,12 +312,17 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         count_calls(model)
         evaluate_and_keep_best()
 
-    # Ctrl-C and SIGTERM let the step finish, save and leave; the second one leaves at once.
+    # Ctrl-C and SIGTERM let the step finish, save and leave; a second one leaves at once. What comes within three seconds is the
+    # first one again: torchrun passes on to its processes what a terminal or a scheduler has sent them already.
     stop_signal: list[int] = []
+    stop_times: list[float] = []
 
     def note_signal(number: int, _) -> None:
         stop_signal.append(number)
-        signal.signal(number, usual[number])
+        stop_times.append(time.monotonic())
+        if stop_times[-1] - stop_times[0] > 3:
+            signal.signal(number, usual[number])
+            signal.raise_signal(number)
 
     usual = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in usual.items():
@@ -371,6 +381,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             saved = checkpoint.snapshot(model, optimizer)                           # of shards, by all processes together
             if folder:
                 folder.save(step, *saved, dict(state))
+        elif folder:
+            folder.check()
         if profiler:
             profiler.step()
         ended = time.perf_counter()
@@ -407,7 +419,7 @@ def pin_sources(args: argparse.Namespace, rank: int, world: int) -> None:
     """Give each name on the Hub in the flags its commit: a resumed run's own, or the one that the first process finds there now."""
     args.asked = [args.model, args.data, args.eval_data]
     config = Path(args.out) / "config.json"
-    stored = checkpoint.read_json(config) if args.resume and config.exists() else {}
+    stored = checkpoint.read_json(config) if (args.resume or restarted(Path(args.out))) and config.exists() else {}
     pinned = [None] * 3
     if stored.get("asked") == args.asked:
         pinned = [stored["model"], stored["data"], stored["eval_data"]]
@@ -559,20 +571,55 @@ def before_and_after(out: Path) -> str:
     return "\n\n".join([*samples, table({"before": before, "after": after})])
 
 
+def fingerprint(examples: list[data.Example]) -> str:
+    """How many training rows, of how many tokens, and a hash of every id and of what is trained, in order."""
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(example.ids.tobytes())
+        content.update(example.trained.tobytes())
+    return f"{len(examples)} of {sum(map(len, examples)):,} tokens, SHA-256 {content.hexdigest()[:15]}"
+
+
+def launch() -> str:
+    """The torchrun that started this process: the id it was given or made, or else its number."""
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return given if given != "none" else f"process {os.getppid()} on {platform.node()}"
+
+
+def restarted(out: Path) -> bool:
+    """Whether torchrun began the run in this folder and starts its processes anew because one of them died."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (out / "config.json").exists()
+    return again and checkpoint.read_json(out / "config.json").get("launch") == launch()
+
+
+def same_for_all(step: int, rows: str, device: torch.device) -> int:
+    """The step that rank 0 begins at.  Raises ValueError in a process that has other rows than rank 0."""
+    mine = int(rows[-15:], 16)
+    shared = torch.tensor([step, mine], device=device)
+    dist.broadcast(shared, 0)
+    step, first = shared.tolist()
+    if first != mine:
+        raise ValueError(f"this process has other training rows ({rows}) than rank 0; give all of them the same --data files")
+    return step
+
+
 def check_same_run(out: Path, flags: dict) -> None:
-    """Refuse to resume with flags under which the losses would differ."""
+    """Refuse to resume with flags or rows under which the losses would differ."""
     stored = checkpoint.read_json(out / "config.json")
     changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items()
-               if key != "asked" and stored.get(key, value) != value]
+               if key not in ("asked", "rows") and stored.get(key, value) != value]
     if changed:
         raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
+    if stored.get("rows") != flags["rows"]:
+        raise ValueError(f"{out} was made with other training rows ({stored.get('rows')}) than --data holds now ({flags['rows']}); "
+                         "bring those files back, or choose another --out")
 
 
 def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict):
     """out/config.json and out/log.jsonl, cut back to the records up to `step`; the first line says what ran on what."""
     lines = []
     if step:
-        earlier = (out / "log.jsonl").read_text(encoding="utf-8") if (out / "log.jsonl").exists() else ""
+        earlier = (out / "log.jsonl").read_text(encoding="utf-8", errors="replace") if (out / "log.jsonl").exists() else ""
         for line in earlier.splitlines():
             try:
                 record = json.loads(line)
@@ -584,7 +631,7 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict
         for folder in ("checkpoints", "adapter", "model", "calls"):
             shutil.rmtree(out / folder, ignore_errors=True)
         (out / "report.html").unlink(missing_ok=True)
-    checkpoint.write_json(out / "config.json", flags)
+    checkpoint.write_json(out / "config.json", flags | {"launch": launch()})
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout
@@ -594,13 +641,18 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict
                              "torch": torch.__version__, "device": checkpoint.device_name(device), **more, "resumed_at": step or None}))
     with checkpoint.whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return (out / "log.jsonl").open("a", encoding="utf-8")
+    return (out / "log.jsonl").open("ab", buffering=0)
 
 
 def write(log, record: dict) -> None:
-    if log:
-        log.write(json.dumps(record) + "\n")
-        log.flush()
+    if not log:
+        return
+    line = json.dumps(record).encode() + b"\n"
+    try:
+        if log.write(line) < len(line):
+            raise OSError("only a part of the line found room")
+    except OSError as error:
+        raise OSError(f"{log.name}: could not be written ({error}); make room, then go on with --resume") from None
 
 
 def console_line(record: dict, total: int, seconds_left: float) -> str:
@@ -652,9 +704,8 @@ if __name__ == "__main__":
         fail(f"{str(error).partition('. ')[0]}; a lower --micro-tokens or --checkpoint-activations takes less; --resume goes on with it")
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         fail(str(error))
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "Connection closed" not in str(error) and "gloo" not in str(error):
-            raise
-        fail(f"another process is gone ({str(error).splitlines()[0]:.200}); its own message says why")
+    except Exception as error:
+        lost = isinstance(error, dist.DistError) or "Connection closed" in str(error) or "gloo" in str(error)
+        fail(f"another process is gone ({str(error).splitlines()[0]:.200}); its own message says why" if lost else traceback.format_exc())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,8 +11,8 @@ import checkpoint
 from checkpoint import (
     RunFolder,
     find_checkpoints,
+    find_last,
     load_adapter,
-    load_last,
     load_model,
     load_run,
     save_adapter,
@@ -113,18 +113,52 @@ def flip(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [flip, lambda file: file.write_bytes(file.read_bytes()[:-1]), lambda file: file.unlink()],
+@pytest.mark.parametrize("damage", [flip, lambda file: file.write_bytes(file.read_bytes()[:-2]), lambda file: file.unlink()],
                          ids=["a-flipped-bit", "cut-short", "gone"])
-@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, damage, name):
     said = []
     save(tmp_path, 1, trained, {"position": 1})
-    damage(save(tmp_path, 2, trained, {"position": 2}) / name)
-    assert load_last(tmp_path, *trained, say=said.append) == {"step": 1, "position": 1}
-    assert len(said) == 1 and "step-000002 is damaged: " in said[0] and name in said[0]
+    newest = save(tmp_path, 2, trained, {"position": 2})
+    assert find_last(tmp_path, said.append) == newest and not said
+    damage(newest / name)
+    assert find_last(tmp_path, said.append) == tmp_path / "checkpoints/step-000001"
+    if (newest / "state.json").exists():
+        assert len(said) == 1 and "step-000002 is damaged: " in said[0] and name in said[0]
     damage(find_checkpoints(tmp_path)[0] / name)
-    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; start anew"):
-        load_last(tmp_path, *trained, say=said.append)
+    if (newest / "state.json").exists():
+        with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; start anew"):
+            find_last(tmp_path, said.append)
+
+
+def test_a_state_that_was_changed_into_another_sound_one_is_damaged(trained, tmp_path):
+    path = save(tmp_path, 12, trained, {"position": 96}) / "state.json"
+    path.write_text(path.read_text().replace('"position": 96', '"position": 97'))
+    with pytest.raises(ValueError, match=r"step-000012 is damaged: state\.json changed after it was written"):
+        checkpoint.verify(path.parent)
+
+
+def test_an_old_checkpoint_that_a_kill_left_half_removed_is_none(trained, tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, trained, {})
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: (path / "trained.safetensors").unlink(missing_ok=True))
+    save(tmp_path, 3, trained, {})
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    monkeypatch.undo()
+    assert len(os.listdir(tmp_path / "checkpoints")) == 3                  # and what is left of it goes with the next start
+    RunFolder(tmp_path).close()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000002", "step-000003"]
+
+
+def test_a_failed_save_is_known_before_the_next_one(trained, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    run.check()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    run.save(1, *snapshot(*trained), {})
+    with pytest.raises(OSError, match=r"step-000001.*trained\.safetensors: could not be written .*No space left.*no checkpoint is before it"):
+        while run.writing:
+            run.check()
+    run.close()
 
 
 def test_what_is_saved_is_what_stood_there_when_it_was_asked_for(trained, tmp_path):
@@ -155,7 +189,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_one_befo
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         run.save(2, *snapshot(*trained), {})
-        with pytest.raises(OSError, match=r"step-000002: .*No space left.*whole before it: step-000001; make room"):
+        with pytest.raises(OSError, match=r"step-000002.*could not be written .*No space left.*make room or mend the folder; --resume goes on from step-000001"):
             run.wait()
     assert find_checkpoints(tmp_path) == [path] and os.listdir(path.parent) == ["step-000001"]
     run.close()

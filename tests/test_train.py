@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -262,10 +263,40 @@ def test_resuming_with_other_flags_is_refused(demo, tmp_path):
     original = rows.read_text()
     try:
         rows.write_text(more.read_text())
-        with pytest.raises(ValueError, match=r"--rows \d+ → \d+"):
+        with pytest.raises(ValueError, match=r"was made with other training rows \(\d+ of .* than --data holds now .*bring those files back"):
+            run(demo, tmp_path / "run", *FULL, "--steps", 2, "--resume")
+        first, second, *others = original.splitlines()
+        rows.write_text("\n".join([second, first, *others]))                       # as many rows and tokens
+        with pytest.raises(ValueError, match="was made with other training rows"):
             run(demo, tmp_path / "run", *FULL, "--steps", 2, "--resume")
     finally:
         rows.write_text(original)
+
+
+def test_a_process_that_reads_other_rows_than_rank_0_is_refused(monkeypatch):
+    example = data.Example(np.arange(5, dtype=np.int32), np.array([False] * 3 + [True] * 2), "a:1")
+    rows, fewer = train.fingerprint([example, example]), train.fingerprint([example])
+    monkeypatch.setattr(train.dist, "broadcast", lambda tensor, source: tensor.copy_(torch.tensor([7, int(rows[-15:], 16)])))
+    assert train.same_for_all(0, rows, torch.device("cpu")) == 7
+    with pytest.raises(ValueError, match=r"other training rows \(1 of 4 tokens, SHA-256 \w+\) than rank 0; give all of them the same"):
+        train.same_for_all(0, fewer, torch.device("cpu"))
+
+
+def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    checkpoint.write_json(tmp_path / "config.json", {"launch": train.launch()})
+    assert not train.restarted(tmp_path)                                            # its first start
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.restarted(tmp_path) and not train.restarted(tmp_path / "new")
+    for other in ("another", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        assert not train.restarted(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named_with_the_log():
+    with Path("/dev/full").open("ab", buffering=0) as log, pytest.raises(OSError, match=r"/dev/full: could not be written .*No space left.*make room"):
+        train.write(log, {"step": 1})
 
 
 def test_epochs_end_a_run_that_is_given_more_steps(demo, tmp_path):
