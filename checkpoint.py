@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data import is_hub_name
+from data import DEVELOPER_TEXT, is_hub_name
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+SYSTEM = "system.txt"            # beside the weights: what the model was told before its tools
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 
@@ -121,7 +122,7 @@ def fetch_model(name: str) -> Path:
             raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base or nothing")
         return folder / "model" if (folder / "model" / "config.json").exists() else folder       # a run's folder was given
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]))
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "tokenizer.model", SYSTEM]))
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
@@ -241,6 +242,18 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
             parameter.data.copy_(tensors.pop(key))
     if tensors:
         raise ValueError(f"{folder / ADAPTER}: {next(iter(tensors))} has no place in this model")
+
+
+def save_system(folder: Path, text: str) -> None:
+    """Write down what a model was told before its tools in training, beside its weights: it is to be asked the same way."""
+    with whole_file(folder / SYSTEM) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def system_of(model: str | None, adapter: str | None) -> str:
+    """What the model that `--model` and `--adapter` name was told before its tools in training, as far as it is known."""
+    path = (adapter_folder(adapter) if adapter else fetch_model(base_of(model, None))) / SYSTEM
+    return path.read_text(encoding="utf-8") if path.exists() else DEVELOPER_TEXT
 
 
 def base_of(model: str | None, adapter: str | None) -> str:

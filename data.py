@@ -3,7 +3,8 @@
     dict ──read_rows──▶ Conversation ──tokenize──▶ Example(ids, trained) ──pack──▶ Batch(tokens, targets, positions, documents)
 
 Rows come as JSONL or as a JSON array, gzipped or not, in one of three shapes:
-    xLAM         {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}
+    xLAM         {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}; [] is for
+                 silence, and "answers" may also be a text, which the model says instead of calling
     messages     {"messages": […], "tools": […]}   OpenAI's chat format; every assistant turn is trained
     leaderboard  {"question", "function", "ground_truth": [{name: {parameter: [accepted, …]}}]}, one turn; "ground_truth"
                  may also stand for "answers" in xLAM's columns. Training takes the first accepted value of each
@@ -18,12 +19,13 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,19 @@ from tokenizer.chat import SCHEMA_KEYS
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
 
+
+def system_text(given: str) -> str:
+    """What `--system` names: the text itself, or behind an @ the file that holds it."""
+    if not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{given[1:]}: no such file; --system takes a text, or @FILE for one that holds it") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{given[1:]}: not UTF-8; save the file as UTF-8") from None
+
+
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
 
@@ -50,6 +65,18 @@ class RowError(ValueError):
         self.cause = cause
 
 
+class Skipped(Counter):
+    """Rows left out, counted by cause; `first` says of each cause which row was the first, and what is wrong with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def note(self, cause: str, first: str) -> None:
+        self[cause] += 1
+        self.first.setdefault(cause, first)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One row: `tools` in OpenAI's envelope, `messages` in OpenAI's format with arguments as dicts."""
@@ -58,24 +85,37 @@ class Conversation:
     messages: list[dict]
     source: str                 # "file:line"
     accepted: tuple[dict, ...] = ()     # {name: {parameter: [accepted, …]}} for each call, where the row gives several
+    weight: float = 1.0                 # how often an epoch takes it
 
     @property
     def query(self) -> str:
         """What the user asks first."""
-        content = next((m["content"] for m in self.messages if m["role"] == "user"), "")
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-        return " ".join(str(part.get("text", "")) for part in parts)
+        return said(next((m for m in self.messages if m["role"] == "user"), {}))
 
     @property
     def calls(self) -> list[dict]:
         """The calls of the first assistant turn, [{"name", "arguments"}]."""
-        first = next(m for m in self.messages if m["role"] == "assistant")
-        return [call["function"] for call in first.get("tool_calls") or ()]
+        return called(next(m for m in self.messages if m["role"] == "assistant"))
+
+    def answers(self) -> list[Conversation]:
+        """The conversation up to its first answer, and up to each later one that has calls."""
+        ends = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+        return [replace(self, messages=self.messages[:i + 1], source=self.source if turn == 1 else f"{self.source}, turn {turn}")
+                for turn, i in enumerate(ends, start=1) if turn == 1 or called(self.messages[i])]
 
     @property
     def hidden_parameters(self) -> bool:
         """Whether a parameter's name is one that the official template leaves out of its declaration ("type", for one)."""
         return any(SCHEMA_KEYS & set(tool["function"]["parameters"].get("properties") or ()) for tool in self.tools)
+
+    @property
+    def unknown_types(self) -> list[str]:
+        """The types that became string because none is known for them, as the row writes them."""
+        schemas = [tool["function"]["parameters"] for tool in self.tools]
+        for schema in schemas:                                # grows by what it holds
+            parts = schema["properties"].values() if isinstance(schema.get("properties"), dict) else ()
+            schemas += [part for part in (*parts, schema.get("items")) if isinstance(part, dict)]
+        return [schema["type"].word for schema in schemas if isinstance(schema.get("type"), UnknownType)]
 
     def segments(self) -> list[Segment]:
         return render_segments(self.messages, self.tools)
@@ -86,14 +126,27 @@ class Conversation:
         return render_segments(self.messages[:before], self.tools, add_generation_prompt=True)
 
 
+def said(message: dict) -> str:
+    """A message's text."""
+    content = message.get("content") or ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return " ".join(str(part.get("text", "")) for part in parts)
+
+
+def called(message: dict) -> list[dict]:
+    """A message's calls, [{"name", "arguments"}]."""
+    return [call["function"] for call in message.get("tool_calls") or ()]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> Iterator[Conversation]:
+def read_rows(files: Sequence[str | Path], skipped: Skipped | None = None, system: str = DEVELOPER_TEXT) -> Iterator[Conversation]:
     """The conversations of each file (or of each .json, .jsonl and .gz file in a folder), in order.
 
-    Raises RowError at the first bad row; with `skipped` it counts the row there, by cause, and goes on.
+    Raises RowError at the first bad row; with `skipped` it notes the row there, by cause, and goes on. system: the text
+    that is put in front of rows that bring no developer or system message.
     """
     for file in files:
         for path in _files_of(Path(file)):
@@ -101,11 +154,11 @@ def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> It
             for place, row in _raw_rows(path):
                 source = f"{name}:{place}"
                 try:
-                    yield parse_row(row, source)
+                    yield parse_row(row, source, system)
                 except RowError as error:
                     if skipped is None:
                         raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
-                    skipped[error.cause] += 1
+                    skipped.note(error.cause, f"{source}: {error}")
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -168,7 +221,7 @@ def _array_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         yield f"{line} (row {number})", row
 
 
-def parse_row(row: Any, source: str) -> Conversation:
+def parse_row(row: Any, source: str, system: str = DEVELOPER_TEXT) -> Conversation:
     """One row, as decoded JSON or as its text in a string or in UTF-8.  Raises RowError saying what is wrong with it."""
     if isinstance(row, bytes):
         try:
@@ -179,7 +232,7 @@ def parse_row(row: Any, source: str) -> Conversation:
     if not isinstance(row, dict):
         raise RowError("not an object", f"the row is {_kind(row)}, not an object with \"query\", \"tools\" and \"answers\"")
     if row.get("messages") is not None:
-        return _parse_messages(row, source)
+        return _parse_messages(row, source, system)
     row = _from_leaderboard(row)
     missing = [key for key in ("query", "tools", "answers") if key not in row]
     if missing:
@@ -190,13 +243,26 @@ def parse_row(row: Any, source: str) -> Conversation:
     tools = parse_tools(row["tools"])
     several = row["answers"] is None and "ground_truth" in row
     accepted = _accepted(row["ground_truth"]) if several else ()
-    answers = [_first_accepted(call) for call in accepted] if several else _decoded(row["answers"], "answers")
-    if not isinstance(answers, list):
-        raise RowError("bad answers", f"answers is {_kind(answers)}, not a list of {{\"name\", \"arguments\"}}")
-    turn = {"role": "assistant", "content": None if answers else "",        # no call: the model is to stay silent
-            "tool_calls": [{"type": "function", "function": _call(answer, tools)} for answer in answers]}
-    messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user", "content": row["query"]}, turn]
+    turn = _answer([_first_accepted(call) for call in accepted] if several else row["answers"], tools)
+    messages = [{"role": "developer", "content": system}, {"role": "user", "content": row["query"]}, turn]
     return _checked(Conversation(tools, messages, source, accepted))
+
+
+def _answer(answers: Any, tools: list[dict]) -> dict:
+    """The assistant's turn of a list of calls or its JSON text; of [], for silence; or of a text to say instead of calling."""
+    if isinstance(answers, str):
+        try:
+            answers = json.loads(answers)
+        except (ValueError, RecursionError) as error:
+            if answers.lstrip()[:1] in ("[", "{", ""):               # meant as calls
+                raise RowError("not JSON", f"answers is not valid JSON ({error})") from None
+    if isinstance(answers, str) and answers.strip():
+        return {"role": "assistant", "content": answers, "tool_calls": []}
+    if not isinstance(answers, list):
+        kind = "an empty text" if isinstance(answers, str) else _kind(answers)
+        raise RowError("bad answers", f"answers is {kind}, not a list of {{\"name\", \"arguments\"}}, nor a text to say; [] is for silence")
+    return {"role": "assistant", "content": None if answers else "",
+            "tool_calls": [{"type": "function", "function": _call(answer, tools)} for answer in answers]}
 
 
 def _from_leaderboard(row: dict) -> dict:
@@ -246,7 +312,7 @@ def _first_accepted(call: dict) -> dict:
     return {"name": name, "arguments": first(parameters)}
 
 
-def _parse_messages(row: dict, source: str) -> Conversation:
+def _parse_messages(row: dict, source: str, system: str) -> Conversation:
     tools = parse_tools(row.get("tools") or [])
     messages = _decoded(row["messages"], "messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
@@ -254,7 +320,7 @@ def _parse_messages(row: dict, source: str) -> Conversation:
     names: dict[str, str] = {}              # tool_call_id → function name, for responses that give the id alone
     out: list[dict] = []
     if tools and (not messages or messages[0]["role"] not in ("system", "developer")):
-        out.append({"role": "developer", "content": DEVELOPER_TEXT})
+        out.append({"role": "developer", "content": system})
     for message in messages:
         message = {"content": None, **message}
         calls = message.get("tool_calls") or []
@@ -357,6 +423,17 @@ def _is_json_schema(parameters: dict) -> bool:
         and all(isinstance(value, dict) for value in parameters["properties"].values()))
 
 
+class UnknownType(str):
+    """"string", in place of a type that no JSON type is known for; `word` is how the row calls it."""
+
+    word: str
+
+    def __new__(cls, word: str) -> UnknownType:
+        made = super().__new__(cls, "string")
+        made.word = word
+        return made
+
+
 JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
 _TYPE_OF = {"str": "string", "string": "string", "int": "integer", "integer": "integer",
             "float": "number", "number": "number", "double": "number", "bool": "boolean", "boolean": "boolean",
@@ -369,20 +446,20 @@ def json_type(text: Any) -> tuple[dict, bool]:
     >>> json_type("int, optional"), json_type("Optional[List[str]]")
     (({'type': 'integer'}, True), ({'type': 'array', 'items': {'type': 'string'}}, True))
 
-    Union[…] and whatever is unknown become string.
+    Union[…] and whatever is unknown become string, as an UnknownType.
     """
-    text = text.strip() if isinstance(text, str) else ""
+    text = whole = text.strip() if isinstance(text, str) else ""
     bare = re.sub(r"\s*,\s*optional\b[^\[\]]*$", "", text, flags=re.IGNORECASE)
     optional, text = bare != text, bare.removeprefix("typing.")
     outer, bracket, inner = text.partition("[")
     outer, inner = outer.strip().lower(), inner.rstrip().removesuffix("]")
     if bracket and outer == "optional":
         return json_type(inner)[0], True
-    kind = _TYPE_OF.get(outer, "string")
+    kind = _TYPE_OF.get(outer)
     if bracket and kind == "array":
         first = _first_argument(inner)
         return {"type": "array", "items": json_type(first)[0]} if first else {"type": "array"}, optional
-    return {"type": kind if not bracket or kind == "object" else "string"}, optional
+    return {"type": kind if kind and (not bracket or kind == "object") else UnknownType(whole)}, optional
 
 
 def _first_argument(text: str) -> str:
@@ -404,7 +481,7 @@ def _with_json_types(schema: Any) -> Any:
     made = {}
     for key, value in schema.items():
         if key == "type" and isinstance(value, str):
-            made.update({"type": value} if value.lower() in JSON_TYPES else json_type(value)[0])
+            made.update({"type": value.lower()} if value.lower() in JSON_TYPES else json_type(value)[0])
         elif key == "properties" and isinstance(value, dict):
             made[key] = {name: _with_json_types(property_) for name, property_ in value.items()}
         elif key == "items":
@@ -434,6 +511,13 @@ class Example:
 def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Example:
     ids, trained = tokenizer.encode_segments(conversation.segments())
     return Example(np.array(ids, np.int32), np.array(trained, bool), conversation.source)
+
+
+def runs(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The row's text, parted where it turns from trained to not trained or back: (text, trained)."""
+    borders = [0, *(np.flatnonzero(np.diff(example.trained)) + 1).tolist(), len(example.ids)]
+    return [(tokenizer.decode(example.ids[start:stop].tolist()), bool(example.trained[start]))
+            for start, stop in itertools.pairwise(borders)]
 
 
 def query_hash(query: str) -> float:
@@ -558,34 +642,47 @@ def _begin_alike(a: Example, b: Example) -> int:
     return alike if alike >= SHORTEST_BEGINNING else 0
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's rows: a permutation that depends on the seed and the epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch, shuffled, by the seed and the epoch alone: a row of weight w is there w times.
+
+    Of a fraction every row gets its share over the epochs: with 0.5 half of the rows come in one, the other half in the next.
+    """
+    turns = np.empty(len(weights))                       # [0, 1): rows of one weight reach their next whole number evenly spread
+    rng = np.random.default_rng([seed, 0, 1])
+    for weight in np.unique(weights):
+        same = np.flatnonzero(weights == weight)
+        turns[same] = rng.permutation(len(same)) / len(same)
+    times = np.floor(weights * (epoch + 1) + turns) - np.floor(weights * epoch + turns)
+    return np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(weights)), times.astype(np.int64)))
+
+
+def epochs_in_order(weights: np.ndarray, seed: int, epochs: float | None, start: int) -> Iterator[int]:
+    """The rows of one epoch after another, from the `start`-th on: of `epochs` epochs, or without end."""
+    for epoch in itertools.count() if epochs is None else range(math.ceil(epochs)):
+        order = epoch_order(weights, seed, epoch)
+        if epochs is not None:
+            order = order[:round(min(1.0, epochs - epoch) * len(order))]
+        yield from order[start:].tolist()
+        start = max(0, start - len(order))
 
 
 def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, batch_tokens: int | None = None,
-          epochs: float | None = None, start: int = 0) -> Iterator[tuple[list[int], int]]:
+          epochs: float | None = None, weights: np.ndarray | None = None, start: int = 0) -> Iterator[tuple[list[int], int]]:
     """Cut the endless stream of shuffled epochs into optimizer steps.
 
-    lengths: tokens of each row. A step is `batch_rows` rows, or as many as fit into `batch_tokens` tokens (one at
-    least). `start` is the position to go on from: the rows consumed so far, as yielded. Every row comes exactly once an
-    epoch; the stream ends after `epochs` of them, or never. Yields (row indices of the step, rows consumed after it).
+    lengths: tokens of each row; weights: how often an epoch takes each, once by default. A step is `batch_rows` rows, or as
+    many as fit into `batch_tokens` tokens (one at least). `start` is the position to go on from: the rows consumed so far,
+    as yielded. The stream ends after `epochs` epochs, or never. Yields (row indices of the step, rows consumed after it).
     """
-    end = None if epochs is None else round(epochs * len(lengths))
-    position, ordered = start, None
-    while end is None or position < end:
-        rows: list[int] = []
-        tokens = 0
-        while end is None or position < end:
-            epoch, offset = divmod(position, len(lengths))
-            if epoch != ordered:
-                order, ordered = epoch_order(len(lengths), seed, epoch), epoch
-            row = int(order[offset])
-            tokens += lengths[row]
-            if rows and (len(rows) == batch_rows if batch_rows else tokens > batch_tokens):
-                break
-            rows.append(row)
-            position += 1
+    position, rows, tokens = start, [], 0
+    for row in epochs_in_order(np.ones(len(lengths)) if weights is None else weights, seed, epochs, start):
+        if rows and (len(rows) == batch_rows if batch_rows else tokens + lengths[row] > batch_tokens):
+            yield rows, position
+            rows, tokens = [], 0
+        rows.append(row)
+        tokens += lengths[row]
+        position += 1
+    if rows:
         yield rows, position
 
 
@@ -607,6 +704,19 @@ def fetch(source: str) -> list[Path]:
     return _files_of(Path(folder))
 
 
-def read_sources(sources: Iterable[str], skipped: Counter | None = None) -> list[Conversation]:
-    """Every conversation of a list of `--data` sources."""
-    return [row for source in sources for row in read_rows(fetch(source), skipped)]
+def parse_weight(source: str) -> tuple[str, float]:
+    """One `--data` source → (its name, its weight): "rows.jsonl*0.5" → ("rows.jsonl", 0.5).  Raises ValueError."""
+    found = re.fullmatch(r"(.+)\*([\d.]*)", source)
+    if not found:
+        return source, 1.0
+    name, weight = found.groups()
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or not 0 < float(weight) <= 1000:
+        raise ValueError(f"--data {source}: a weight is a number above 0, 1000 at most, as in {name}*2 or {name}*0.5")
+    return name, float(weight)
+
+
+def read_sources(sources: Iterable[str], skipped: Skipped | None = None, system: str = DEVELOPER_TEXT) -> Iterator[Conversation]:
+    """Every conversation of a list of `--data` sources, each with its source's weight."""
+    for name, weight in [parse_weight(source) for source in sources]:
+        for row in read_rows(fetch(name), skipped, system):
+            yield row if weight == 1 else replace(row, weight=weight)

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,10 +55,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], formatter_class=Help)
     add = parser.add_argument_group("what to train on").add_argument
     add("--model", required=True, help="folder in the published layout, or a name on the Hugging Face Hub")
-    add("--data", required=True, metavar="A,B,…", help="files or folders of rows (JSONL, JSON, .gz), or dataset names on the Hub")
+    add("--data", required=True, metavar="A,B,…", help="files or folders of rows (JSONL, JSON, .gz), or dataset names on the Hub; A*2 "
+        "takes each row of A twice an epoch, A*0.5 half of its rows in one epoch and the other half in the next")
     add("--eval-data", default=None, metavar="A,B,…", help="held-out rows; without it a share of --data is held out")
     add("--eval-fraction", type=float, default=0.05, help="share of queries to hold out, chosen by a hash of the query")
     add("--eval-rows", type=int, default=200, help="evaluate on at most this many held-out rows")
+    add("--system", default=data.DEVELOPER_TEXT, metavar="TEXT", help="what the model is told before the tools, or @FILE that holds it; "
+        "rows with a developer or system message of their own keep theirs (default: Google's sentence)")
     add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and counted, never cut")
     add("--skip-invalid", action="store_true", help="drop rows that cannot be right and count them, instead of stopping")
     add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, trained tokens in green, and stop")
@@ -132,6 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--kernels is about adapters' linears, and --full has none")
     if args.batch_tokens:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
+    args.system = data.system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
     args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
     return args
@@ -187,7 +190,10 @@ def main(args: argparse.Namespace) -> int:
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs}
+    weights = np.array([row.weight for row in train_rows])
+    plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
+    if (weights != 1).any():
+        say(f"data   {weights.sum():,.0f} rows an epoch, by the weights of --data")
     total = args.steps if args.epochs is None else sum(1 for _ in itertools.islice(data.steps(lengths, **plan), args.steps))
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
     size, trained_size = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), parameters))
@@ -353,10 +359,10 @@ def main(args: argparse.Namespace) -> int:
 
 def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Conversation], list[data.Conversation]]:
     """The training rows and the held-out rows."""
-    skipped = Counter() if args.skip_invalid else None
-    rows = data.read_sources(args.data.split(","), skipped)
+    skipped = data.Skipped() if args.skip_invalid else None
+    rows = list(data.read_sources(args.data.split(","), skipped, args.system))
     if args.eval_data:
-        _, held_out = data.hold_out(data.read_sources(args.eval_data.split(","), skipped), 1.0)
+        _, held_out = data.hold_out(data.read_sources(args.eval_data.split(","), skipped, args.system), 1.0)
         hashes = {data.query_hash(row.query) for row in held_out}
         train = [row for row in rows if data.query_hash(row.query) not in hashes]
         if len(train) < len(rows):
@@ -389,12 +395,7 @@ def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_token
 
 def colored(example: data.Example, tokenizer: Tokenizer) -> str:
     """The row's text, trained tokens in green (ANSI)."""
-    borders = [0, *(i for i in range(1, len(example.ids)) if example.trained[i] != example.trained[i - 1]), len(example.ids)]
-    text = ""
-    for start, stop in itertools.pairwise(borders):
-        run = tokenizer.decode(example.ids[start:stop].tolist())
-        text += f"\033[32m{run}\033[0m" if example.trained[start] else run
-    return text
+    return "".join(f"\033[32m{text}\033[0m" if trained else text for text, trained in data.runs(example, tokenizer))
 
 
 def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) -> float:
@@ -458,6 +459,7 @@ def save_result(model: Gemma3, args: argparse.Namespace, base: Path, out: Path) 
         checkpoint.save_model(model, base, out / "model")
     else:
         checkpoint.save_adapter(model, args.model, out / "adapter")
+    checkpoint.save_system(out / ("model" if args.full else "adapter"), args.system)
 
 
 def before_and_after(out: Path) -> str:

@@ -208,6 +208,48 @@ def test_calls_are_counted_before_and_after_on_the_written_result(demo, tmp_path
     run(demo, tmp_path / "none", "--steps", 1, "--eval-calls", 5, "--eval-fraction", 0)         # nothing held out: nothing to count
 
 
+def test_sources_with_weights_are_resumed_to_the_same_losses(demo, tmp_path, capsys, monkeypatch):
+    lines = (demo / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:20]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[20:60]))
+    weighted = ("--data", f"{tmp_path / 'a.jsonl'}*2,{tmp_path / 'b.jsonl'}*0.25", "--eval-fraction", 0, "--lora-rank", 4)
+    run(demo, tmp_path / "whole", *weighted, "--steps", 15, "--save-every", 0)
+    assert "50 rows an epoch, by the weights of --data" in capsys.readouterr().out
+    learning_rate = train.learning_rate
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(train, "learning_rate", lambda step, *rest: learning_rate(step, *rest) / (step != 13))         # breaks in the second epoch
+        run(demo, tmp_path / "broken", *weighted, "--steps", 15)
+    run(demo, tmp_path / "broken", *weighted, "--steps", 15, "--resume")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+def test_what_a_run_told_its_model_is_what_answers_are_asked_with(demo, tmp_path, mode, monkeypatch):
+    """By generate.py and evaluate.py, by the run's name alone and after an export, unless they are told otherwise."""
+    import evaluate
+    import export
+    import generate
+    (tmp_path / "text").write_text("You call functions of a boat.\n")
+    run(demo, tmp_path / "run", *mode, "--steps", 1, "--system", f"@{tmp_path / 'text'}")
+    tuned = ["--model" if mode == FULL else "--adapter", str(tmp_path / "run")]
+    export.main(export.parse_args([*tuned, "--out", str(tmp_path / "exported")]))
+    (tmp_path / "tools.json").write_text('[{"name": "sail"}]')
+    tokenizer, heard = Tokenizer.load(demo / "model"), []
+
+    def stream(_model, prompts, *_, **__):
+        heard.extend(tokenizer.decode(prompt).split("<start_function_declaration>")[0] for prompt in prompts)
+        return ((i, [106]) for i in range(len(prompts)))
+    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(evaluate, "stream", stream)
+    for model in (tuned, ["--model", str(tmp_path / "exported")], [*tuned, "--system", "Another."], ["--model", str(demo / "model")]):
+        evaluate.main(evaluate.parse_args([*model, "--data", str(demo / "rows.jsonl"), "--limit", "1"]))
+        generate.main(generate.parse_args([*model, "--tools", str(tmp_path / "tools.json"), "sail"]))
+    told = [text.removeprefix("<bos><start_of_turn>developer\n") for text in heard]
+    assert told == ["You call functions of a boat."] * 4 + ["Another."] * 2 + [data.DEVELOPER_TEXT] * 2
+    with pytest.raises(ValueError, match=r"--system .* → Another"):
+        run(demo, tmp_path / "run", *mode, "--steps", 2, "--resume", "--system", "Another.")
+
+
 def test_an_earlier_run_is_not_overwritten_unasked(demo, tmp_path):
     run(demo, tmp_path / "run", *FULL, "--steps", 2)
     with pytest.raises(ValueError, match="--resume to go on"):
