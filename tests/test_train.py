@@ -210,16 +210,16 @@ def test_calls_are_counted_before_and_after_on_the_written_result(demo, tmp_path
 
 def test_sources_with_weights_are_resumed_to_the_same_losses(demo, tmp_path, capsys, monkeypatch):
     lines = (demo / "rows.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_text("".join(lines[:20]))
-    (tmp_path / "b.jsonl").write_text("".join(lines[20:60]))
+    (tmp_path / "a.jsonl").write_text("".join(lines[:6]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[6:22]))
     weighted = ("--data", f"{tmp_path / 'a.jsonl'}*2,{tmp_path / 'b.jsonl'}*0.25", "--eval-fraction", 0, "--lora-rank", 4)
-    run(demo, tmp_path / "whole", *weighted, "--steps", 15, "--save-every", 0)
-    assert "50 rows an epoch, by the weights of --data" in capsys.readouterr().out
+    run(demo, tmp_path / "whole", *weighted, "--steps", 7, "--save-every", 0)
+    assert "16 rows an epoch, by the weights of --data" in capsys.readouterr().out
     learning_rate = train.learning_rate
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr(train, "learning_rate", lambda step, *rest: learning_rate(step, *rest) / (step != 13))         # breaks in the second epoch
-        run(demo, tmp_path / "broken", *weighted, "--steps", 15)
-    run(demo, tmp_path / "broken", *weighted, "--steps", 15, "--resume")
+        patched.setattr(train, "learning_rate", lambda step, *rest: learning_rate(step, *rest) / (step != 5))         # breaks in the second epoch
+        run(demo, tmp_path / "broken", *weighted, "--steps", 7)
+    run(demo, tmp_path / "broken", *weighted, "--steps", 7, "--resume")
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
