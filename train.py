@@ -36,6 +36,7 @@ from evaluate import evaluate, table
 from lora import TARGETS, LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
+from survey import Survey, colored, console, headlines
 from tokenizer import Tokenizer
 from tokenizer.chat import SCHEMA_KEYS
 
@@ -64,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "rows with a developer or system message of their own keep theirs (default: Google's sentence)")
     add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and counted, never cut")
     add("--skip-invalid", action="store_true", help="drop rows that cannot be right and count them, instead of stopping")
+    add("--survey", action="store_true", help="count and describe the rows of --data, bad ones too, here and in OUT/data.html, and stop")
     add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, trained tokens in green, and stop")
 
     add = parser.add_argument_group("how long").add_argument
@@ -157,16 +159,22 @@ def main(args: argparse.Namespace) -> int:
     # Rows → examples, some of them held out.
     model_folder = checkpoint.fetch_model(args.model)
     tokenizer = Tokenizer.load(model_folder)
-    train_rows, eval_rows = read_conversations(args, say)
+    if args.survey:
+        return survey_rows(args, tokenizer, say)
+    skipped, survey = data.Skipped(), Survey(args.max_tokens)
+    train_rows, eval_rows = read_conversations(args, say, skipped)
     if args.preview:
         for row in train_rows[:args.preview]:
-            say(colored(data.tokenize(row, tokenizer), tokenizer), end="\n\n")
+            say(colored(data.runs(data.tokenize(row, tokenizer), tokenizer)), end="\n\n")
         return 0
-    train_rows, train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say)
+    train_rows, train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say, survey)
     eval_rows, eval_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
     lengths = [len(example) for example in train]
+    surveyed = survey.figures(tokenizer, skipped)
+    for line in headlines(surveyed):
+        say(f"data   {line}")
 
     def pack(examples: list[data.Example]) -> list[data.Batch]:
         """Batches of at most --micro-tokens, and so small that as many processes as possible get one."""
@@ -227,6 +235,7 @@ def main(args: argparse.Namespace) -> int:
     log = None
     if rank == 0 and args.steps != 0:
         log = open_log(out, step, flags, device, chosen)
+        checkpoint.write_json(out / "data.json", surveyed)
 
     def held_out_loss() -> float | None:
         """Mean nats a trained token over the held-out rows, shared among the processes."""
@@ -357,9 +366,24 @@ def main(args: argparse.Namespace) -> int:
 # The pieces of `main`, in its order
 
 
-def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Conversation], list[data.Conversation]]:
+def survey_rows(args: argparse.Namespace, tokenizer: Tokenizer, say) -> int:
+    """Look at every row of `--data` as it is read, keep none, and say what was seen."""
+    survey, skipped, told = Survey(args.max_tokens), data.Skipped(), time.perf_counter()
+    for row in data.read_sources(args.data.split(","), skipped, args.system):
+        survey.add(row, data.tokenize(row, tokenizer))
+        if time.perf_counter() - told > 10:
+            told = time.perf_counter()
+            say(f"data   {len(survey.lengths):,} rows so far", flush=True)
+    found = survey.figures(tokenizer, skipped)
+    say(console(found))
+    say(f"\nreport {report.write_data(Path(args.out), args.data, found)}")
+    return 0
+
+
+def read_conversations(args: argparse.Namespace, say,
+                       skipped: data.Skipped | None = None) -> tuple[list[data.Conversation], list[data.Conversation]]:
     """The training rows and the held-out rows."""
-    skipped = data.Skipped() if args.skip_invalid else None
+    skipped = skipped if args.skip_invalid else None
     rows = list(data.read_sources(args.data.split(","), skipped, args.system))
     if args.eval_data:
         _, held_out = data.hold_out(data.read_sources(args.eval_data.split(","), skipped, args.system), 1.0)
@@ -373,29 +397,27 @@ def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Convers
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))
     for cause, count in (skipped or {}).items():
-        say(f"data   {count} rows skipped: {cause}")
+        say(f"data   {count} rows skipped: {cause}; the first: {skipped.first[cause]}")
     if hidden := sum(row.hidden_parameters for row in rows):
         say(f"data   {hidden} rows have a parameter that the official template leaves undeclared (named {', '.join(sorted(SCHEMA_KEYS))})")
     return train, held_out[:evaluated]
 
 
-def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str,
-                  say) -> tuple[list[data.Conversation], list[data.Example]]:
-    """The rows that are not too long, and their examples."""
+def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str, say,
+                  survey: Survey | None = None) -> tuple[list[data.Conversation], list[data.Example]]:
+    """The rows that are not too long, and their examples; `survey` sees all of them."""
     examples = [data.tokenize(row, tokenizer) for row in rows]
+    for row, example in zip(rows, examples, strict=True) if survey else ():
+        survey.add(row, example)
     kept = [i for i, example in enumerate(examples) if len(example.ids) <= max_tokens]
     if len(kept) < len(examples):
-        say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens)")
+        first = next(row.source for row, example in zip(rows, examples, strict=True) if len(example.ids) > max_tokens)
+        say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens); the first: {first}")
     rows, examples = [rows[i] for i in kept], [examples[i] for i in kept]
     if examples:
         tokens, trained = sum(map(len, examples)), sum(int(example.trained.sum()) for example in examples)
         say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {trained / tokens:.1%} of them trained")
     return rows, examples
-
-
-def colored(example: data.Example, tokenizer: Tokenizer) -> str:
-    """The row's text, trained tokens in green (ANSI)."""
-    return "".join(f"\033[32m{text}\033[0m" if trained else text for text, trained in data.runs(example, tokenizer))
 
 
 def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) -> float:
