@@ -2,8 +2,8 @@
 
     python train.py --model MODEL --data rows.jsonl --survey      # on the console and as a page, without training
 
-Of a row stay its place, its length and two hashes, some 100 bytes, so that a million rows can be surveyed as they are read.
-What needs whole rows (samples, shared beginnings) looks at SAMPLED of them, drawn evenly.
+Of a row stay a SEEN, which is 40 bytes, and its place, so that a million rows can be surveyed as they are read. What needs
+whole rows (samples, shared beginnings) looks at SAMPLED of them, drawn evenly.
 """
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import random
-from array import array
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,93 +21,97 @@ import data
 from data import Conversation, Example, Skipped
 from tokenizer import Tokenizer
 
+# asked, whole: hashes of what the model is told before its first answer, and of the whole row; the next three are counts.
+SEEN = np.dtype([("tokens", "<i4"), ("trained", "<i4"), ("asked", "<u8"), ("whole", "<u8"), ("tools", "<i4"), ("calls", "<i4"),
+                 ("answers", "<i4"), ("text", "?"), ("silent", "?"), ("hidden_parameters", "?"), ("unknown_types", "?")])
 SAMPLED = 2_048          # rows
 STEP_ROWS = 32           # rows of a step, which share beginnings
 PASS_TOKENS = 16_896     # of a full forward pass
 BINS = 16                # of the tokens' histogram, at most
 
 
-class Survey:
-    """Takes rows one by one; `figures` says what they were."""
+def seen(row: Conversation, example: Example) -> tuple:
+    """The SEEN of a row."""
+    first = next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+    before, after = [*sorted(map(dump, row.tools)), *map(dump, row.messages[:first])], row.messages[first:]
+    calls = [data.called(message) for message in after if message["role"] == "assistant"]
+    answer = sorted(map(dump, calls[0])) if len(after) == 1 and calls[0] else map(dump, after)         # parallel calls have no order
+    text = not any(calls) and any(data.said(message).strip() for message in after)
+    return (len(example.ids), int(example.trained.sum()), hash_of(before), hash_of([*before, "answer", *answer]), len(row.tools),
+            sum(map(len, calls)), len(calls), text, not any(calls) and not text, row.hidden_parameters, bool(row.unknown_types))
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.noted = Skipped()                                              # rows of a kind worth a look
-        self.lengths, self.asked, self.whole = array("I"), array("Q"), array("Q")       # of each row kept: tokens, two hashes
-        self.sources: list[str] = []
-        self.trained_tokens = 0
-        self.counts: dict[str, Counter] = {"tools": Counter(), "calls": Counter(), "answers": Counter()}      # so many in a row → rows
+
+class Survey:
+    """Takes rows one by one, keeps none, and says what they were."""
+
+    def __init__(self) -> None:
+        self.rows, self.sources = bytearray(), []
         self.types: Counter[str] = Counter()
         self.sample: list[Example] = []
         self.draw = random.Random(0)
 
     def add(self, row: Conversation, example: Example) -> None:
-        if len(example.ids) > self.max_tokens:
-            self.noted.note("too long", f"{row.source}: {len(example.ids):,} tokens")
-            return
-        first = next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-        before, after = [*sorted(map(dump, row.tools)), *map(dump, row.messages[:first])], row.messages[first:]
-        calls = [data.called(message) for message in after if message["role"] == "assistant"]
-        alone = len(after) == 1 and calls[0]                                # parallel calls have no order
-        self.asked.append(hash_of(before))
-        self.whole.append(hash_of([*before, "answer", *(sorted(map(dump, calls[0])) if alone else map(dump, after))]))
-        self.lengths.append(len(example))
+        self.rows += np.array(seen(row, example), SEEN).tobytes()
         self.sources.append(row.source)
-        self.trained_tokens += int(example.trained.sum())
-        for name, count in (("tools", len(row.tools)), ("calls", sum(map(len, calls))), ("answers", len(calls))):
-            self.counts[name][count] += 1
-        if not any(calls):
-            self.noted.note("text" if any(data.said(message).strip() for message in after) else "silent", row.source)
-        if row.hidden_parameters:
-            self.noted.note("hidden parameters", row.source)
-        if words := row.unknown_types:
-            self.types.update(word[:60] for word in words)
-            self.noted.note("unknown types", f"{row.source}: {words[0][:60]!r}")
+        self.types.update(word[:60] for word in row.unknown_types)
         if len(self.sample) < SAMPLED:
             self.sample.append(example)
-        elif (place := self.draw.randrange(len(self.lengths))) < SAMPLED:
+        elif (place := self.draw.randrange(len(self.sources))) < SAMPLED:
             self.sample[place] = example
 
-    def figures(self, tokenizer: Tokenizer, skipped: Skipped | None = None) -> dict:
-        """All that was found, for JSON. skipped: the rows that could not be read."""
-        def noted(kind: str) -> dict:
-            return {"rows": self.noted[kind], "first": self.noted.first.get(kind)}
+    def figures(self, tokenizer: Tokenizer, max_tokens: int, skipped: Skipped | None = None) -> dict:
+        return figures(np.frombuffer(self.rows, SEEN), self.sources, self.sample, self.types, tokenizer, max_tokens, skipped)
 
-        lengths, whole, asked = np.array(self.lengths), np.array(self.whole), np.array(self.asked)
-        again, earlier = repeated(whole)
-        once = np.delete(np.arange(len(whole)), again)
-        other, answered = repeated(asked[once])                             # asked once more, and not answered alike
-        dropped = {f"longer than {self.max_tokens:,} tokens": noted("too long")} if self.noted["too long"] else {}
-        dropped |= {cause: {"rows": rows, "first": skipped.first[cause]} for cause, rows in (skipped or {}).items()}
-        found = {"rows": len(lengths) + sum(entry["rows"] for entry in dropped.values()), "kept": len(lengths), "dropped": dropped}
-        if not len(lengths):
-            return found
-        steps = [sum(self.lengths[row] for row in rows) for rows, _ in data.steps(self.lengths, 0, batch_tokens=PASS_TOKENS, epochs=1)]
-        return found | {
-            "tokens": int(lengths.sum()), "trained_tokens": self.trained_tokens,
-            "tokens_a_row": {"least": int(lengths.min()), "median": float(np.median(lengths)), "of 95 %": float(np.quantile(lengths, 0.95)),
-                             "most": int(lengths.max())},
-            "histogram": histogram(lengths),
-            **{f"{name}_a_row": sorted(counts.items()) for name, counts in self.counts.items()},
-            "text": noted("text"), "silent": noted("silent"), "hidden_parameters": noted("hidden parameters"),
-            "unknown_types": noted("unknown types") | {"words": self.types.most_common(20), "different": len(self.types)},
-            "duplicates": self.pairs(again, earlier), "conflicts": self.pairs(once[other], once[answered]),
-            "longest": [[self.sources[i], self.lengths[i]] for i in np.argsort(-lengths.astype(np.int64), kind="stable")[:5]],
-            "packing": {"pass_tokens": PASS_TOKENS, "passes": len(steps), "full": sum(steps) / sum(max(PASS_TOKENS, n) for n in steps)},
-            "beginnings": self.beginnings(),
-            "samples": [{"source": example.source, "tokens": len(example), "runs": data.runs(example, tokenizer)}
-                        for example in [self.sample[i] for i in sorted({0, len(self.sample) // 2, len(self.sample) - 1})]]}
 
-    def pairs(self, later: np.ndarray, earlier: np.ndarray) -> dict:
-        """How many rows are like an earlier one in some way, and the first two that are."""
-        return {"rows": len(later), "first": f"{self.sources[later[0]]}, as {self.sources[earlier[0]]}" if len(later) else None}
+def figures(rows: np.ndarray, sources: Sequence[str], sample: Sequence[Example], types: Counter[str], tokenizer: Tokenizer,
+            max_tokens: int, skipped: Skipped | None = None) -> dict:
+    """All that there is to say about rows, for JSON.
 
-    def beginnings(self) -> dict:
-        """The share of tokens that a step need not compute because rows before begin alike."""
-        computed, lengths = 0, [len(example) for example in self.sample]
-        for rows, _ in data.steps(lengths, 0, batch_rows=STEP_ROWS, epochs=1):
-            computed += sum(len(batch.tokens) for batch in data.pack([self.sample[row] for row in rows], PASS_TOKENS))
-        return {"step_rows": STEP_ROWS, "sampled": len(lengths), "shared": 1 - computed / sum(lengths)}
+    rows: a SEEN each; sources: their places; sample: SAMPLED of them; types: how often each unknown one stands in them;
+    max_tokens: longer rows are dropped; skipped: those that could not be read.
+    """
+    def of(which: np.ndarray, like: np.ndarray | None = None) -> dict:
+        """How many rows, and the first of them; like: the earlier ones that these repeat in some way."""
+        first = sources[which[0]] + (f", as {sources[like[0]]}" if like is not None else "") if len(which) else None
+        return {"rows": len(which), "first": first}
+
+    kept, long = np.flatnonzero(rows["tokens"] <= max_tokens), np.flatnonzero(rows["tokens"] > max_tokens)
+    dropped = {f"longer than {max_tokens:,} tokens": of(long)} if len(long) else {}
+    dropped |= {cause: {"rows": count, "first": skipped.first[cause]} for cause, count in (skipped or {}).items()}
+    found = {"rows": len(kept) + sum(entry["rows"] for entry in dropped.values()), "kept": len(kept), "dropped": dropped}
+    if not len(kept):
+        return found
+
+    lengths = rows["tokens"][kept].astype(np.int64) - 1                     # as everywhere: the last id is only ever a target
+    again, earlier = repeated(rows["whole"][kept])
+    once = np.delete(kept, again)
+    other, answered = repeated(rows["asked"][once])                         # asked once more, and not answered alike
+    counts = {name: np.unique(rows[name][kept], return_counts=True) for name in ("tools", "calls", "answers")}
+    plain = lengths.tolist()
+    steps = [sum(plain[row] for row in step) for step, _ in data.steps(plain, 0, batch_tokens=PASS_TOKENS, epochs=1)]
+    sample = [example for example in sample if len(example.ids) <= max_tokens]
+    return found | {
+        "tokens": int(lengths.sum()), "trained_tokens": int(rows["trained"][kept].sum()),
+        "tokens_a_row": {"least": int(lengths.min()), "median": float(np.median(lengths)), "of 95 %": float(np.quantile(lengths, 0.95)),
+                         "most": int(lengths.max())},
+        "histogram": histogram(lengths),
+        **{f"{name}_a_row": list(zip(*map(np.ndarray.tolist, both), strict=True)) for name, both in counts.items()},
+        **{name: of(kept[rows[name][kept]]) for name in ("text", "silent", "hidden_parameters", "unknown_types")},
+        "types": types.most_common(20), "different_types": len(types),
+        "duplicates": of(kept[again], kept[earlier]), "conflicts": of(once[other], once[answered]),
+        "longest": [[sources[kept[i]], plain[i]] for i in np.argsort(-lengths, kind="stable")[:5]],
+        "packing": {"pass_tokens": PASS_TOKENS, "passes": len(steps), "full": sum(steps) / sum(max(PASS_TOKENS, n) for n in steps)},
+        "beginnings": {"step_rows": STEP_ROWS, "sampled": len(sample), "shared": shared_beginnings(sample)},
+        "samples": [{"source": example.source, "tokens": len(example), "runs": data.runs(example, tokenizer)}
+                    for example in [sample[i] for i in sorted({0, len(sample) // 2, len(sample) - 1}) if sample]]}
+
+
+def shared_beginnings(sample: Sequence[Example]) -> float:
+    """The share of tokens that a step need not compute because rows begin alike."""
+    computed, lengths = 0, [len(example) for example in sample]
+    for rows, _ in data.steps(lengths, 0, batch_rows=STEP_ROWS, epochs=1) if sample else ():
+        computed += sum(len(batch.tokens) for batch in data.pack([sample[row] for row in rows], PASS_TOKENS))
+    return 1 - computed / sum(lengths) if sample else 0.0
 
 
 def dump(value: Any) -> str:
@@ -158,14 +162,14 @@ def described(found: dict) -> list[tuple[str, str]]:
     if not found["kept"]:
         return lines
     a_row, packing, beginnings = found["tokens_a_row"], found["packing"], found["beginnings"]
-    words = ", ".join(f"{word or '(empty)'} ({count:,})" for word, count in found["unknown_types"]["words"])
+    words = ", ".join(f"{word or '(empty)'} ({count:,})" for word, count in found["types"])
     remarks = [(what, found[key]) for key, what in REMARKS.items() if found[key]["rows"]]
     lines += [("tokens", f"{found['tokens']:,}, {found['trained_tokens'] / found['tokens']:.1%} of them trained"),
               ("tokens a row", f"{a_row['least']:,} to {a_row['most']:,}, half of the rows at most {a_row['median']:,.0f}, "
                                f"95 % at most {a_row['of 95 %']:,.0f}"),
               *((f"{name} a row", spread(found[f"{name}_a_row"])) for name in ("tools", "calls", "answers")),
               *((f"rows that {what}", f"{entry['rows']:,}; the first: {entry['first']}") for what, entry in remarks),
-              *([("types that become string", words + (", …" if found["unknown_types"]["different"] > 20 else ""))] if words else []),
+              *([("types that become string", words + (", …" if found["different_types"] > len(found["types"]) else ""))] if words else []),
               ("longest rows", ", ".join(f"{source} ({tokens:,})" for source, tokens in found["longest"])),
               (f"forward passes of {packing['pass_tokens']:,} tokens", f"{packing['passes']:,}, {packing['full']:.1%} full"),
               ("shared beginnings", f"{beginnings['shared']:.1%} of the tokens in steps of {beginnings['step_rows']} rows "

@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(model_folder)
     if args.survey:
         return survey_rows(args, tokenizer, say)
-    skipped, survey = data.Skipped(), Survey(args.max_tokens)
+    skipped, survey = data.Skipped(), Survey()
     train_rows, eval_rows = read_conversations(args, say, skipped)
     if args.preview:
         for row in train_rows[:args.preview]:
@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
     lengths = [len(example) for example in train]
-    surveyed = survey.figures(tokenizer, skipped)
+    surveyed = survey.figures(tokenizer, args.max_tokens, skipped)
     for line in headlines(surveyed):
         say(f"data   {line}")
 
@@ -368,13 +368,13 @@ def main(args: argparse.Namespace) -> int:
 
 def survey_rows(args: argparse.Namespace, tokenizer: Tokenizer, say) -> int:
     """Look at every row of `--data` as it is read, keep none, and say what was seen."""
-    survey, skipped, told = Survey(args.max_tokens), data.Skipped(), time.perf_counter()
+    survey, skipped, told = Survey(), data.Skipped(), time.perf_counter()
     for row in data.read_sources(args.data.split(","), skipped, args.system):
         survey.add(row, data.tokenize(row, tokenizer))
         if time.perf_counter() - told > 10:
             told = time.perf_counter()
-            say(f"data   {len(survey.lengths):,} rows so far", flush=True)
-    found = survey.figures(tokenizer, skipped)
+            say(f"data   {len(survey.sources):,} rows so far", flush=True)
+    found = survey.figures(tokenizer, args.max_tokens, skipped)
     say(console(found))
     say(f"\nreport {report.write_data(Path(args.out), args.data, found)}")
     return 0
