@@ -166,7 +166,7 @@ def described(found: dict) -> list[tuple[str, str]]:
     remarks = [(what, found[key]) for key, what in REMARKS.items() if found[key]["rows"]]
     lines += [("tokens", f"{found['tokens']:,}, {found['trained_tokens'] / found['tokens']:.1%} of them trained"),
               ("tokens a row", f"{a_row['least']:,} to {a_row['most']:,}, half of the rows at most {a_row['median']:,.0f}, "
-                               f"95 % at most {a_row['of 95 %']:,.0f}"),
+                               f"95% at most {a_row['of 95 %']:,.0f}"),
               *((f"{name} a row", spread(found[f"{name}_a_row"])) for name in ("tools", "calls", "answers")),
               *((f"rows that {what}", f"{entry['rows']:,}; the first: {entry['first']}") for what, entry in remarks),
               *([("types that become string", words + (", …" if found["different_types"] > len(found["types"]) else ""))] if words else []),
@@ -182,8 +182,8 @@ def spread(counts: list) -> str:
     total = sum(rows for _, rows in counts)
     common = sorted(sorted(counts, key=lambda entry: -entry[1])[:6])
     rest = total - sum(rows for _, rows in common)
-    listed = [*(f"{count} in {rows:,}" for count, rows in common), *([f"others in {rest:,}"] if rest else [])]
-    return f"{sum(count * rows for count, rows in counts) / total:.1f} on average; {', '.join(listed)}"
+    listed = ", ".join(f"{rows:,} with {count}" for count, rows in common) + (f", {rest:,} with other numbers" if rest else "")
+    return f"{sum(count * rows for count, rows in counts) / total:.1f} on average; rows: {listed}"
 
 
 def console(found: dict) -> str:

@@ -146,7 +146,7 @@ def test_the_command_says_and_writes_it_all_and_trains_nothing(demo, file, tmp_p
     assert train.main(train.parse_args(flags)) == 0
     said = capsys.readouterr().out
     for words in ("10; 4 dropped", "dropped: not JSON", "2; the first: rows.jsonl:9: the row is not valid JSON", "3; the first: rows.jsonl:3, as rows.jsonl:1",
-                  "0 in 2, 1 in 5, 2 in 3", "datetime (4)", "\033[32m<start_function_call>call:g{n:1}", f"report {tmp_path / 'run' / 'data.html'}"):
+                  "rows: 2 with 0, 5 with 1, 3 with 2", "datetime (4)", "\033[32m<start_function_call>call:g{n:1}", f"report {tmp_path / 'run' / 'data.html'}"):
         assert words in said, words
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data.html"]
     page = Page((tmp_path / "run" / "data.html").read_text(encoding="utf-8"))
