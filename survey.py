@@ -2,7 +2,7 @@
 
     python train.py --model MODEL --data rows.jsonl --survey      # on the console and as a page, without training
 
-Of a row stay a SEEN, which is 40 bytes, and its place, so that a million rows can be surveyed as they are read. What needs
+Of a row stay a SEEN, which is 48 bytes, and its place, so that a million rows can be surveyed as they are read. What needs
 whole rows (samples, shared beginnings) looks at SAMPLED of them, drawn evenly.
 """
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from data import Conversation, Example, Skipped
 from tokenizer import Tokenizer
 
 # asked, whole: hashes of what the model is told before its first answer, and of the whole row; the next three are counts.
-SEEN = np.dtype([("tokens", "<i4"), ("trained", "<i4"), ("asked", "<u8"), ("whole", "<u8"), ("tools", "<i4"), ("calls", "<i4"),
+SEEN = np.dtype([("tokens", "<i8"), ("trained", "<i8"), ("asked", "<u8"), ("whole", "<u8"), ("tools", "<i4"), ("calls", "<i4"),
                  ("answers", "<i4"), ("text", "?"), ("silent", "?"), ("hidden_parameters", "?"), ("unknown_types", "?")])
 SAMPLED = 2_048          # rows
 STEP_ROWS = 32           # rows of a step, which share beginnings
@@ -60,19 +60,20 @@ class Survey:
             self.sample[place] = example
 
     def figures(self, tokenizer: Tokenizer, max_tokens: int, skipped: Skipped | None = None) -> dict:
-        return figures(np.frombuffer(self.rows, SEEN), self.sources, self.sample, self.types, tokenizer, max_tokens, skipped)
+        rows = np.frombuffer(self.rows, SEEN)
+        return figures(rows, self.sources.__getitem__, self.sample, self.types, tokenizer, max_tokens, skipped)
 
 
-def figures(rows: np.ndarray, sources: Sequence[str], sample: Sequence[Example], types: Counter[str], tokenizer: Tokenizer,
+def figures(rows: np.ndarray, source: Callable[[int], str], sample: Sequence[Example], types: Counter[str], tokenizer: Tokenizer,
             max_tokens: int, skipped: Skipped | None = None) -> dict:
     """All that there is to say about rows, for JSON.
 
-    rows: a SEEN each; sources: their places; sample: SAMPLED of them; types: how often each unknown one stands in them;
+    rows: a SEEN each; source: says a row's place; sample: SAMPLED of them; types: how often each unknown one stands in them;
     max_tokens: longer rows are dropped; skipped: those that could not be read.
     """
     def of(which: np.ndarray, like: np.ndarray | None = None) -> dict:
         """How many rows, and the first of them; like: the earlier ones that these repeat in some way."""
-        first = sources[which[0]] + (f", as {sources[like[0]]}" if like is not None else "") if len(which) else None
+        first = source(which[0]) + (f", as {source(like[0])}" if like is not None else "") if len(which) else None
         return {"rows": len(which), "first": first}
 
     kept, long = np.flatnonzero(rows["tokens"] <= max_tokens), np.flatnonzero(rows["tokens"] > max_tokens)
@@ -82,7 +83,7 @@ def figures(rows: np.ndarray, sources: Sequence[str], sample: Sequence[Example],
     if not len(kept):
         return found
 
-    lengths = rows["tokens"][kept].astype(np.int64) - 1                     # as everywhere: the last id is only ever a target
+    lengths = rows["tokens"][kept] - 1                     # as everywhere: the last id is only ever a target
     again, earlier = repeated(rows["whole"][kept])
     once = np.delete(kept, again)
     other, answered = repeated(rows["asked"][once])                         # asked once more, and not answered alike
@@ -99,7 +100,7 @@ def figures(rows: np.ndarray, sources: Sequence[str], sample: Sequence[Example],
         **{name: of(kept[rows[name][kept]]) for name in ("text", "silent", "hidden_parameters", "unknown_types")},
         "types": types.most_common(20), "different_types": len(types),
         "duplicates": of(kept[again], kept[earlier]), "conflicts": of(once[other], once[answered]),
-        "longest": [[sources[kept[i]], plain[i]] for i in np.argsort(-lengths, kind="stable")[:5]],
+        "longest": [[source(kept[i]), plain[i]] for i in np.argsort(-lengths, kind="stable")[:5]],
         "packing": {"pass_tokens": PASS_TOKENS, "passes": len(steps), "full": sum(steps) / sum(max(PASS_TOKENS, n) for n in steps)},
         "beginnings": {"step_rows": STEP_ROWS, "sampled": len(sample), "shared": shared_beginnings(sample)},
         "samples": [{"source": example.source, "tokens": len(example), "runs": data.runs(example, tokenizer)}
