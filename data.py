@@ -41,6 +41,9 @@ DEVELOPER_TEXT = "You are a model that can do function calling with the followin
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
 
+# So many rows may wait for a step of --batch-tokens with room for them; on real rows 32 leave 0.5 % of the tokens empty.
+MOST_WAITING = 32
+
 
 class RowError(ValueError):
     """A row that cannot be trained on. `cause` is a short name to count by; the message says where, what and what to do."""
@@ -95,17 +98,23 @@ def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> It
 
     Raises RowError at the first bad row; with `skipped` it counts the row there, by cause, and goes on.
     """
+    for path, name in named_files(files):
+        for place, row in _raw_rows(path):
+            source = f"{name}:{place}"
+            try:
+                yield parse_row(row, source)
+            except RowError as error:
+                if skipped is None:
+                    raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
+                skipped[error.cause] += 1
+
+
+def named_files(files: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
+    """(path, the name that errors call it by) of each file, and of each file of rows in a folder."""
     for file in files:
         for path in _files_of(Path(file)):
-            name = (str(path.relative_to(file)) if path != Path(file) else path.name).encode("utf-8", "backslashreplace").decode()
-            for place, row in _raw_rows(path):
-                source = f"{name}:{place}"
-                try:
-                    yield parse_row(row, source)
-                except RowError as error:
-                    if skipped is None:
-                        raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
-                    skipped[error.cause] += 1
+            name = str(path.relative_to(file)) if path != Path(file) else path.name
+            yield path, name.encode("utf-8", "backslashreplace").decode()
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -567,26 +576,47 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, b
           epochs: float | None = None, start: int = 0) -> Iterator[tuple[list[int], int]]:
     """Cut the endless stream of shuffled epochs into optimizer steps.
 
-    lengths: tokens of each row. A step is `batch_rows` rows, or as many as fit into `batch_tokens` tokens (one at
-    least). `start` is the position to go on from: the rows consumed so far, as yielded. Every row comes exactly once an
-    epoch; the stream ends after `epochs` of them, or never. Yields (row indices of the step, rows consumed after it).
+    lengths: tokens of each row. A step is `batch_rows` rows, or as many as fit into `batch_tokens` tokens (`filled_steps`).
+    `start` is the position to go on from: the rows consumed so far, as yielded. Every row comes exactly once an epoch; the
+    stream ends after `epochs` of them, or never. Yields (row indices of the step, rows consumed after it).
     """
-    end = None if epochs is None else round(epochs * len(lengths))
-    position, ordered = start, None
-    while end is None or position < end:
-        rows: list[int] = []
-        tokens = 0
-        while end is None or position < end:
-            epoch, offset = divmod(position, len(lengths))
-            if epoch != ordered:
-                order, ordered = epoch_order(len(lengths), seed, epoch), epoch
-            row = int(order[offset])
-            tokens += lengths[row]
-            if rows and (len(rows) == batch_rows if batch_rows else tokens > batch_tokens):
-                break
-            rows.append(row)
-            position += 1
+    end = sys.maxsize if epochs is None else round(epochs * len(lengths))
+    epoch, offset = divmod(start, len(lengths))
+    orders = (epoch_order(len(lengths), seed, number).tolist() for number in itertools.count(epoch))
+    if batch_rows:
+        stream = itertools.islice(itertools.chain.from_iterable(orders), offset, None)
+        cut, position = iter(lambda: list(itertools.islice(stream, batch_rows)), []), start
+    else:
+        sizes = np.asarray(lengths).tolist()
+        cut, position = itertools.chain.from_iterable(filled_steps(order, sizes, batch_tokens) for order in orders), start - offset
+        while position < start:                                     # what a step holds depends on those before it in the epoch
+            position += len(next(cut))
+    while position < end:
+        rows = next(cut)[:end - position]
+        position += len(rows)
         yield rows, position
+
+
+def filled_steps(rows: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut rows into steps of at most `batch_tokens` tokens, or of one row that is longer; the last is as full as it comes.
+
+    A row that does not fit waits for the next step, and is first in line there. A step ends when `MOST_WAITING` rows wait.
+    """
+    stream, waiting = iter(rows), []
+    while True:
+        step, room, passed = [], batch_tokens, []
+        for row in itertools.chain(waiting, stream):
+            if lengths[row] <= room or not step:
+                step.append(row)
+                room -= lengths[row]
+                continue
+            passed.append(row)
+            if len(passed) == MOST_WAITING:
+                break
+        if not step:
+            return
+        yield step
+        waiting = passed
 
 
 def is_hub_name(name: str) -> bool:

@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,10 +32,12 @@ from safetensors import SafetensorError
 import checkpoint
 import data
 import report
+import token_cache
 from evaluate import evaluate, table
 from lora import TARGETS, LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
+from token_cache import Tokens
 from tokenizer import Tokenizer
 from tokenizer.chat import SCHEMA_KEYS
 
@@ -62,6 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-rows", type=int, default=200, help="evaluate on at most this many held-out rows")
     add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and counted, never cut")
     add("--skip-invalid", action="store_true", help="drop rows that cannot be right and count them, instead of stopping")
+    add("--data-cache", metavar="DIR", default=str(token_cache.FOLDER), help="where tokenized rows are kept; '' keeps none")
     add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, trained tokens in green, and stop")
 
     add = parser.add_argument_group("how long").add_argument
@@ -138,32 +140,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Flags that may differ between a run and its resumption; all others decide the losses.
-FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm"}
+FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "data_cache", "max_grad_norm"}
 
 
 def main(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
-    if world > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))     # rank 0 alone answers queries
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
     say = print if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
 
     # Rows → examples, some of them held out.
     model_folder = checkpoint.fetch_model(args.model)
     tokenizer = Tokenizer.load(model_folder)
-    train_rows, eval_rows = read_conversations(args, say)
+    train, held_out_rows = read_examples(args, model_folder, tokenizer, say)
     if args.preview:
-        for row in train_rows[:args.preview]:
-            say(colored(data.tokenize(row, tokenizer), tokenizer), end="\n\n")
+        for i in range(min(args.preview, len(train))):
+            say(colored(train[i], tokenizer), end="\n\n")
         return 0
-    train_rows, train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say)
-    eval_rows, eval_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
-    lengths = [len(example) for example in train]
+    lengths = train.lengths
+    eval_rows = [held_out_rows.conversation(i) for i in range(len(held_out_rows))]
+
+    # From here on threads may start, such as torch.distributed's: nothing is forked any more.
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))     # rank 0 alone answers queries
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
 
     def pack(examples: list[data.Example]) -> list[data.Batch]:
         """Batches of at most --micro-tokens, and so small that as many processes as possible get one."""
@@ -177,7 +180,7 @@ def main(args: argparse.Namespace) -> int:
                 return batches
             size = math.ceil(1.25 * size)
 
-    held_out = pack(eval_examples)
+    held_out = pack(list(held_out_rows))
 
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -258,7 +261,7 @@ def main(args: argparse.Namespace) -> int:
         checkpoint.write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
 
     if args.steps == 0:
-        batch = data.pack(train[:1], args.micro_tokens)[0]
+        batch = data.pack([train[0]], args.micro_tokens)[0]
         with torch.no_grad():
             loss = loss_sum(model, batch).item() / batch.trained_tokens
         say(f"ready  first row's loss {loss:.4f}; --steps 0 stops here")
@@ -351,40 +354,44 @@ def main(args: argparse.Namespace) -> int:
 # The pieces of `main`, in its order
 
 
-def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Conversation], list[data.Conversation]]:
-    """The training rows and the held-out rows."""
-    skipped = Counter() if args.skip_invalid else None
-    rows = data.read_sources(args.data.split(","), skipped)
+def read_examples(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> tuple[Tokens, Tokens]:
+    """The training rows, and those of the held-out rows that are evaluated."""
+    evaluated = max(args.eval_rows, args.eval_calls)
+
+    def read(sources: str) -> Tokens:
+        cache = Path(args.data_cache) if args.data_cache else None
+        return token_cache.read_sources(sources.split(","), model_folder, tokenizer, cache, evaluated, args.skip_invalid)
+
+    rows = read(args.data)
+    skipped = rows.skipped
     if args.eval_data:
-        _, held_out = data.hold_out(data.read_sources(args.eval_data.split(","), skipped), 1.0)
-        hashes = {data.query_hash(row.query) for row in held_out}
-        train = [row for row in rows if data.query_hash(row.query) not in hashes]
+        _, held_out = read(args.eval_data).hold_out(1.0)
+        skipped += held_out.skipped
+        train = rows.take(~np.isin(rows.hashes, held_out.hashes))
         if len(train) < len(rows):
             say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
     else:
-        train, held_out = data.hold_out(rows, args.eval_fraction)
-    evaluated = max(args.eval_rows, args.eval_calls)
+        train, held_out = rows.hold_out(args.eval_fraction)
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))
-    for cause, count in (skipped or {}).items():
+    for cause, count in skipped.items():
         say(f"data   {count} rows skipped: {cause}")
-    if hidden := sum(row.hidden_parameters for row in rows):
-        say(f"data   {hidden} rows have a parameter that the official template leaves undeclared (named {', '.join(sorted(SCHEMA_KEYS))})")
-    return train, held_out[:evaluated]
+    if rows.hidden:
+        say(f"data   {rows.hidden} rows have a parameter that the official template leaves undeclared "
+            f"(named {', '.join(sorted(SCHEMA_KEYS))})")
+    return tuple(without_long(examples, args.max_tokens, name, say) for name, examples in
+                 (("training", train), ("held-out", held_out.take(np.arange(min(evaluated, len(held_out)))))))
 
 
-def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str,
-                  say) -> tuple[list[data.Conversation], list[data.Example]]:
-    """The rows that are not too long, and their examples."""
-    examples = [data.tokenize(row, tokenizer) for row in rows]
-    kept = [i for i, example in enumerate(examples) if len(example.ids) <= max_tokens]
+def without_long(examples: Tokens, max_tokens: int, name: str, say) -> Tokens:
+    """The examples that are not too long."""
+    kept = examples.take(np.asarray(examples.lengths) < max_tokens)              # a length is one less than the row's tokens
     if len(kept) < len(examples):
         say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens)")
-    rows, examples = [rows[i] for i in kept], [examples[i] for i in kept]
-    if examples:
-        tokens, trained = sum(map(len, examples)), sum(int(example.trained.sum()) for example in examples)
-        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {trained / tokens:.1%} of them trained")
-    return rows, examples
+    if kept:
+        tokens = sum(kept.lengths)
+        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {kept.trained_tokens / tokens:.1%} of them trained")
+    return kept
 
 
 def colored(example: data.Example, tokenizer: Tokenizer) -> str:
