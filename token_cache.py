@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -31,8 +30,9 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -152,46 +152,50 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
     the files, unless `skip_invalid`. cache: None makes them anew, in the system's folder for temporary files.
     """
     files = []
+    made_by = _hash(*map(_hash_of, (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")))
     for source in sources:
         for path, name in data.named_files(data.fetch(source)):
-            files.append(_token_file(path, name, model_folder, tokenizer, cache, held_out, skip_invalid))
+            def build(folder: Path, path: Path = path, name: str = name) -> None:
+                _build(path, name, tokenizer, folder, held_out, skip_invalid)
+
+            if cache:
+                files.append(_cached(path, name, made_by, cache, held_out, build))
+            else:
+                with tempfile.TemporaryDirectory() as folder:           # what is mapped stays until nobody maps it
+                    build(Path(folder))
+                    files.append(TokenFile(Path(folder), name))
             bad = files[-1].summary["first_bad"]
             if bad and not skip_invalid:
                 raise _row_error(name, **bad)
     return Tokens(files)
 
 
-def _token_file(path: Path, name: str, model_folder: Path, tokenizer: Tokenizer, cache: Path | None, held_out: int,
-                skip_invalid: bool) -> TokenFile:
-    if cache is None:
-        with tempfile.TemporaryDirectory() as folder:               # what is mapped stays until nobody maps it
-            _build(path, name, tokenizer, Path(folder), held_out, skip_invalid)
-            return TokenFile(Path(folder), name)
+def _cached(path: Path, name: str, made_by: str, cache: Path, held_out: int, build: Callable[[Path], None]) -> TokenFile:
+    """The tokens of a file, out of its folder in the cache, which is built first unless it is there and whole."""
     try:
         (cache / "seen").mkdir(parents=True, exist_ok=True)
-        key = _hash(_content(path, cache), _made_by(model_folder))
-        lock = (cache / f"{key}.lock").open("a")
+        folder = cache / _hash(_content(path, cache), made_by)
+        with folder.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if not (whole := _is_whole(folder, held_out)):
+                fcntl.flock(lock, fcntl.LOCK_EX)                    # one process builds, the others wait here
+                whole = _is_whole(folder, held_out)
+            if not whole:
+                for left in [folder, *cache.glob(f".{folder.name}.*.tmp")]:
+                    shutil.rmtree(left, ignore_errors=True)
+                before = _identity(path)
+                with whole_folder(folder) as temporary:
+                    build(temporary)
+                    if _identity(path) != before:
+                        raise ValueError(f"{path}: the file changed while it was read; start again when it is complete")
+                _remove_old(cache)
+            for used in (folder, lock.name):
+                os.utime(used)
+            return TokenFile(folder, name)
     except OSError as error:
+        if error.errno is None or not str(error.filename or cache).startswith(str(cache)):
+            raise
         raise OSError(f"{cache}: {error.strerror}; name another folder with --data-cache, or none with --data-cache ''") from None
-    folder = cache / key
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        whole = _is_whole(folder, held_out)
-        if not whole:
-            fcntl.flock(lock, fcntl.LOCK_EX)                        # one process builds, the others wait here
-            whole = _is_whole(folder, held_out)
-        if not whole:
-            for left in [folder, *cache.glob(f".{key}.*.tmp")]:
-                shutil.rmtree(left, ignore_errors=True)
-            before = _identity(path)
-            with whole_folder(folder) as temporary:
-                _build(path, name, tokenizer, temporary, held_out, skip_invalid)
-                if _identity(path) != before:
-                    raise ValueError(f"{path}: the file changed while it was read; start again when it is complete")
-            _remove_old(cache)
-        for used in (folder, lock.name):
-            os.utime(used)
-        return TokenFile(folder, name)
 
 
 def _is_whole(folder: Path, held_out: int) -> bool:
@@ -247,12 +251,6 @@ def _hash_of(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.cache
-def _made_by(model_folder: Path) -> str:
-    """A hash of all that decides which ids a row becomes."""
-    return _hash(*map(_hash_of, (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")))
 
 
 def _remove_old(cache: Path) -> None:
@@ -343,6 +341,9 @@ def _in_order(chunks: Iterable, tokenizer: Tokenizer, processes: int) -> Iterato
                 yield rows, error, made.result()
         for rows, error, made in waiting:
             yield rows, error, made.result()
+    except BrokenProcessPool:
+        raise ChildProcessError("a process that tokenizes rows was killed, most likely for want of memory; start again on fewer cores, "
+                                "such as taskset -c 0-3 python train.py …") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

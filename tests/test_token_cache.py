@@ -1,8 +1,10 @@
 """token_cache.py: the same examples as row by row, by any number of processes; made once, whole, and again when anything changed."""
+import errno
 import gzip
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -187,8 +189,8 @@ def test_a_file_that_changed_is_tokenized_again_even_if_its_size_and_time_are_se
 def test_a_file_at_rest_is_not_even_hashed(demo, read, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: (demo / "rows.jsonl").stat().st_ctime_ns + int(3e9))
     read(demo / "rows.jsonl")
-    token_cache._made_by(demo / "model")
-    monkeypatch.setattr(token_cache, "_hash_of", lambda path: pytest.fail(f"{path} was hashed"))
+    hash_of = token_cache._hash_of
+    monkeypatch.setattr(token_cache, "_hash_of", lambda path: pytest.fail() if path == demo / "rows.jsonl" else hash_of(path))
     assert len(read(demo / "rows.jsonl")) == 600
 
 
@@ -254,6 +256,20 @@ def test_a_build_that_is_killed_leaves_no_process_no_lock_and_no_folder(demo, re
     assert len(read(tmp_path / "large.jsonl")) == 2400 and not list((tmp_path / "tokens").glob(".*.tmp"))
 
 
+def test_ranks_that_start_at_once_on_rows_worth_several_processes_train_and_build_once(demo, tmp_path):
+    """With the start in large pages, which replaces the process, and torch.distributed's threads after the fork."""
+    (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 4)
+    assert (tmp_path / "large.jsonl").stat().st_size > token_cache.BYTES_ALONE
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
+               "--model", str(demo / "model"), "--data", str(tmp_path / "large.jsonl"), "--data-cache", str(tmp_path / "tokens"),
+               "--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "1", "--eval-rows", "3", "--eval-calls", "0"]
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "step     1/1 | loss" in done.stdout and len(folders(tmp_path / "tokens")) == 1
+    assert not list((tmp_path / "tokens").glob(".*.tmp"))
+
+
 def test_a_file_that_grows_while_it_is_read_is_refused(demo, read, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_bytes((demo / "rows.jsonl").read_bytes())
@@ -274,6 +290,19 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(demo, read, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/tokens: .*; name another folder with --data-cache, or none with --data-cache ''"):
         read(demo / "rows.jsonl", cache=tmp_path / "file" / "tokens")
+
+
+def test_a_full_disk_is_named_with_the_remedy_and_leaves_nothing(demo, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "_checksum", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="tokens: No space left on device; name another folder"):
+        read(demo / "rows.jsonl")
+    assert not folders(tmp_path / "tokens") and not list((tmp_path / "tokens").glob(".*"))
+
+
+def test_a_worker_that_is_killed_is_an_error_with_a_remedy(demo, read, many, monkeypatch):
+    monkeypatch.setattr(data, "parse_row", lambda row, source: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildProcessError, match="was killed, most likely for want of memory; start again on fewer cores"):
+        read(demo / "rows.jsonl")
 
 
 def test_without_a_cache_nothing_is_left_behind(demo, read, builds, tmp_path, monkeypatch):
