@@ -15,10 +15,12 @@ A row that cannot be right is an error that names file:line and the remedy; noth
 """
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import itertools
 import json
+import marshal
 import math
 import re
 import sys
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 
 from loss_kernels import IGNORE
-from tokenizer import Segment, Tokenizer, render_segments
+from tokenizer import Segment, Tokenizer, render_around_tools, render_segments, render_tool
 from tokenizer.chat import SCHEMA_KEYS
 
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
@@ -55,6 +57,12 @@ def system_text(given: str) -> str:
 
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
+
+# So many rows may wait for a step of --batch-tokens with room for them; on real rows 32 leave 0.5 % of the tokens empty.
+MOST_WAITING = 32
+
+# Tools that are remembered, some 10 KB each; xLAM's 60,000 rows have 3,605 different ones.
+MOST_TOOLS = 8192
 
 
 class RowError(ValueError):
@@ -77,11 +85,18 @@ class Skipped(Counter):
         self.first.setdefault(cause, first)
 
 
+class Tool(dict):
+    """A tool in OpenAI's envelope. Rows with the same tool share one object: what is found out once holds for all of them."""
+
+    renders = False                                                     # the template takes it
+    encoded: tuple[Tokenizer, np.ndarray] | None = None                 # its declaration's ids, and whose they are
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One row: `tools` in OpenAI's envelope, `messages` in OpenAI's format with arguments as dicts."""
 
-    tools: list[dict]
+    tools: list[Tool]
     messages: list[dict]
     source: str                 # "file:line"
     accepted: tuple[dict, ...] = ()     # {name: {parameter: [accepted, …]}} for each call, where the row gives several
@@ -117,6 +132,11 @@ class Conversation:
             schemas += [part for part in (*parts, schema.get("items")) if isinstance(part, dict)]
         return [schema["type"].word for schema in schemas if isinstance(schema.get("type"), UnknownType)]
 
+    @functools.cached_property
+    def around_tools(self) -> tuple[list[Segment], list[Segment]]:
+        """The segments before and after those of the tools."""
+        return render_around_tools(self.messages, bool(self.tools))
+
     def segments(self) -> list[Segment]:
         return render_segments(self.messages, self.tools)
 
@@ -148,17 +168,23 @@ def read_rows(files: Sequence[str | Path], skipped: Skipped | None = None, syste
     Raises RowError at the first bad row; with `skipped` it notes the row there, by cause, and goes on. system: the text
     that is put in front of rows that bring no developer or system message.
     """
+    for path, name in named_files(files):
+        for place, row in _raw_rows(path):
+            source = f"{name}:{place}"
+            try:
+                yield parse_row(row, source, system)
+            except RowError as error:
+                if skipped is None:
+                    raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
+                skipped.note(error.cause, f"{source}: {error}")
+
+
+def named_files(files: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
+    """(path, the name that errors call it by) of each file, and of each file of rows in a folder."""
     for file in files:
         for path in _files_of(Path(file)):
-            name = (str(path.relative_to(file)) if path != Path(file) else path.name).encode("utf-8", "backslashreplace").decode()
-            for place, row in _raw_rows(path):
-                source = f"{name}:{place}"
-                try:
-                    yield parse_row(row, source, system)
-                except RowError as error:
-                    if skipped is None:
-                        raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
-                    skipped.note(error.cause, f"{source}: {error}")
+            name = str(path.relative_to(file)) if path != Path(file) else path.name
+            yield path, name.encode("utf-8", "backslashreplace").decode()
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -342,8 +368,15 @@ def _parse_messages(row: dict, source: str, system: str) -> Conversation:
 
 def _checked(conversation: Conversation) -> Conversation:
     """Render once, so that what the template refuses is found here, with the row's name."""
+    def check(segments: Iterable[Segment]) -> None:
+        "".join(segment.text for segment in segments).encode()          # half a surrogate pair is no text
+
     try:
-        "".join(segment.text for segment in conversation.segments()).encode()        # half a surrogate pair is no text
+        for tool in conversation.tools:
+            if not tool.renders:
+                check(render_tool(tool))
+                tool.renders = True
+        check(itertools.chain.from_iterable(conversation.around_tools))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RowError("not renderable", f"the template cannot render this row: {error}") from None
     return conversation
@@ -381,15 +414,32 @@ def _kind(value: Any) -> str:
 # Tools and their types
 
 
-def parse_tools(value: Any) -> list[dict]:
+_known_tools: dict[bytes, Tool] = {}        # {what was read: the tool}
+
+
+def parse_tools(value: Any) -> list[Tool]:
     """Tools in any of the accepted forms, or their JSON text → OpenAI's envelope.  Raises RowError."""
     tools = _decoded(value, "tools")
     if not isinstance(tools, list):
         raise RowError("bad tools", f"tools is {_kind(tools)}, not a list")
     try:
-        return [{"type": "function", "function": _function(tool)} for tool in tools]
+        return [_known_tool(tool) for tool in tools]
     except RecursionError:
         raise RowError("bad tool", "a tool's parameters are nested too deeply to read") from None
+
+
+def _known_tool(tool: Any) -> Tool:
+    """A tool, the same object as when it was read before; all are forgotten when there are too many."""
+    try:
+        key = marshal.dumps(tool, 2)                                    # version 2: equal values, equal bytes
+    except ValueError:                                                  # nested too deeply, or not out of JSON
+        return Tool(type="function", function=_function(tool))
+    if key not in _known_tools:
+        made = Tool(type="function", function=_function(tool))
+        if len(_known_tools) >= MOST_TOOLS:
+            _known_tools.clear()
+        _known_tools[key] = made
+    return _known_tools[key]
 
 
 def _function(tool: Any) -> dict:
@@ -509,8 +559,17 @@ class Example:
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Example:
-    ids, trained = tokenizer.encode_segments(conversation.segments())
-    return Example(np.array(ids, np.int32), np.array(trained, bool), conversation.source)
+    """The ids of `conversation.segments()`, each tool's found but once: it stands between control tokens, so no piece crosses."""
+    (before, _), (after, trained) = map(tokenizer.encode_segments, conversation.around_tools)
+    declared = [_encoded(tool, tokenizer) for tool in conversation.tools]
+    ids = np.concatenate([np.array(before, np.int32), *declared, np.array(after, np.int32)])
+    return Example(ids, np.concatenate([np.zeros(len(ids) - len(after), bool), np.array(trained, bool)]), conversation.source)
+
+
+def _encoded(tool: Tool, tokenizer: Tokenizer) -> np.ndarray:
+    if tool.encoded is None or tool.encoded[0] is not tokenizer:
+        tool.encoded = tokenizer, np.array(tokenizer.encode_segments(render_tool(tool))[0], np.int32)
+    return tool.encoded[1]
 
 
 def runs(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -566,7 +625,9 @@ class Batch:
 
 def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """positions and documents, (Σ lengths) each, of documents of these lengths one after another."""
-    return torch.cat([torch.arange(n) for n in lengths]), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    each = torch.tensor(lengths)
+    documents = torch.arange(len(lengths)).repeat_interleave(each)
+    return torch.arange(len(documents)) - (each.cumsum(0) - each)[documents], documents
 
 
 def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> list[Batch]:
@@ -647,23 +708,33 @@ def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
     Of a fraction every row gets its share over the epochs: with 0.5 half of the rows come in one, the other half in the next.
     """
-    turns = np.empty(len(weights))                       # [0, 1): rows of one weight reach their next whole number evenly spread
-    rng = np.random.default_rng([seed, 0, 1])
+    times = times_taken(weights, seed, epoch + 1) - times_taken(weights, seed, epoch)
+    return np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(weights)), times))
+
+
+def times_taken(weights: np.ndarray, seed: int, epochs: int) -> np.ndarray:
+    """How often each row was there in the first epochs; rows of one weight reach a whole number in turn, evenly spread."""
+    turns, rng = np.empty(len(weights)), np.random.default_rng([seed, 0, 1])
     for weight in np.unique(weights):
         same = np.flatnonzero(weights == weight)
         turns[same] = rng.permutation(len(same)) / len(same)
-    times = np.floor(weights * (epoch + 1) + turns) - np.floor(weights * epoch + turns)
-    return np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(weights)), times.astype(np.int64)))
+    return np.floor(weights * epochs + turns).astype(np.int64)
 
 
-def epochs_in_order(weights: np.ndarray, seed: int, epochs: float | None, start: int) -> Iterator[int]:
-    """The rows of one epoch after another, from the `start`-th on: of `epochs` epochs, or without end."""
-    for epoch in itertools.count() if epochs is None else range(math.ceil(epochs)):
-        order = epoch_order(weights, seed, epoch)
-        if epochs is not None:
-            order = order[:round(min(1.0, epochs - epoch) * len(order))]
-        yield from order[start:].tolist()
-        start = max(0, start - len(order))
+def epoch_at(weights: np.ndarray, seed: int, position: int) -> tuple[int, int]:
+    """The epoch that a position in the stream of epochs is in, and the position where that epoch begins."""
+    epoch = max(0, int(position / weights.sum()) - 1)               # never too late: epochs take no more than their weights
+    begin, end = (int(times_taken(weights, seed, epochs).sum()) for epochs in (epoch, epoch + 1))
+    while end <= position:
+        epoch, begin, end = epoch + 1, end, int(times_taken(weights, seed, epoch + 2).sum())
+    return epoch, begin
+
+
+def epoch_orders(weights: np.ndarray, seed: int, epochs: float | None, first: int) -> Iterator[list[int]]:
+    """The rows of each epoch from the `first` on: of `epochs` epochs, the last of which may be a part of one, or without end."""
+    for epoch in itertools.count(first) if epochs is None else range(first, math.ceil(epochs)):
+        order = epoch_order(weights, seed, epoch).tolist()
+        yield order if epochs is None else order[:round(min(1.0, epochs - epoch) * len(order))]
 
 
 def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, batch_tokens: int | None = None,
@@ -671,19 +742,44 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, b
     """Cut the endless stream of shuffled epochs into optimizer steps.
 
     lengths: tokens of each row; weights: how often an epoch takes each, once by default. A step is `batch_rows` rows, or as
-    many as fit into `batch_tokens` tokens (one at least). `start` is the position to go on from: the rows consumed so far,
+    many as fit into `batch_tokens` tokens (`filled_steps`). `start` is the position to go on from: the rows consumed so far,
     as yielded. The stream ends after `epochs` epochs, or never. Yields (row indices of the step, rows consumed after it).
     """
-    position, rows, tokens = start, [], 0
-    for row in epochs_in_order(np.ones(len(lengths)) if weights is None else weights, seed, epochs, start):
-        if rows and (len(rows) == batch_rows if batch_rows else tokens + lengths[row] > batch_tokens):
+    weights = np.ones(len(lengths)) if weights is None else weights
+    epoch, position = epoch_at(weights, seed, start)
+    orders = epoch_orders(weights, seed, epochs, epoch)
+    if batch_rows:
+        stream = itertools.islice(itertools.chain.from_iterable(orders), start - position, None)
+        cut, position = iter(lambda: list(itertools.islice(stream, batch_rows)), []), start
+    else:                                                           # what a step holds depends on those before it in the epoch
+        sizes = np.asarray(lengths).tolist()
+        cut = itertools.chain.from_iterable(filled_steps(order, sizes, batch_tokens) for order in orders)
+    for rows in cut:
+        position += len(rows)
+        if position > start:
             yield rows, position
-            rows, tokens = [], 0
-        rows.append(row)
-        tokens += lengths[row]
-        position += 1
-    if rows:
-        yield rows, position
+
+
+def filled_steps(rows: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut rows into steps of at most `batch_tokens` tokens, or of one row that is longer; the last is as full as it comes.
+
+    A row that does not fit waits for the next step, and is first in line there. A step ends when `MOST_WAITING` rows wait.
+    """
+    stream, waiting = iter(rows), []
+    while True:
+        step, room, passed = [], batch_tokens, []
+        for row in itertools.chain(waiting, stream):
+            if lengths[row] <= room or not step:
+                step.append(row)
+                room -= lengths[row]
+                continue
+            passed.append(row)
+            if len(passed) == MOST_WAITING:
+                break
+        if not step:
+            return
+        yield step
+        waiting = passed
 
 
 def is_hub_name(name: str) -> bool:

@@ -2,15 +2,14 @@
 
     python train.py --model MODEL --data rows.jsonl --survey      # on the console and as a page, without training
 
-Of a row stay a SEEN, which is 48 bytes, and its place, so that a million rows can be surveyed as they are read. What needs
-whole rows (samples, shared beginnings) looks at SAMPLED of them, drawn evenly.
+What a row has to say is a SEEN, 48 bytes beside its tokens in the cache, so that a million rows are surveyed in seconds. What
+needs whole rows (samples, shared beginnings) looks at SAMPLED of them, drawn evenly.
 """
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import data
-from data import Conversation, Example, Skipped
+from data import Conversation, Example
 from tokenizer import Tokenizer
 
 # asked, whole: hashes of what the model is told before its first answer, and of the whole row; the next three are counts.
@@ -41,35 +40,12 @@ def seen(row: Conversation, example: Example) -> tuple:
             sum(map(len, calls)), len(calls), text, not any(calls) and not text, row.hidden_parameters, bool(row.unknown_types))
 
 
-class Survey:
-    """Takes rows one by one, keeps none, and says what they were."""
-
-    def __init__(self) -> None:
-        self.rows, self.sources = bytearray(), []
-        self.types: Counter[str] = Counter()
-        self.sample: list[Example] = []
-        self.draw = random.Random(0)
-
-    def add(self, row: Conversation, example: Example) -> None:
-        self.rows += np.array(seen(row, example), SEEN).tobytes()
-        self.sources.append(row.source)
-        self.types.update(word[:60] for word in row.unknown_types)
-        if len(self.sample) < SAMPLED:
-            self.sample.append(example)
-        elif (place := self.draw.randrange(len(self.sources))) < SAMPLED:
-            self.sample[place] = example
-
-    def figures(self, tokenizer: Tokenizer, max_tokens: int, skipped: Skipped | None = None) -> dict:
-        rows = np.frombuffer(self.rows, SEEN)
-        return figures(rows, self.sources.__getitem__, self.sample, self.types, tokenizer, max_tokens, skipped)
-
-
 def figures(rows: np.ndarray, source: Callable[[int], str], sample: Sequence[Example], types: Counter[str], tokenizer: Tokenizer,
-            max_tokens: int, skipped: Skipped | None = None) -> dict:
+            max_tokens: int, skipped: dict[str, dict]) -> dict:
     """All that there is to say about rows, for JSON.
 
     rows: a SEEN each; source: says a row's place; sample: SAMPLED of them; types: how often each unknown one stands in them;
-    max_tokens: longer rows are dropped; skipped: those that could not be read.
+    max_tokens: longer rows are dropped; skipped: those that could not be read, {cause: {"rows", "first"}}.
     """
     def of(which: np.ndarray, like: np.ndarray | None = None) -> dict:
         """How many rows, and the first of them; like: the earlier ones that these repeat in some way."""
@@ -77,8 +53,7 @@ def figures(rows: np.ndarray, source: Callable[[int], str], sample: Sequence[Exa
         return {"rows": len(which), "first": first}
 
     kept, long = np.flatnonzero(rows["tokens"] <= max_tokens), np.flatnonzero(rows["tokens"] > max_tokens)
-    dropped = {f"longer than {max_tokens:,} tokens": of(long)} if len(long) else {}
-    dropped |= {cause: {"rows": count, "first": skipped.first[cause]} for cause, count in (skipped or {}).items()}
+    dropped = ({f"longer than {max_tokens:,} tokens": of(long)} if len(long) else {}) | skipped
     found = {"rows": len(kept) + sum(entry["rows"] for entry in dropped.values()), "kept": len(kept), "dropped": dropped}
     if not len(kept):
         return found

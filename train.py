@@ -32,11 +32,13 @@ from safetensors import SafetensorError
 import checkpoint
 import data
 import report
+import survey
+import token_cache
 from evaluate import evaluate, table
 from lora import TARGETS, LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
-from survey import Survey, colored, console, headlines
+from token_cache import Tokens
 from tokenizer import Tokenizer
 from tokenizer.chat import SCHEMA_KEYS
 
@@ -66,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and counted, never cut")
     add("--skip-invalid", action="store_true", help="drop rows that cannot be right and count them, instead of stopping")
     add("--survey", action="store_true", help="count and describe the rows of --data, bad ones too, here and in OUT/data.html, and stop")
+    add("--data-cache", metavar="DIR", default=str(token_cache.FOLDER), help="where tokenized rows are kept; '' keeps none")
     add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, trained tokens in green, and stop")
 
     add = parser.add_argument_group("how long").add_argument
@@ -143,16 +146,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Flags that may differ between a run and its resumption; all others decide the losses.
-FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm"}
+FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "data_cache", "max_grad_norm"}
 
 
 def main(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
-    if world > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))     # rank 0 alone answers queries
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
     say = print if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
 
@@ -160,21 +159,22 @@ def main(args: argparse.Namespace) -> int:
     model_folder = checkpoint.fetch_model(args.model)
     tokenizer = Tokenizer.load(model_folder)
     if args.survey:
-        return survey_rows(args, tokenizer, say)
-    skipped, survey = data.Skipped(), Survey()
-    train_rows, eval_rows = read_conversations(args, say, skipped)
+        return survey_rows(args, model_folder, tokenizer, say)
+    train, held_out_rows, surveyed = read_examples(args, model_folder, tokenizer, say)
     if args.preview:
-        for row in train_rows[:args.preview]:
-            say(colored(data.runs(data.tokenize(row, tokenizer), tokenizer)), end="\n\n")
+        for i in range(min(args.preview, len(train))):
+            say(survey.colored(data.runs(train[i], tokenizer)), end="\n\n")
         return 0
-    train_rows, train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say, survey)
-    eval_rows, eval_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
-    lengths = [len(example) for example in train]
-    surveyed = survey.figures(tokenizer, args.max_tokens, skipped)
-    for line in headlines(surveyed):
-        say(f"data   {line}")
+    lengths = train.lengths
+    eval_rows = [held_out_rows.conversation(i) for i in range(len(held_out_rows))]
+
+    # From here on threads may start, such as torch.distributed's: nothing is forked any more.
+    if world > 1:
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=2))     # rank 0 alone answers queries
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
 
     def pack(examples: list[data.Example]) -> list[data.Batch]:
         """Batches of at most --micro-tokens, and so small that as many processes as possible get one."""
@@ -188,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
                 return batches
             size = math.ceil(1.25 * size)
 
-    held_out = pack(eval_examples)
+    held_out = pack(list(held_out_rows))
 
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> int:
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    weights = np.array([row.weight for row in train_rows])
+    weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
     if (weights != 1).any():
         say(f"data   {weights.sum():,.0f} rows an epoch, by the weights of --data")
@@ -273,7 +273,7 @@ def main(args: argparse.Namespace) -> int:
         checkpoint.write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
 
     if args.steps == 0:
-        batch = data.pack(train[:1], args.micro_tokens)[0]
+        batch = data.pack([train[0]], args.micro_tokens)[0]
         with torch.no_grad():
             loss = loss_sum(model, batch).item() / batch.trained_tokens
         say(f"ready  first row's loss {loss:.4f}; --steps 0 stops here")
@@ -366,58 +366,56 @@ def main(args: argparse.Namespace) -> int:
 # The pieces of `main`, in its order
 
 
-def survey_rows(args: argparse.Namespace, tokenizer: Tokenizer, say) -> int:
-    """Look at every row of `--data` as it is read, keep none, and say what was seen."""
-    survey, skipped, told = Survey(), data.Skipped(), time.perf_counter()
-    for row in data.read_sources(args.data.split(","), skipped, args.system):
-        survey.add(row, data.tokenize(row, tokenizer))
-        if time.perf_counter() - told > 10:
-            told = time.perf_counter()
-            say(f"data   {len(survey.sources):,} rows so far", flush=True)
-    found = survey.figures(tokenizer, args.max_tokens, skipped)
-    say(console(found))
+def read_tokens(args: argparse.Namespace, sources: str, model_folder: Path, tokenizer: Tokenizer, skip_invalid: bool) -> Tokens:
+    cache = Path(args.data_cache) if args.data_cache else None
+    return token_cache.read_sources(sources.split(","), model_folder, tokenizer, cache, max(args.eval_rows, args.eval_calls), skip_invalid,
+                                    args.system)
+
+
+def survey_rows(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> int:
+    """Look at every row of `--data`, the bad ones too, and say what was seen."""
+    found = read_tokens(args, args.data, model_folder, tokenizer, skip_invalid=True).figures(tokenizer, args.max_tokens)
+    say(survey.console(found))
     say(f"\nreport {report.write_data(Path(args.out), args.data, found)}")
     return 0
 
 
-def read_conversations(args: argparse.Namespace, say,
-                       skipped: data.Skipped | None = None) -> tuple[list[data.Conversation], list[data.Conversation]]:
-    """The training rows and the held-out rows."""
-    skipped = skipped if args.skip_invalid else None
-    rows = list(data.read_sources(args.data.split(","), skipped, args.system))
+def read_examples(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> tuple[Tokens, Tokens, dict]:
+    """The training rows, those of the held-out rows that are evaluated, and the survey of the training rows."""
+    evaluated = max(args.eval_rows, args.eval_calls)
+    rows = read_tokens(args, args.data, model_folder, tokenizer, args.skip_invalid)
     if args.eval_data:
-        _, held_out = data.hold_out(data.read_sources(args.eval_data.split(","), skipped, args.system), 1.0)
-        hashes = {data.query_hash(row.query) for row in held_out}
-        train = [row for row in rows if data.query_hash(row.query) not in hashes]
+        _, held_out = read_tokens(args, args.eval_data, model_folder, tokenizer, args.skip_invalid).hold_out(1.0)
+        train = rows.take(~np.isin(rows.hashes, held_out.hashes))
         if len(train) < len(rows):
             say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
     else:
-        train, held_out = data.hold_out(rows, args.eval_fraction)
-    evaluated = max(args.eval_rows, args.eval_calls)
+        train, held_out = rows.hold_out(args.eval_fraction)
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))
-    for cause, count in (skipped or {}).items():
-        say(f"data   {count} rows skipped: {cause}; the first: {skipped.first[cause]}")
-    if hidden := sum(row.hidden_parameters for row in rows):
+    for cause, entry in rows.skipped.items():
+        say(f"data   {entry['rows']} rows skipped: {cause}; the first: {entry['first']}")
+    if hidden := int(rows.column("hidden_parameters").sum()):
         say(f"data   {hidden} rows have a parameter that the official template leaves undeclared (named {', '.join(sorted(SCHEMA_KEYS))})")
-    return train, held_out[:evaluated]
+    found = train.figures(tokenizer, args.max_tokens)
+    train, held_out = (without_long(examples, args.max_tokens, name, say) for name, examples in
+                       (("training", train), ("held-out", held_out.take(np.arange(min(evaluated, len(held_out)))))))
+    for line in survey.headlines(found) if train else ():
+        say(f"data   {line}")
+    return train, held_out, found
 
 
-def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str, say,
-                  survey: Survey | None = None) -> tuple[list[data.Conversation], list[data.Example]]:
-    """The rows that are not too long, and their examples; `survey` sees all of them."""
-    examples = [data.tokenize(row, tokenizer) for row in rows]
-    for row, example in zip(rows, examples, strict=True) if survey else ():
-        survey.add(row, example)
-    kept = [i for i, example in enumerate(examples) if len(example.ids) <= max_tokens]
+def without_long(examples: Tokens, max_tokens: int, name: str, say) -> Tokens:
+    """The examples that are not too long."""
+    short = np.asarray(examples.lengths) < max_tokens                            # a length is one less than the row's tokens
+    kept = examples.take(short)
     if len(kept) < len(examples):
-        first = next(row.source for row, example in zip(rows, examples, strict=True) if len(example.ids) > max_tokens)
-        say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens); the first: {first}")
-    rows, examples = [rows[i] for i in kept], [examples[i] for i in kept]
-    if examples:
-        tokens, trained = sum(map(len, examples)), sum(int(example.trained.sum()) for example in examples)
-        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {trained / tokens:.1%} of them trained")
-    return rows, examples
+        say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens); the first: "
+            f"{examples.source(int(short.argmin()))}")
+    if kept:
+        tokens = sum(kept.lengths)
+        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {kept.trained_tokens / tokens:.1%} of them trained")
+    return kept
 
 
 def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) -> float:

@@ -50,6 +50,8 @@ def tables() -> dict[str, str]:
         made["step"] = step_table(found["step"])
     if "lora" in found:
         made["lora"] = lora_table(found["lora"])
+    if "data" in found:
+        made["data"] = data_table(found["data"])
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
     return made
@@ -153,6 +155,24 @@ def lora_table(r: dict) -> str:
         f"| forward + backward of {M} tokens, ms (× frozen) | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines, "",
         f"Rank {r['rank']}, {r['dtype']}; {r['device']}: {r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
         f"torch {r['versions']['torch']}, triton {r['versions']['triton']}; `python benchmarks/lora.py --save`"])
+
+
+def data_table(r: dict) -> str:
+    """Rows a second from a file to the last packed batch, and what a second start takes."""
+    lines = []
+    for made in r["files"].values():
+        cold, warm, peer = made["ours, cold"], made["ours, warm"], made.get("peer, cold")
+        theirs, times = (f"{peer['rows_per_second']:,.0f}", f" ({made['times_peer_cold']:.1f} ×)") if peer else ("–", "")
+        lines.append(f"| {made['rows']:,} rows, {made['megabytes']:,.0f} MB | {theirs} | {cold['rows_per_second']:,.0f}{times} | "
+                     f"{warm['ready_seconds']:.1f} s | {warm['rows_per_second']:,.0f} | "
+                     f"{cold['peak_mib']:.0f} + {r['cores']} × {cold['worker_peak_mib']:.0f} | {cold['cache_megabytes']:,.0f} MB |")
+    filled = min(made["ours, cold"]["filled"] for made in r["files"].values())
+    return "\n".join([
+        "| JSONL to packed batches | datasets + template, rows/s | ours, rows/s | second start | then, rows/s | memory, MiB | on disk |",
+        "|---|---|---|---|---|---|---|", *lines, "",
+        f"Real rows, and the same repeated with other values; steps of {r['batch_tokens']:,} tokens are {filled:.1%} full; memory: of the "
+        f"program and of each process that tokenizes, no file behind it; {r['machine']}, Python {r['python']}, datasets "
+        f"{r['versions']['datasets']}, transformers {r['versions']['transformers']}; `python benchmarks/data.py`"])
 
 
 def tokenizer_table(r: dict) -> str:

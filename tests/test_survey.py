@@ -1,7 +1,7 @@
 """survey.py: its figures are those counted by hand, of however many rows; the page and the console say them."""
 import json
 import re
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +10,9 @@ from test_report import HOSTILE, Page
 import data
 import report
 import survey as module
+import token_cache
 import train
-from survey import Survey, console, described, headlines
+from survey import console, described, headlines
 from tokenizer import Tokenizer
 
 TOOL = {"name": "f", "description": "", "parameters": {"x": {"type": "str"}, "when": {"type": "datetime"}, "type": {"type": "str"}}}
@@ -55,10 +56,7 @@ def file(tmp_path):
 
 
 def surveyed(file, tokenizer, max_tokens=1000):
-    survey, skipped = Survey(), data.Skipped()
-    for conversation in data.read_sources([str(file)], skipped):
-        survey.add(conversation, data.tokenize(conversation, tokenizer))
-    return survey.figures(tokenizer, max_tokens, skipped)
+    return token_cache.read_sources([str(file)], Path("no model"), tokenizer, None, 10, skip_invalid=True).figures(tokenizer, max_tokens)
 
 
 def test_figures_are_those_counted_by_hand(file, tokenizer):
@@ -115,18 +113,6 @@ def test_shared_beginnings_are_what_a_step_saves(tmp_path, tokenizer):
     other.write_text("".join(json.dumps(row(f"query {i}", tools=[tools[i % 8] | {"name": f"{i} tool"}])) + "\n" for i in range(64)))
     assert surveyed(same, tokenizer)["beginnings"]["shared"] > 0.9
     assert surveyed(other, tokenizer)["beginnings"]["shared"] < 0.5
-
-
-def test_of_many_rows_a_fixed_number_is_kept_each_as_likely_as_another(tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLED", 100)
-    survey, conversation = Survey(), data.parse_row(row("one", call(n=1)), "x:1")
-    example = data.tokenize(conversation, tokenizer)
-    for i in range(5_000):
-        survey.add(conversation, data.Example(example.ids, example.trained, f"x:{i}"))
-    places = sorted(int(kept.source[2:]) for kept in survey.sample)
-    assert len(set(places)) == 100 and 2000 < np.mean(places) < 3000
-    assert not [kept for kept in vars(survey).values() if isinstance(kept, list) and any(isinstance(item, data.Conversation) for item in kept)]
-    assert sys.getsizeof(survey.rows) + sys.getsizeof(survey.sources) < 72 * 5_000
 
 
 def test_rows_of_which_none_is_left_are_described(tmp_path, tokenizer):

@@ -24,7 +24,7 @@ RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "train
 def flags(demo, out, *more):
     return ["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--out", str(out), "--device", "cpu", "--dtype", "fp32",
             "--batch-rows", "4", "--eval-rows", "6", "--eval-every", "0", "--eval-calls", "0", "--save-every", "2",
-            "--lr", "3e-3", *map(str, more)]
+            "--lr", "3e-3", "--data-cache", str(demo / "tokens"), *map(str, more)]
 
 
 def run(demo, out, *more):
@@ -311,8 +311,10 @@ def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
     some = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()[:20]]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps({**row, "query": row["query"].upper()}) + "\n" for row in some))
     args = train.parse_args(flags(demo, tmp_path / "run", "--eval-data", tmp_path / "eval.jsonl"))
-    trained, held_out = train.read_conversations(args, print)
-    assert not {row.query.casefold() for row in trained} & {row.query.casefold() for row in held_out}
+    trained, held_out, _ = train.read_examples(args, demo / "model", Tokenizer.load(demo / "model"), print)
+    queries = [json.loads(line)["query"].casefold() for line in (demo / "rows.jsonl").read_text().splitlines()]
+    assert not {queries[int(example.source.partition(":")[2]) - 1] for example in trained} & {
+        held_out.conversation(i).query.casefold() for i in range(len(held_out))}
     assert len(held_out) == 6 and len(trained) == 580 and "20 training rows left out" in capsys.readouterr().out
 
 
