@@ -494,8 +494,9 @@ def test_a_weighted_stream_that_is_resumed_anywhere_goes_on_the_same(size, epoch
     for i, (_, position) in enumerate(whole):
         assert list(itertools.islice(steps(lengths, 3, **size, epochs=epochs, weights=WEIGHTS, start=position), 39 - i)) == whole[i + 1:]
     seen = [row for rows, _ in whole for row in rows]
-    orders = [data.epoch_order(WEIGHTS, 3, epoch) for epoch in range(12)]
-    assert seen == np.concatenate(orders).tolist()[:len(seen)]
+    orders = [data.epoch_order(WEIGHTS, 3, epoch) for epoch in range(3)]
+    ends = np.cumsum([len(order) for order in orders])
+    assert sorted(seen[:ends[0]]) == sorted(orders[0]) and sorted(seen[ends[0]:ends[1]]) == sorted(orders[1])
     assert epochs is None or len(seen) == len(orders[0]) + len(orders[1]) + round((epochs - 2) * len(orders[2]))
 
 
