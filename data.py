@@ -647,23 +647,33 @@ def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
     Of a fraction every row gets its share over the epochs: with 0.5 half of the rows come in one, the other half in the next.
     """
-    turns = np.empty(len(weights))                       # [0, 1): rows of one weight reach their next whole number evenly spread
-    rng = np.random.default_rng([seed, 0, 1])
+    times = times_taken(weights, seed, epoch + 1) - times_taken(weights, seed, epoch)
+    return np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(weights)), times))
+
+
+def times_taken(weights: np.ndarray, seed: int, epochs: int) -> np.ndarray:
+    """How often each row was there in the first epochs; rows of one weight reach a whole number in turn, evenly spread."""
+    turns, rng = np.empty(len(weights)), np.random.default_rng([seed, 0, 1])
     for weight in np.unique(weights):
         same = np.flatnonzero(weights == weight)
         turns[same] = rng.permutation(len(same)) / len(same)
-    times = np.floor(weights * (epoch + 1) + turns) - np.floor(weights * epoch + turns)
-    return np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(weights)), times.astype(np.int64)))
+    return np.floor(weights * epochs + turns).astype(np.int64)
 
 
-def epochs_in_order(weights: np.ndarray, seed: int, epochs: float | None, start: int) -> Iterator[int]:
-    """The rows of one epoch after another, from the `start`-th on: of `epochs` epochs, or without end."""
-    for epoch in itertools.count() if epochs is None else range(math.ceil(epochs)):
-        order = epoch_order(weights, seed, epoch)
-        if epochs is not None:
-            order = order[:round(min(1.0, epochs - epoch) * len(order))]
-        yield from order[start:].tolist()
-        start = max(0, start - len(order))
+def epoch_at(weights: np.ndarray, seed: int, position: int) -> tuple[int, int]:
+    """The epoch that a position in the stream of epochs is in, and the position where that epoch begins."""
+    epoch = max(0, int(position / weights.sum()) - 1)               # never too late: epochs take no more than their weights
+    begin, end = (int(times_taken(weights, seed, epochs).sum()) for epochs in (epoch, epoch + 1))
+    while end <= position:
+        epoch, begin, end = epoch + 1, end, int(times_taken(weights, seed, epoch + 2).sum())
+    return epoch, begin
+
+
+def epoch_orders(weights: np.ndarray, seed: int, epochs: float | None, first: int) -> Iterator[list[int]]:
+    """The rows of each epoch from the `first` on: of `epochs` epochs, the last of which may be a part of one, or without end."""
+    for epoch in itertools.count(first) if epochs is None else range(first, math.ceil(epochs)):
+        order = epoch_order(weights, seed, epoch).tolist()
+        yield order if epochs is None else order[:round(min(1.0, epochs - epoch) * len(order))]
 
 
 def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, batch_tokens: int | None = None,
@@ -674,8 +684,10 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, b
     many as fit into `batch_tokens` tokens (one at least). `start` is the position to go on from: the rows consumed so far,
     as yielded. The stream ends after `epochs` epochs, or never. Yields (row indices of the step, rows consumed after it).
     """
+    weights = np.ones(len(lengths)) if weights is None else weights
+    epoch, begin = epoch_at(weights, seed, start)
     position, rows, tokens = start, [], 0
-    for row in epochs_in_order(np.ones(len(lengths)) if weights is None else weights, seed, epochs, start):
+    for row in itertools.islice(itertools.chain.from_iterable(epoch_orders(weights, seed, epochs, epoch)), start - begin, None):
         if rows and (len(rows) == batch_rows if batch_rows else tokens + lengths[row] > batch_tokens):
             yield rows, position
             rows, tokens = [], 0
