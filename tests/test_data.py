@@ -501,6 +501,15 @@ def test_a_weighted_stream_that_is_resumed_anywhere_goes_on_the_same(size, epoch
     assert epochs is None or len(seen) == len(orders[0]) + len(orders[1]) + round((epochs - 2) * len(orders[2]))
 
 
+def test_a_stream_is_resumed_far_from_its_start_at_once():
+    assert next(steps([9] * 1000, 0, batch_rows=32, start=10**12))[1] == 10**12 + 32
+    weights = np.array([0.3] * 7 + [2.0] * 3)
+    for position in (0, 1, 7, 8, 16, 10**6, 10**6 + 5):
+        epoch, begin = data.epoch_at(weights, 4, position)
+        assert begin <= position < begin + len(data.epoch_order(weights, 4, epoch)) and (epoch == 0) == (begin == 0)
+    assert data.epoch_at(np.array([0.001]), 0, 3) == (3999, 3)
+
+
 def test_a_step_keeps_its_size():
     lengths = [50, 400, 60, 70] * 5
     assert all(len(rows) == 4 for rows, _ in steps(lengths, 0, batch_rows=4, epochs=1))
