@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -155,9 +156,7 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
     made_by = _hash(*map(_hash_of, (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")))
     for source in sources:
         for path, name in data.named_files(data.fetch(source)):
-            def build(folder: Path, path: Path = path, name: str = name) -> None:
-                _build(path, name, tokenizer, folder, held_out, skip_invalid)
-
+            build = functools.partial(_build, path, name, tokenizer, held_out, skip_invalid)
             if cache:
                 files.append(_cached(path, name, made_by, cache, held_out, build))
             else:
@@ -174,6 +173,7 @@ def _cached(path: Path, name: str, made_by: str, cache: Path, held_out: int, bui
     """The tokens of a file, out of its folder in the cache, which is built first unless it is there and whole."""
     try:
         (cache / "seen").mkdir(parents=True, exist_ok=True)
+        before = _identity(path)
         folder = cache / _hash(_content(path, cache), made_by)
         with folder.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
@@ -183,7 +183,6 @@ def _cached(path: Path, name: str, made_by: str, cache: Path, held_out: int, bui
             if not whole:
                 for left in [folder, *cache.glob(f".{folder.name}.*.tmp")]:
                     shutil.rmtree(left, ignore_errors=True)
-                before = _identity(path)
                 with whole_folder(folder) as temporary:
                     build(temporary)
                     if _identity(path) != before:
@@ -202,10 +201,15 @@ def _is_whole(folder: Path, held_out: int) -> bool:
     """Whether a folder is there, undamaged, and with enough rows for evaluation."""
     try:
         summary = read_json(folder / "summary.json")
-        return (all(_checksum(folder / name) == stored for name, stored in summary["checksums"].items())
+        return (summary.pop("checksum") == _summary_checksum(summary)
+                and all(_checksum(folder / name) == stored for name, stored in summary["checksums"].items())
                 and summary["held_out"] >= min(held_out, summary["rows"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _summary_checksum(summary: dict) -> int:
+    return zlib.crc32(json.dumps(summary).encode())
 
 
 def _checksum(path: Path) -> list[int]:
@@ -265,7 +269,7 @@ def _remove_old(cache: Path) -> None:
 # Writing
 
 
-def _build(path: Path, name: str, tokenizer: Tokenizer, folder: Path, held_out: int, skip_invalid: bool) -> None:
+def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_invalid: bool, folder: Path) -> None:
     """Tokenize one file into `folder`; at any time only a few chunks of its rows are in memory."""
     held_out = max(held_out, LEAST_HELD_OUT)
     lowest: list[tuple[float, int, bytes]] = []                     # (hash, row, its JSON) of the rows that may be evaluated on
@@ -300,7 +304,8 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, folder: Path, held_out: 
         with (folder / file).open("rb") as written:
             os.fsync(written.fileno())
     checksums = {file: _checksum(folder / file) for file in ("ids.bin", "rows.bin", "held_out.jsonl")}
-    write_json(folder / "summary.json", summary | {"held_out": len(lowest), "checksums": checksums})
+    summary |= {"held_out": len(lowest), "checksums": checksums}
+    write_json(folder / "summary.json", summary | {"checksum": _summary_checksum(summary)})
 
 
 def _row_error(name: str, place: str, cause: str, message: str) -> RowError:
