@@ -153,7 +153,8 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
     the files, unless `skip_invalid`. cache: None makes them anew, in the system's folder for temporary files.
     """
     files = []
-    made_by = _hash(*map(_hash_of, (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")))
+    inputs = (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")
+    made_by = _hash(sys.version, *map(_hash_of, inputs))                # which letters are alike differs between Pythons
     for source in sources:
         for path, name in data.named_files(data.fetch(source)):
             build = functools.partial(_build, path, name, tokenizer, held_out, skip_invalid)

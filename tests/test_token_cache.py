@@ -237,23 +237,28 @@ def test_of_processes_that_start_at_once_one_builds_and_all_read(demo, read, tmp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_build_that_is_killed_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path):
-    (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 4)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path, number):
+    (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 8)
     code = ("import sys, token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
             "token_cache.read_sources([sys.argv[2]], model, Tokenizer.load(model), Path(sys.argv[3]), 9, False)")
-    process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT,
+                               stderr=subprocess.PIPE, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (workers := children.read_text().split()) or not list((tmp_path / "tokens").glob(".*.tmp/ids.bin")):
+    while not any(path.stat().st_size for path in (tmp_path / "tokens").glob(".*.tmp/ids.bin")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    workers = children.read_text().split()
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)       # Ctrl-C reaches all
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == -number and errors.count(b"Traceback") == (number == signal.SIGINT), errors
+    assert len(workers) == len(os.sched_getaffinity(0))
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2] for worker in workers):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.05)
-    assert not folders(tmp_path / "tokens") and list((tmp_path / "tokens").glob(".*.tmp"))
-    assert len(read(tmp_path / "large.jsonl")) == 2400 and not list((tmp_path / "tokens").glob(".*.tmp"))
+    assert not folders(tmp_path / "tokens")
+    assert len(read(tmp_path / "large.jsonl")) == 4800 and not list((tmp_path / "tokens").glob(".*.tmp"))
 
 
 def test_ranks_that_start_at_once_on_rows_worth_several_processes_train_and_build_once(demo, tmp_path):
