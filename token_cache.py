@@ -34,7 +34,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -273,8 +273,7 @@ def _remove_old(cache: Path) -> None:
 def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_invalid: bool, folder: Path) -> None:
     """Tokenize one file into `folder`; at any time only a few chunks of its rows are in memory."""
     held_out = max(held_out, LEAST_HELD_OUT)
-    lowest: list[tuple[float, int, bytes]] = []                     # (hash, row, its JSON) of the rows that may be evaluated on
-    limit = 1.0
+    lowest: list[tuple[float, int, Any]] = []                       # (hash, number, row) of those that may be evaluated on
     summary: dict[str, Any] = {"file": name, "rows": 0, "tokens": 0, "hidden": 0, "skipped": Counter(), "first_bad": None}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     made = _in_order(_chunks(path), tokenizer, cores if path.stat().st_size > BYTES_ALONE else 1)
@@ -288,19 +287,14 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
             if error:
                 raise error
             good = [row for i, (_, row) in enumerate(raw) if i not in bad]
-            for i in np.flatnonzero(rows["hash"] < limit):
-                line = good[i] if isinstance(good[i], bytes) else json.dumps(good[i]).encode()
-                lowest.append((float(rows["hash"][i]), summary["rows"] + int(i), line))
-            if len(lowest) > 2 * held_out:
-                lowest = sorted(lowest)[:held_out]
-                limit = lowest[-1][0]
+            lowest = sorted([*lowest, *zip(rows["hash"].tolist(), count(summary["rows"]), good, strict=False)])[:held_out]
             ids_file.write(ids)
             rows_file.write(rows)
             summary["rows"] += len(rows)
             summary["tokens"] += len(ids)
             summary["hidden"] += hidden
-    lowest = sorted(lowest)[:held_out]
-    (folder / "held_out.jsonl").write_bytes(b"\n".join(line for _, _, line in lowest))
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for _, _, row in lowest]
+    (folder / "held_out.jsonl").write_bytes(b"\n".join(lines))
     for file in ("ids.bin", "rows.bin", "held_out.jsonl"):
         with (folder / file).open("rb") as written:
             os.fsync(written.fileno())
