@@ -52,7 +52,7 @@ SOURCE = [Path(__file__), Path(data.__file__), *sorted((Path(__file__).parent / 
 TRAINED = np.uint32(1 << 31)                    # beside an id, which has 18 bits
 ROW = np.dtype([("tokens", "<i8"), ("trained", "<i8"), ("hash", "<f8"), ("place", "S32")])
 CHUNK_ROWS = 128                                # handed to a process at once
-BYTES_ALONE = 1 << 20                           # a smaller file is not worth other processes
+BYTES_A_PROCESS = 1 << 19                       # fewer are not worth another process
 LEAST_HELD_OUT = 1024                           # rows kept for evaluation at least, lest more of them need a new folder
 
 
@@ -276,7 +276,7 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
     lowest: list[tuple[float, int, Any]] = []                       # (hash, number, row) of those that may be evaluated on
     summary: dict[str, Any] = {"file": name, "rows": 0, "tokens": 0, "hidden": 0, "skipped": Counter(), "first_bad": None}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    made = _in_order(_chunks(path), tokenizer, cores if path.stat().st_size > BYTES_ALONE else 1)
+    made = _in_order(_chunks(path), tokenizer, min(cores, path.stat().st_size // BYTES_A_PROCESS))
     with (folder / "ids.bin").open("wb") as ids_file, (folder / "rows.bin").open("wb") as rows_file, contextlib.closing(made):
         for raw, error, (ids, rows, bad, hidden) in made:
             for fault in bad.values():
@@ -327,7 +327,7 @@ def _in_order(chunks: Iterable, tokenizer: Tokenizer, processes: int) -> Iterato
     The processes are forked, so that all share one tokenizer: call this before a GPU or another rank is reached, as their
     threads would not be forked with them. The processes end with this one, even if it is killed.
     """
-    if processes == 1:
+    if processes < 2:
         for rows, error in chunks:
             yield rows, error, _tokenize(rows, tokenizer)
         return
