@@ -69,11 +69,14 @@ def test_several_processes_give_each_row_the_ids_of_one(demo, tokenizer, read, m
     text = "\n\n".join(lines) if shape.startswith("jsonl") else "[" + ",\n".join(lines) + "]"
     file = tmp_path / f"rows.{shape}"
     file.write_bytes(gzip.compress(text.encode()) if shape.endswith("gz") else text.encode())
-    expected = [data.tokenize(row, tokenizer) for row in data.read_rows([file])]
+    rows = list(data.read_rows([file]))
+    expected = [data.tokenize(row, tokenizer) for row in rows]
     got = read(file)
     assert len(got) == len(expected) == 100 and all(map(same, got, expected))
     assert list(got.lengths) == list(map(len, expected)) and all(type(n) is int for n in got.lengths)
     assert got.trained_tokens == sum(int(example.trained.sum()) for example in expected)
+    held_out = got.hold_out(1.0)[1]
+    assert [held_out.conversation(i) for i in range(100)] == data.hold_out(rows, 1.0)[1]
 
 
 def test_the_split_its_orders_and_the_conversations_are_those_of_hold_out(demo, tokenizer, read, many, tmp_path, monkeypatch):
