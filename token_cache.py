@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -34,7 +35,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ SOURCE = [Path(__file__), Path(data.__file__), Path(survey.__file__), *sorted((P
 TRAINED = np.uint32(1 << 31)                    # beside an id, which has 18 bits
 ROW = np.dtype([*survey.SEEN.descr, ("hash", "<f8"), ("place", "S32")])
 CHUNK_ROWS = 128                                # handed to a process at once
-BYTES_ALONE = 1 << 20                           # a smaller file is not worth other processes
+BYTES_A_PROCESS = 1 << 19                       # fewer are not worth another process
 LEAST_HELD_OUT = 1024                           # rows kept for evaluation at least, lest more of them need a new folder
 
 
@@ -168,12 +169,11 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
     the files, unless `skip_invalid`. cache: None makes them anew, in the system's folder for temporary files.
     """
     files = []
-    made_by = _hash(*map(_hash_of, (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")), system)
+    inputs = (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")
+    made_by = _hash(sys.version, *map(_hash_of, inputs), system)        # which letters are alike differs between Pythons
     for source, weight in [data.parse_weight(source) for source in sources]:
         for path, name in data.named_files(data.fetch(source)):
-            def build(folder: Path, path: Path = path, name: str = name) -> None:
-                _build(path, name, tokenizer, folder, held_out, skip_invalid, system)
-
+            build = functools.partial(_build, path, name, tokenizer, held_out, skip_invalid, system)
             if cache:
                 files.append(_cached(path, name, weight, made_by, cache, held_out, build))
             else:
@@ -190,6 +190,7 @@ def _cached(path: Path, name: str, weight: float, made_by: str, cache: Path, hel
     """The tokens of a file, out of its folder in the cache, which is built first unless it is there and whole."""
     try:
         (cache / "seen").mkdir(parents=True, exist_ok=True)
+        before = _identity(path)
         folder = cache / _hash(_content(path, cache), made_by)
         with folder.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
@@ -199,7 +200,6 @@ def _cached(path: Path, name: str, weight: float, made_by: str, cache: Path, hel
             if not whole:
                 for left in [folder, *cache.glob(f".{folder.name}.*.tmp")]:
                     shutil.rmtree(left, ignore_errors=True)
-                before = _identity(path)
                 with whole_folder(folder) as temporary:
                     build(temporary)
                     if _identity(path) != before:
@@ -218,10 +218,15 @@ def _is_whole(folder: Path, held_out: int) -> bool:
     """Whether a folder is there, undamaged, and with enough rows for evaluation."""
     try:
         summary = read_json(folder / "summary.json")
-        return (all(_checksum(folder / name) == stored for name, stored in summary["checksums"].items())
+        return (summary.pop("checksum") == _summary_checksum(summary)
+                and all(_checksum(folder / name) == stored for name, stored in summary["checksums"].items())
                 and summary["held_out"] >= min(held_out, summary["rows"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _summary_checksum(summary: dict) -> int:
+    return zlib.crc32(json.dumps(summary).encode())
 
 
 def _checksum(path: Path) -> list[int]:
@@ -281,14 +286,13 @@ def _remove_old(cache: Path) -> None:
 # Writing
 
 
-def _build(path: Path, name: str, tokenizer: Tokenizer, folder: Path, held_out: int, skip_invalid: bool, system: str) -> None:
+def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_invalid: bool, system: str, folder: Path) -> None:
     """Tokenize one file into `folder`; at any time only a few chunks of its rows are in memory."""
     held_out = max(held_out, LEAST_HELD_OUT)
-    lowest: list[tuple[float, int, bytes]] = []                     # (hash, row, its JSON) of the rows that may be evaluated on
-    limit = 1.0
+    lowest: list[tuple[float, int, Any]] = []                       # (hash, number, row) of those that may be evaluated on
     summary: dict[str, Any] = {"file": name, "rows": 0, "tokens": 0, "types": Counter(), "skipped": {}, "first_bad": None, "system": system}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    made = _in_order(_chunks(path), tokenizer, system, cores if path.stat().st_size > BYTES_ALONE else 1)
+    made = _in_order(_chunks(path), tokenizer, system, min(cores, path.stat().st_size // BYTES_A_PROCESS))
     with (folder / "ids.bin").open("wb") as ids_file, (folder / "rows.bin").open("wb") as rows_file, contextlib.closing(made):
         for raw, error, (ids, rows, bad, types) in made:
             for fault in bad.values():
@@ -299,24 +303,20 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, folder: Path, held_out: 
             if error:
                 raise error
             good = [row for i, (_, row) in enumerate(raw) if i not in bad]
-            for i in np.flatnonzero(rows["hash"] < limit):
-                line = good[i] if isinstance(good[i], bytes) else json.dumps(good[i]).encode()
-                lowest.append((float(rows["hash"][i]), summary["rows"] + int(i), line))
-            if len(lowest) > 2 * held_out:
-                lowest = sorted(lowest)[:held_out]
-                limit = lowest[-1][0]
+            lowest = sorted([*lowest, *zip(rows["hash"].tolist(), count(summary["rows"]), good, strict=False)])[:held_out]
             ids_file.write(ids)
             rows_file.write(rows)
             summary["rows"] += len(rows)
             summary["tokens"] += len(ids)
             summary["types"].update(types)
-    lowest = sorted(lowest)[:held_out]
-    (folder / "held_out.jsonl").write_bytes(b"\n".join(line for _, _, line in lowest))
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for _, _, row in lowest]
+    (folder / "held_out.jsonl").write_bytes(b"\n".join(lines))
     for file in ("ids.bin", "rows.bin", "held_out.jsonl"):
         with (folder / file).open("rb") as written:
             os.fsync(written.fileno())
     checksums = {file: _checksum(folder / file) for file in ("ids.bin", "rows.bin", "held_out.jsonl")}
-    write_json(folder / "summary.json", summary | {"held_out": len(lowest), "checksums": checksums})
+    summary |= {"held_out": len(lowest), "checksums": checksums}
+    write_json(folder / "summary.json", summary | {"checksum": _summary_checksum(summary)})
 
 
 def _row_error(name: str, place: str, cause: str, message: str) -> RowError:
@@ -343,7 +343,7 @@ def _in_order(chunks: Iterable, tokenizer: Tokenizer, system: str, processes: in
     The processes are forked, so that all share one tokenizer: call this before a GPU or another rank is reached, as their
     threads would not be forked with them. The processes end with this one, even if it is killed.
     """
-    if processes == 1:
+    if processes < 2:
         for rows, error in chunks:
             yield rows, error, _tokenize(rows, system, tokenizer)
         return

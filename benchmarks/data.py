@@ -118,6 +118,7 @@ def main(args: argparse.Namespace) -> None:
             for run in ("cold", "warm") if "peer" in sides else ():
                 made[f"times_peer_{run}"] = made[f"peer, {run}"]["seconds"] / made[f"ours, {run}"]["seconds"]
                 print(f"{name:9} {run}: {made[f'times_peer_{run}']:.1f} times as fast", flush=True)
+            result["load"] = os.getloadavg()[2]                         # programs that wanted a core, over the last quarter of an hour
             if args.save:
                 (ROOT / "benchmarks" / "results" / "data.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -250,6 +251,7 @@ if __name__ == "__main__":
     flags = parser.parse_args()
     if flags.side:
         figures = (ours if flags.side == "ours" else peer)(flags.data, Path(flags.model), Path(flags.folder))
+        figures["cpu_seconds"] = sum(os.times()[:4])            # of all its processes, imports and the tokenizer's loading with them
         for unit in ("rows", "tokens"):
             figures[f"{unit}_per_second"] = figures[unit] / figures["seconds"]
         print(json.dumps(figures))

@@ -171,8 +171,9 @@ def data_table(r: dict) -> str:
         "| JSONL to packed batches | datasets + template, rows/s | ours, rows/s | second start | then, rows/s | memory, MiB | on disk |",
         "|---|---|---|---|---|---|---|", *lines, "",
         f"Real rows, and the same repeated with other values; steps of {r['batch_tokens']:,} tokens are {filled:.1%} full; memory: of the "
-        f"program and of each process that tokenizes, no file behind it; {r['machine']}, Python {r['python']}, datasets "
-        f"{r['versions']['datasets']}, transformers {r['versions']['transformers']}; `python benchmarks/data.py`"])
+        f"program and of each process that tokenizes, no file behind it; {r['machine']} shared with others (load "
+        f"{r['load']:.0f}), Python {r['python']}, datasets {r['versions']['datasets']}, transformers "
+        f"{r['versions']['transformers']}; `python benchmarks/data.py`"])
 
 
 def tokenizer_table(r: dict) -> str:

@@ -303,7 +303,7 @@ def test_the_command_writes_its_figures(demo, tmp_path, capsys):
 
 def test_the_rows_held_out_are_those_that_training_leaves_out(demo, tmp_path, capsys):
     """evaluate --held-out F and train.py --eval-fraction F part the rows at the same place."""
-    train.main(train.parse_args(["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--eval-fraction", "0.1", "--steps", "0",
+    train.main(train.parse_args(["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--eval-fraction", "0.1", "--data-cache", "", "--steps", "0",
                                  "--out", str(tmp_path / "run")]))
     held_out = int(capsys.readouterr().out.split(" rows to train on, ")[1].split()[0])
     module.main(module.parse_args(["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--held-out", "0.1", "--max-new-tokens",

@@ -31,7 +31,7 @@ def tokenizer(demo):
 @pytest.fixture
 def many(monkeypatch):
     """Three processes, whatever a file's size and the machine's cores, with few rows at a time."""
-    monkeypatch.setattr(token_cache, "BYTES_ALONE", 0)
+    monkeypatch.setattr(token_cache, "BYTES_A_PROCESS", 1)
     monkeypatch.setattr(token_cache, "CHUNK_ROWS", 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
 
@@ -69,11 +69,14 @@ def test_several_processes_give_each_row_the_ids_of_one(demo, tokenizer, read, m
     text = "\n\n".join(lines) if shape.startswith("jsonl") else "[" + ",\n".join(lines) + "]"
     file = tmp_path / f"rows.{shape}"
     file.write_bytes(gzip.compress(text.encode()) if shape.endswith("gz") else text.encode())
-    expected = [data.tokenize(row, tokenizer) for row in data.read_rows([file])]
+    rows = list(data.read_rows([file]))
+    expected = [data.tokenize(row, tokenizer) for row in rows]
     got = read(file)
     assert len(got) == len(expected) == 100 and all(map(same, got, expected))
     assert list(got.lengths) == list(map(len, expected)) and all(type(n) is int for n in got.lengths)
     assert got.trained_tokens == sum(int(example.trained.sum()) for example in expected)
+    held_out = got.hold_out(1.0)[1]
+    assert [held_out.conversation(i) for i in range(100)] == data.hold_out(rows, 1.0)[1]
 
 
 def test_the_split_its_orders_and_the_conversations_are_those_of_hold_out(demo, tokenizer, read, many, tmp_path, monkeypatch):
@@ -201,7 +204,7 @@ def test_a_damaged_folder_is_made_again_to_the_same_bytes(demo, read, builds, tm
     [folder] = folders(tmp_path / "tokens")
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     content = whole[file]
-    middle = content.index(b'"checksums"') if file == "summary.json" else len(content) // 2
+    middle = content.index(b'"hidden": ') + len('"hidden": ') if file == "summary.json" else len(content) // 2
     if harm == "gone":
         (folder / file).unlink()
     else:
@@ -237,29 +240,34 @@ def test_of_processes_that_start_at_once_one_builds_and_all_read(demo, read, tmp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_build_that_is_killed_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path):
-    (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 4)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path, number):
+    (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 8)
     code = ("import sys, token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
             "token_cache.read_sources([sys.argv[2]], model, Tokenizer.load(model), Path(sys.argv[3]), 9, False)")
-    process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT,
+                               stderr=subprocess.PIPE, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (workers := children.read_text().split()) or not list((tmp_path / "tokens").glob(".*.tmp/ids.bin")):
+    while not any(path.stat().st_size for path in (tmp_path / "tokens").glob(".*.tmp/ids.bin")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    workers = children.read_text().split()
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)       # Ctrl-C reaches all
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == -number and errors.count(b"Traceback") == (number == signal.SIGINT), errors
+    assert len(workers) == len(os.sched_getaffinity(0))
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2] for worker in workers):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.05)
-    assert not folders(tmp_path / "tokens") and list((tmp_path / "tokens").glob(".*.tmp"))
-    assert len(read(tmp_path / "large.jsonl")) == 2400 and not list((tmp_path / "tokens").glob(".*.tmp"))
+    assert not folders(tmp_path / "tokens")
+    assert len(read(tmp_path / "large.jsonl")) == 4800 and not list((tmp_path / "tokens").glob(".*.tmp"))
 
 
 def test_ranks_that_start_at_once_on_rows_worth_several_processes_train_and_build_once(demo, tmp_path):
     """With the start in large pages, which replaces the process, and torch.distributed's threads after the fork."""
     (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 4)
-    assert (tmp_path / "large.jsonl").stat().st_size > token_cache.BYTES_ALONE
+    assert (tmp_path / "large.jsonl").stat().st_size > 2 * token_cache.BYTES_A_PROCESS
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
                "--model", str(demo / "model"), "--data", str(tmp_path / "large.jsonl"), "--data-cache", str(tmp_path / "tokens"),
                "--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "1", "--eval-rows", "3", "--eval-calls", "0"]
@@ -270,15 +278,19 @@ def test_ranks_that_start_at_once_on_rows_worth_several_processes_train_and_buil
     assert not list((tmp_path / "tokens").glob(".*.tmp"))
 
 
-def test_a_file_that_grows_while_it_is_read_is_refused(demo, read, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["before it is read", "after"])
+def test_a_file_that_grows_while_it_is_read_is_refused(demo, read, tmp_path, monkeypatch, when):
     file = tmp_path / "rows.jsonl"
     file.write_bytes((demo / "rows.jsonl").read_bytes())
     rows = data._raw_rows
 
     def growing(path):
-        yield from rows(path)
+        if when == "after":
+            yield from rows(path)
         with file.open("ab") as more:
             more.write(b"\n")
+        if when != "after":
+            yield from rows(path)
 
     monkeypatch.setattr(data, "_raw_rows", growing)
     with pytest.raises(ValueError, match=r"rows\.jsonl: the file changed while it was read; start again when it is complete"):
