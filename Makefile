@@ -37,8 +37,8 @@ finetune: setup          ## train: the embedded demo, or MODEL=name-or-folder DA
 	$(if $(DEMO),$(PYTHON) demo.py build/demo)
 	$(PYTHON) train.py --model $(MODEL) --data $(DATA) --out $(OUT) $(if $(DEMO),$(DEMO_FLAGS) --overwrite) $(FLAGS)
 
-report: setup            ## a run's report.html: make report OUT=runs/mine
-	$(PYTHON) evaluate.py --report $(OUT)
+report: setup            ## a run's report.html: make report OUT=runs/mine; or rows': make report DATA=rows.jsonl MODEL=… → OUT/data.html
+	$(PYTHON) $(if $(filter file,$(origin DATA)),evaluate.py --report $(OUT),train.py --model $(MODEL) --data $(DATA) --survey --out $(OUT) $(FLAGS))
 
 test: setup-dev real-model lint check-kernels     ## all tests that this machine can run
 	$(PYTHON) -m pytest

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hub
+from data import DEVELOPER_TEXT
 from gradients import like, whole
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
@@ -31,10 +32,11 @@ from tokenizer import Tokenizer
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
+SYSTEM = "system.txt"            # beside the weights: what the model was told before its tools
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 INDEX = "model.safetensors.index.json"              # of weights in several files
-MODEL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", INDEX, SYSTEM, *TOKENIZER_FILES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,6 +297,18 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
             parameter.data.copy_(tensors.pop(key))
     if tensors:
         raise ValueError(f"{folder / ADAPTER}: {next(iter(tensors))} has no place in this model")
+
+
+def save_system(folder: Path, text: str) -> None:
+    """Write down what a model was told before its tools in training, beside its weights: it is to be asked the same way."""
+    with whole_file(folder / SYSTEM) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def system_of(model: str | None, adapter: str | None) -> str:
+    """What the model that `--model` and `--adapter` name was told before its tools in training, as far as it is known."""
+    path = (adapter_folder(adapter) if adapter else fetch_model(base_of(model, None))) / SYSTEM
+    return path.read_text(encoding="utf-8") if path.exists() else DEVELOPER_TEXT
 
 
 def base_of(model: str | None, adapter: str | None) -> str:

@@ -3,7 +3,8 @@
     dict ──read_rows──▶ Conversation ──tokenize──▶ Example(ids, trained) ──pack──▶ Batch(tokens, targets, positions, documents)
 
 Rows come as JSONL or as a JSON array, gzipped or not, in one of three shapes:
-    xLAM         {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}
+    xLAM         {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}; [] is for
+                 silence, and "answers" may also be a text, which the model says instead of calling
     messages     {"messages": […], "tools": […]}   OpenAI's chat format; every assistant turn is trained
     leaderboard  {"question", "function", "ground_truth": [{name: {parameter: [accepted, …]}}]}, one turn; "ground_truth"
                  may also stand for "answers" in xLAM's columns. Training takes the first accepted value of each
@@ -16,19 +17,21 @@ piece by piece, arrays too, and no row may be longer than 1 MiB: whatever a file
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import hashlib
 import heapq
 import itertools
 import json
+import marshal
 import math
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,11 +41,24 @@ from torch import Tensor
 
 import hub
 from loss_kernels import IGNORE
-from tokenizer import Segment, Tokenizer, render_segments
+from tokenizer import Segment, Tokenizer, render_around_tools, render_segments, render_tool
 from tokenizer.chat import SCHEMA_KEYS
 
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
+
+
+def system_text(given: str) -> str:
+    """What `--system` names: the text itself, or behind an @ the file that holds it."""
+    if not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{given[1:]}: no such file; --system takes a text, or @FILE for one that holds it") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{given[1:]}: not UTF-8; save the file as UTF-8") from None
+
 
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
@@ -56,6 +72,11 @@ TOO_DEEP = f"objects and lists stand more than {MAX_NESTING} deep in one another
 
 ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")         # as datasets on the Hub call their files and folders
+# So many rows may wait for a step of --batch-tokens with room for them; on real rows 32 leave 0.5 % of the tokens empty.
+MOST_WAITING = 32
+
+# Tools that are remembered, some 10 KB each; xLAM's 60,000 rows have 3,605 different ones.
+MOST_TOOLS = 8192
 
 
 class RowError(ValueError):
@@ -66,32 +87,69 @@ class RowError(ValueError):
         self.cause = cause
 
 
+class Skipped(Counter):
+    """Rows left out, counted by cause; `first` says of each cause which row was the first, and what is wrong with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def note(self, cause: str, first: str) -> None:
+        self[cause] += 1
+        self.first.setdefault(cause, first)
+
+
+class Tool(dict):
+    """A tool in OpenAI's envelope. Rows with the same tool share one object: what is found out once holds for all of them."""
+
+    renders = False                                                     # the template takes it
+    encoded: tuple[Tokenizer, np.ndarray] | None = None                 # its declaration's ids, and whose they are
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One row: `tools` in OpenAI's envelope, `messages` in OpenAI's format with arguments as dicts."""
 
-    tools: list[dict]
+    tools: list[Tool]
     messages: list[dict]
     source: str                 # "file:line"
     accepted: tuple[dict, ...] = ()     # {name: {parameter: [accepted, …]}} for each call, where the row gives several
+    weight: float = 1.0                 # how often an epoch takes it
 
     @property
     def query(self) -> str:
         """What the user asks first."""
-        content = next((m["content"] for m in self.messages if m["role"] == "user"), "")
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-        return " ".join(str(part.get("text", "")) for part in parts)
+        return said(next((m for m in self.messages if m["role"] == "user"), {}))
 
     @property
     def calls(self) -> list[dict]:
         """The calls of the first assistant turn, [{"name", "arguments"}]."""
-        first = next(m for m in self.messages if m["role"] == "assistant")
-        return [call["function"] for call in first.get("tool_calls") or ()]
+        return called(next(m for m in self.messages if m["role"] == "assistant"))
+
+    def answers(self) -> list[Conversation]:
+        """The conversation up to its first answer, and up to each later one that has calls."""
+        ends = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+        return [replace(self, messages=self.messages[:i + 1], source=self.source if turn == 1 else f"{self.source}, turn {turn}")
+                for turn, i in enumerate(ends, start=1) if turn == 1 or called(self.messages[i])]
 
     @property
     def hidden_parameters(self) -> bool:
         """Whether a parameter's name is one that the official template leaves out of its declaration ("type", for one)."""
         return any(SCHEMA_KEYS & set(tool["function"]["parameters"].get("properties") or ()) for tool in self.tools)
+
+    @property
+    def unknown_types(self) -> list[str]:
+        """The types that became string because none is known for them, as the row writes them."""
+        schemas = [tool["function"]["parameters"] for tool in self.tools]
+        for schema in schemas:                                # grows by what it holds
+            parts = schema["properties"].values() if isinstance(schema.get("properties"), dict) else ()
+            schemas += [part for part in (*parts, schema.get("items")) if isinstance(part, dict)]
+        return [schema["type"].word for schema in schemas if isinstance(schema.get("type"), UnknownType)]
+
+    @functools.cached_property
+    def around_tools(self) -> tuple[list[Segment], list[Segment]]:
+        """The segments before and after those of the tools."""
+        return render_around_tools(self.messages, bool(self.tools))
 
     def segments(self) -> list[Segment]:
         return render_segments(self.messages, self.tools)
@@ -102,26 +160,45 @@ class Conversation:
         return render_segments(self.messages[:before], self.tools, add_generation_prompt=True)
 
 
+def said(message: dict) -> str:
+    """A message's text."""
+    content = message.get("content") or ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return " ".join(str(part.get("text", "")) for part in parts)
+
+
+def called(message: dict) -> list[dict]:
+    """A message's calls, [{"name", "arguments"}]."""
+    return [call["function"] for call in message.get("tool_calls") or ()]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_rows(files: Sequence[str | Path], skipped: Counter | None = None) -> Iterator[Conversation]:
+def read_rows(files: Sequence[str | Path], skipped: Skipped | None = None, system: str = DEVELOPER_TEXT) -> Iterator[Conversation]:
     """The conversations of each file (or of each .json, .jsonl and .gz file in a folder), in order.
 
-    Raises RowError at the first bad row; with `skipped` it counts the row there, by cause, and goes on.
+    Raises RowError at the first bad row; with `skipped` it notes the row there, by cause, and goes on. system: the text
+    that is put in front of rows that bring no developer or system message.
     """
+    for path, name in named_files(files):
+        for place, row in _raw_rows(path):
+            source = f"{name}:{place}"
+            try:
+                yield parse_row(row, source, system)
+            except RowError as error:
+                if skipped is None:
+                    raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
+                skipped.note(error.cause, f"{source}: {error}")
+
+
+def named_files(files: Iterable[str | Path]) -> Iterator[tuple[Path, str]]:
+    """(path, the name that errors call it by) of each file, and of each file of rows in a folder."""
     for file in files:
         for path in _files_of(Path(file)):
-            name = (str(path.relative_to(file)) if path != Path(file) else path.name).encode("utf-8", "backslashreplace").decode()
-            for place, row in _raw_rows(path):
-                source = f"{name}:{place}"
-                try:
-                    yield parse_row(row, source)
-                except RowError as error:
-                    if skipped is None:
-                        raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
-                    skipped[error.cause] += 1
+            name = str(path.relative_to(file)) if path != Path(file) else path.name
+            yield path, name.encode("utf-8", "backslashreplace").decode()
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -212,15 +289,15 @@ def _array_rows(name: str, line: int, chunks: Iterator[bytes]) -> Iterator[tuple
     raise RowError("broken array", f"{name}:{begins}: the file ends inside row {number} of the array; fetch or write it again")
 
 
-def parse_row(row: Any, source: str) -> Conversation:
+def parse_row(row: Any, source: str, system: str = DEVELOPER_TEXT) -> Conversation:
     """One row, as decoded JSON or as its text in a string or in UTF-8.  Raises RowError saying what is wrong with it."""
     try:
-        return _parse_row(row, source)
+        return _parse_row(row, source, system)
     except RecursionError:
         raise RowError("nested too deeply", TOO_DEEP) from None
 
 
-def _parse_row(row: Any, source: str) -> Conversation:
+def _parse_row(row: Any, source: str, system: str) -> Conversation:
     if isinstance(row, bytes):
         if len(row) > MAX_ROW_BYTES:
             raise RowError("too long", f"the row is longer than {MAX_ROW_BYTES >> 20} MiB, many times what a model reads at once")
@@ -232,7 +309,7 @@ def _parse_row(row: Any, source: str) -> Conversation:
     if not isinstance(row, dict):
         raise RowError("not an object", f"the row is {_kind(row)}, not an object with \"query\", \"tools\" and \"answers\"")
     if row.get("messages") is not None:
-        return _parse_messages(row, source)
+        return _parse_messages(row, source, system)
     row = _from_leaderboard(row)
     missing = [key for key in ("query", "tools", "answers") if key not in row]
     if missing:
@@ -243,14 +320,27 @@ def _parse_row(row: Any, source: str) -> Conversation:
     tools = parse_tools(row["tools"])
     several = row["answers"] is None and "ground_truth" in row
     accepted = _accepted(row["ground_truth"]) if several else ()
-    answers = [_first_accepted(call) for call in accepted] if several else _decoded(row["answers"], "answers")
-    if not isinstance(answers, list):
-        raise RowError("bad answers", f"answers is {_kind(answers)}, not a list of {{\"name\", \"arguments\"}}")
-    functions = _by_name(tools)
-    turn = {"role": "assistant", "content": None if answers else "",        # no call: the model is to stay silent
-            "tool_calls": [{"type": "function", "function": _call(answer, functions)} for answer in answers]}
-    messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user", "content": row["query"]}, turn]
+    turn = _answer([_first_accepted(call) for call in accepted] if several else row["answers"], tools)
+    messages = [{"role": "developer", "content": system}, {"role": "user", "content": row["query"]}, turn]
     return _checked(Conversation(tools, messages, source, accepted))
+
+
+def _answer(answers: Any, tools: list[dict]) -> dict:
+    """The assistant's turn of a list of calls or its JSON text; of [], for silence; or of a text to say instead of calling."""
+    if isinstance(answers, str):
+        try:
+            answers = _JSON.decode(answers)
+        except ValueError as error:
+            if answers.lstrip()[:1] in ("[", "{", ""):               # meant as calls
+                raise RowError("not JSON", f"answers is not valid JSON ({error})") from None
+    if isinstance(answers, str) and answers.strip():
+        return {"role": "assistant", "content": answers, "tool_calls": []}
+    if not isinstance(answers, list):
+        kind = "an empty text" if isinstance(answers, str) else _kind(answers)
+        raise RowError("bad answers", f"answers is {kind}, not a list of {{\"name\", \"arguments\"}}, nor a text to say; [] is for silence")
+    functions = _by_name(tools)
+    return {"role": "assistant", "content": None if answers else "",
+            "tool_calls": [{"type": "function", "function": _call(answer, functions)} for answer in answers]}
 
 
 def _from_leaderboard(row: dict) -> dict:
@@ -300,7 +390,7 @@ def _first_accepted(call: dict) -> dict:
     return {"name": name, "arguments": first(parameters)}
 
 
-def _parse_messages(row: dict, source: str) -> Conversation:
+def _parse_messages(row: dict, source: str, system: str) -> Conversation:
     tools = parse_tools(row.get("tools") or [])
     messages = _decoded(row["messages"], "messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
@@ -309,7 +399,7 @@ def _parse_messages(row: dict, source: str) -> Conversation:
     names: dict[str, str] = {}              # tool_call_id → function name, for responses that give the id alone
     out: list[dict] = []
     if tools and (not messages or messages[0]["role"] not in ("system", "developer")):
-        out.append({"role": "developer", "content": DEVELOPER_TEXT})
+        out.append({"role": "developer", "content": system})
     for message in messages:
         message = {"content": None, **message}
         calls = message.get("tool_calls") or []
@@ -332,14 +422,22 @@ def _parse_messages(row: dict, source: str) -> Conversation:
 
 def _checked(conversation: Conversation) -> Conversation:
     """Render once, so that what the template refuses is found here, with the row's name."""
-    level: list = [conversation.tools, conversation.messages]
-    for _ in range(MAX_NESTING):
-        level = [child for value in level if isinstance(value, dict | list)
-                 for child in (value.values() if isinstance(value, dict) else value)]
-    if level:
-        raise RowError("nested too deeply", TOO_DEEP)
+    def check(values: list, render: Callable[[], Iterable[Segment]]) -> None:
+        for _ in range(MAX_NESTING):
+            values = [child for value in values if isinstance(value, dict | list)
+                      for child in (value.values() if isinstance(value, dict) else value)]
+        if values:
+            raise RowError("nested too deeply", TOO_DEEP)
+        "".join(segment.text for segment in render()).encode()          # half a surrogate pair is no text
+
     try:
-        "".join(segment.text for segment in conversation.segments()).encode()        # half a surrogate pair is no text
+        for tool in conversation.tools:
+            if not tool.renders:
+                check([[tool]], lambda: render_tool(tool))              # noqa: B023
+                tool.renders = True
+        check([conversation.messages], lambda: itertools.chain.from_iterable(conversation.around_tools))
+    except RowError:
+        raise
     except (ValueError, TypeError, AttributeError) as error:
         raise RowError("not renderable", f"the template cannot render this row: {error}") from None
     return conversation
@@ -394,15 +492,32 @@ def _kind(value: Any) -> str:
 # Tools and their types
 
 
-def parse_tools(value: Any) -> list[dict]:
+_known_tools: dict[bytes, Tool] = {}        # {what was read: the tool}
+
+
+def parse_tools(value: Any) -> list[Tool]:
     """Tools in any of the accepted forms, or their JSON text → OpenAI's envelope.  Raises RowError."""
     try:
         tools = _decoded(value, "tools")
         if not isinstance(tools, list):
             raise RowError("bad tools", f"tools is {_kind(tools)}, not a list")
-        return [{"type": "function", "function": _function(tool)} for tool in tools]
+        return [_known_tool(tool) for tool in tools]
     except RecursionError:
         raise RowError("nested too deeply", TOO_DEEP) from None
+
+
+def _known_tool(tool: Any) -> Tool:
+    """A tool, the same object as when it was read before; all are forgotten when there are too many."""
+    try:
+        key = marshal.dumps(tool, 2)                                    # version 2: equal values, equal bytes
+    except ValueError:                                                  # nested too deeply, or not out of JSON
+        return Tool(type="function", function=_function(tool))
+    if key not in _known_tools:
+        made = Tool(type="function", function=_function(tool))
+        if len(_known_tools) >= MOST_TOOLS:
+            _known_tools.clear()
+        _known_tools[key] = made
+    return _known_tools[key]
 
 
 def _function(tool: Any) -> dict:
@@ -436,6 +551,17 @@ def _is_json_schema(parameters: dict) -> bool:
         and all(isinstance(value, dict) for value in parameters["properties"].values()))
 
 
+class UnknownType(str):
+    """"string", in place of a type that no JSON type is known for; `word` is how the row calls it."""
+
+    word: str
+
+    def __new__(cls, word: str) -> UnknownType:
+        made = super().__new__(cls, "string")
+        made.word = word
+        return made
+
+
 JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
 _TYPE_OF = {"str": "string", "string": "string", "int": "integer", "integer": "integer",
             "float": "number", "number": "number", "double": "number", "bool": "boolean", "boolean": "boolean",
@@ -448,20 +574,20 @@ def json_type(text: Any) -> tuple[dict, bool]:
     >>> json_type("int, optional"), json_type("Optional[List[str]]")
     (({'type': 'integer'}, True), ({'type': 'array', 'items': {'type': 'string'}}, True))
 
-    Union[…] and whatever is unknown become string.
+    Union[…] and whatever is unknown become string, as an UnknownType.
     """
-    text = text.strip() if isinstance(text, str) and len(text) <= 1000 else ""       # what follows takes the square of its length
+    text = whole = text.strip() if isinstance(text, str) and len(text) <= 1000 else ""      # what follows takes the square of its length
     bare = re.sub(r"\s*,\s*optional\b[^\[\]]*$", "", text, flags=re.IGNORECASE)
     optional, text = bare != text, bare.removeprefix("typing.")
     outer, bracket, inner = text.partition("[")
     outer, inner = outer.strip().lower(), inner.rstrip().removesuffix("]")
     if bracket and outer == "optional":
         return json_type(inner)[0], True
-    kind = _TYPE_OF.get(outer, "string")
+    kind = _TYPE_OF.get(outer)
     if bracket and kind == "array":
         first = _first_argument(inner)
         return {"type": "array", "items": json_type(first)[0]} if first else {"type": "array"}, optional
-    return {"type": kind if not bracket or kind == "object" else "string"}, optional
+    return {"type": kind if kind and (not bracket or kind == "object") else UnknownType(whole)}, optional
 
 
 def _first_argument(text: str) -> str:
@@ -483,7 +609,7 @@ def _with_json_types(schema: Any) -> Any:
     made = {}
     for key, value in schema.items():
         if key == "type" and isinstance(value, str):
-            made.update({"type": value} if value.lower() in JSON_TYPES else json_type(value)[0])
+            made.update({"type": value.lower()} if value.lower() in JSON_TYPES else json_type(value)[0])
         elif key == "properties" and isinstance(value, dict):
             made[key] = {name: _with_json_types(property_) for name, property_ in value.items()}
         elif key == "items":
@@ -515,8 +641,24 @@ class Example:
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Example:
-    ids, trained = tokenizer.encode_segments(conversation.segments())
-    return Example(np.array(ids, np.int32), np.array(trained, bool), conversation.source)
+    """The ids of `conversation.segments()`, each tool's found but once: it stands between control tokens, so no piece crosses."""
+    (before, _), (after, trained) = map(tokenizer.encode_segments, conversation.around_tools)
+    declared = [_encoded(tool, tokenizer) for tool in conversation.tools]
+    ids = np.concatenate([np.array(before, np.int32), *declared, np.array(after, np.int32)])
+    return Example(ids, np.concatenate([np.zeros(len(ids) - len(after), bool), np.array(trained, bool)]), conversation.source)
+
+
+def _encoded(tool: Tool, tokenizer: Tokenizer) -> np.ndarray:
+    if tool.encoded is None or tool.encoded[0] is not tokenizer:
+        tool.encoded = tokenizer, np.array(tokenizer.encode_segments(render_tool(tool))[0], np.int32)
+    return tool.encoded[1]
+
+
+def runs(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The row's text, parted where it turns from trained to not trained or back: (text, trained)."""
+    borders = [0, *(np.flatnonzero(np.diff(example.trained)) + 1).tolist(), len(example.ids)]
+    return [(tokenizer.decode(example.ids[start:stop].tolist()), bool(example.trained[start]))
+            for start, stop in itertools.pairwise(borders)]
 
 
 def query_hash(query: str) -> float:
@@ -577,7 +719,9 @@ IDLE = Batch(*(torch.full((1,), value) for value in (0, IGNORE, 0, 0)), torch.ze
 
 def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """positions and documents, (Σ lengths) each, of documents of these lengths one after another."""
-    return torch.cat([torch.arange(n) for n in lengths]), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    each = torch.tensor(lengths)
+    documents = torch.arange(len(lengths)).repeat_interleave(each)
+    return torch.arange(len(documents)) - (each.cumsum(0) - each)[documents], documents
 
 
 # Rows, and how many tokens they begin with alike; those tokens are computed once where the rows stay together.
@@ -716,35 +860,83 @@ def ahead(items: Iterator) -> Iterator:
             yield item
 
 
-def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's rows: a permutation that depends on the seed and the epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch, shuffled, by the seed and the epoch alone: a row of weight w is there w times.
+
+    Of a fraction every row gets its share over the epochs: with 0.5 half of the rows come in one, the other half in the next.
+    """
+    times = times_taken(weights, seed, epoch + 1) - times_taken(weights, seed, epoch)
+    return np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(weights)), times))
+
+
+def times_taken(weights: np.ndarray, seed: int, epochs: int) -> np.ndarray:
+    """How often each row was there in the first epochs; rows of one weight reach a whole number in turn, evenly spread."""
+    turns, rng = np.empty(len(weights)), np.random.default_rng([seed, 0, 1])
+    for weight in np.unique(weights):
+        same = np.flatnonzero(weights == weight)
+        turns[same] = rng.permutation(len(same)) / len(same)
+    return np.floor(weights * epochs + turns).astype(np.int64)
+
+
+def epoch_at(weights: np.ndarray, seed: int, position: int) -> tuple[int, int]:
+    """The epoch that a position in the stream of epochs is in, and the position where that epoch begins."""
+    epoch = max(0, int(position / weights.sum()) - 1)               # never too late: epochs take no more than their weights
+    begin, end = (int(times_taken(weights, seed, epochs).sum()) for epochs in (epoch, epoch + 1))
+    while end <= position:
+        epoch, begin, end = epoch + 1, end, int(times_taken(weights, seed, epoch + 2).sum())
+    return epoch, begin
+
+
+def epoch_orders(weights: np.ndarray, seed: int, epochs: float | None, first: int) -> Iterator[list[int]]:
+    """The rows of each epoch from the `first` on: of `epochs` epochs, the last of which may be a part of one, or without end."""
+    for epoch in itertools.count(first) if epochs is None else range(first, math.ceil(epochs)):
+        order = epoch_order(weights, seed, epoch).tolist()
+        yield order if epochs is None else order[:round(min(1.0, epochs - epoch) * len(order))]
 
 
 def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, batch_tokens: int | None = None,
-          epochs: float | None = None, start: int = 0) -> Iterator[tuple[list[int], int]]:
+          epochs: float | None = None, weights: np.ndarray | None = None, start: int = 0) -> Iterator[tuple[list[int], int]]:
     """Cut the endless stream of shuffled epochs into optimizer steps.
 
-    lengths: tokens of each row. A step is `batch_rows` rows, or as many as fit into `batch_tokens` tokens (one at
-    least). `start` is the position to go on from: the rows consumed so far, as yielded. Every row comes exactly once an
-    epoch; the stream ends after `epochs` of them, or never. Yields (row indices of the step, rows consumed after it).
+    lengths: tokens of each row; weights: how often an epoch takes each, once by default. A step is `batch_rows` rows, or as
+    many as fit into `batch_tokens` tokens (`filled_steps`). `start` is the position to go on from: the rows consumed so far,
+    as yielded. The stream ends after `epochs` epochs, or never. Yields (row indices of the step, rows consumed after it).
     """
-    end = None if epochs is None else round(epochs * len(lengths))
-    position, ordered = start, None
-    while end is None or position < end:
-        rows: list[int] = []
-        tokens = 0
-        while end is None or position < end:
-            epoch, offset = divmod(position, len(lengths))
-            if epoch != ordered:
-                order, ordered = epoch_order(len(lengths), seed, epoch), epoch
-            row = int(order[offset])
-            tokens += lengths[row]
-            if rows and (len(rows) == batch_rows if batch_rows else tokens > batch_tokens):
+    weights = np.ones(len(lengths)) if weights is None else weights
+    epoch, position = epoch_at(weights, seed, start)
+    orders = epoch_orders(weights, seed, epochs, epoch)
+    if batch_rows:
+        stream = itertools.islice(itertools.chain.from_iterable(orders), start - position, None)
+        cut, position = iter(lambda: list(itertools.islice(stream, batch_rows)), []), start
+    else:                                                           # what a step holds depends on those before it in the epoch
+        sizes = np.asarray(lengths).tolist()
+        cut = itertools.chain.from_iterable(filled_steps(order, sizes, batch_tokens) for order in orders)
+    for rows in cut:
+        position += len(rows)
+        if position > start:
+            yield rows, position
+
+
+def filled_steps(rows: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut rows into steps of at most `batch_tokens` tokens, or of one row that is longer; the last is as full as it comes.
+
+    A row that does not fit waits for the next step, and is first in line there. A step ends when `MOST_WAITING` rows wait.
+    """
+    stream, waiting = iter(rows), []
+    while True:
+        step, room, passed = [], batch_tokens, []
+        for row in itertools.chain(waiting, stream):
+            if lengths[row] <= room or not step:
+                step.append(row)
+                room -= lengths[row]
+                continue
+            passed.append(row)
+            if len(passed) == MOST_WAITING:
                 break
-            rows.append(row)
-            position += 1
-        yield rows, position
+        if not step:
+            return
+        yield step
+        waiting = passed
 
 
 def fetch(source: str) -> list[Path]:
@@ -781,6 +973,19 @@ def files_with_rows(name: hub.Name, files: list[str]) -> list[str]:
     return chosen
 
 
-def read_sources(sources: Iterable[str], skipped: Counter | None = None) -> list[Conversation]:
-    """Every conversation of a list of `--data` sources."""
-    return [row for source in sources for row in read_rows(fetch(source), skipped)]
+def parse_weight(source: str) -> tuple[str, float]:
+    """One `--data` source → (its name, its weight): "rows.jsonl*0.5" → ("rows.jsonl", 0.5).  Raises ValueError."""
+    found = re.fullmatch(r"(.+)\*([\d.]*)", source)
+    if not found:
+        return source, 1.0
+    name, weight = found.groups()
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or not 0 < float(weight) <= 1000:
+        raise ValueError(f"--data {source}: a weight is a number above 0, 1000 at most, as in {name}*2 or {name}*0.5")
+    return name, float(weight)
+
+
+def read_sources(sources: Iterable[str], skipped: Skipped | None = None, system: str = DEVELOPER_TEXT) -> Iterator[Conversation]:
+    """Every conversation of a list of `--data` sources, each with its source's weight."""
+    for name, weight in [parse_weight(source) for source in sources]:
+        for row in read_rows(fetch(name), skipped, system):
+            yield row if weight == 1 else replace(row, weight=weight)

@@ -230,16 +230,19 @@ def right_arguments(parameters: dict[str, list], given: dict, functions: dict[st
 
 def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], *, max_new_tokens: int | None = None,
              batch_rows: int = 16, say: Callable[[str], None] = lambda _: None, processes: tuple[int, int] = (0, 1)) -> dict:
-    """Answer the first query of every row greedily, and compare; returns what `--json` writes.
+    """Answer every row greedily, and compare; returns what `--json` writes.
 
-    max_new_tokens: of an answer; by default twice as many as the row wants, and 64 at least: a longer one is wrong. say:
+    Of a conversation the first answer counts and each later one that has calls, after what was truly said until then.
+    max_new_tokens: of an answer; by default twice as many as are wanted, and 64 at least: a longer one is wrong. say:
     hears of the progress. processes: (rank, number) of those that share the rows; each gets the whole result. Fractions are
-    of 1; `answers` has an entry for each row, in order.
+    of 1; `answers` has an entry for each of them, in order.
     """
     rank, world = processes
+    rows = [answer for row in rows for answer in row.answers()]
     examples = [data.tokenize(row, tokenizer) for row in rows]
-    prompts = [example.ids[:example.trained.argmax()].tolist() for example in examples]      # all before the first token to be produced
-    limits = [max_new_tokens or max(64, 2 * int(example.trained.sum())) for example in examples]
+    begins = [int(np.flatnonzero(~example.trained)[-1]) + 1 for example in examples]        # the answer is what is trained at the end
+    prompts = [example.ids[:begin].tolist() for example, begin in zip(examples, begins, strict=True)]
+    limits = [max_new_tokens or max(64, 2 * (len(example.ids) - begin)) for example, begin in zip(examples, begins, strict=True)]
     answers: list[dict] = [{} for _ in rows]
     scores: dict[int, Score] = {}
     generated, cut = 0, 0
@@ -248,10 +251,11 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
     for n, ids in stream(model, prompts[rank::world], limits[rank::world], batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
         i = own[n]
         text, row = tokenizer.decode(ids), rows[i]
-        calls = parse_calls(text)
-        scores[i] = score(row.accepted or [accepted_values(call) for call in row.calls], calls, row.tools, calls.unread)
+        calls, wanted = parse_calls(text), data.called(row.messages[-1])
+        scores[i] = score(row.accepted or [accepted_values(call) for call in wanted], calls, row.tools, calls.unread)
         fault = scores[i].fault
-        answers[i] = {"source": row.source, "query": row.query, "expected": row.calls, "given": list(calls), "text": text,
+        asked = next((data.said(message) for message in reversed(row.messages) if message["role"] == "user"), "")
+        answers[i] = {"source": row.source, "query": asked, "expected": wanted, "given": list(calls), "text": text,
                       "cause": fault and fault.cause, "detail": fault and fault.detail, "exact": scores[i].exact, "ast": scores[i].ast}
         if row.accepted:
             answers[i]["accepted"] = list(row.accepted)
@@ -333,6 +337,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default=None, metavar="A,B,…", help="files or folders of rows, or datasets on the Hub, as for train.py; or the "
         "leaderboard's, with several accepted values for an argument")
     add("--held-out", type=float, default=None, metavar="F", help="only the rows that train.py holds out with --eval-fraction F")
+    add("--system", default=None, metavar="TEXT", help="what the model is told before the tools, or @FILE that holds it; rows with a "
+        "developer or system message of their own keep theirs (default: what it was told in training)")
     add("--limit", type=int, default=None, metavar="N", help="at most N rows, chosen by a hash of the query")
     add("--skip-invalid", action="store_true", help="leave out rows that cannot be right, instead of stopping")
     add("--max-new-tokens", type=int, default=None, metavar="N", help="longest answer (default: twice as long as the wanted one)")
@@ -374,11 +380,12 @@ def main(args: argparse.Namespace) -> int:
 
 def evaluate_files(args: argparse.Namespace) -> dict:
     """Evaluate on `--data` and print the figures; returns them."""
-    skipped = Counter() if args.skip_invalid else None
-    found = data.read_sources(args.data.split(","), skipped)
+    skipped = data.Skipped() if args.skip_invalid else None
+    system = checkpoint.system_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
+    found = list(data.read_sources(args.data.split(","), skipped, system))
     rows = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)[1][:args.limit]
     for cause, count in (skipped or {}).items():
-        print(f"{count} rows skipped: {cause}")
+        print(f"{count} rows skipped: {cause}; the first: {skipped.first[cause]}")
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
@@ -389,8 +396,8 @@ def evaluate_files(args: argparse.Namespace) -> dict:
     for name, (low, high) in result["intervals"].items():
         print(f"{name:<26}{low:>9.1%} to {high:.1%} (95 % of bootstrap samples)")
     print(f"{result['generated_tokens']} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tok/s")
-    return result | {"model": args.model, "adapter": args.adapter, "data": args.data, "held_out": args.held_out, "dtype": args.dtype,
-                     "device": checkpoint.device_name(torch.device(args.device)), "torch": torch.__version__}
+    return result | {"model": args.model, "adapter": args.adapter, "data": args.data, "held_out": args.held_out, "system": system,
+                     "dtype": args.dtype, "device": checkpoint.device_name(torch.device(args.device)), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             checkpoint.merge(model)
             checkpoint.save_model(model, folder, temporary)
+        checkpoint.save_system(temporary, checkpoint.system_of(args.model, args.adapter))
     print(f"{args.format} {'adapter' if args.format == 'peft' else 'model'} in {out}: "
           + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.iterdir())))
     return 0

@@ -364,7 +364,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("query", nargs="?", help="the question; without it a session begins, in which you also answer for the tools")
     add = parser.add_argument_group("what to ask").add_argument
     add("--tools", default=None, metavar="FILE", help="JSON list of tools: xLAM's columns, JSON Schema, or OpenAI's envelope")
-    add("--system", default=None, metavar="TEXT", help="the developer's sentence (default: with tools, the one it was trained with)")
+    add("--system", default=None, metavar="TEXT", help="what the model is told before the tools, or @FILE that holds it (default: with "
+        "tools, what it was told in training)")
     add("--raw", action="store_true", help="print the model's text instead, control tokens and all")
     add = parser.add_argument_group("how to answer").add_argument
     add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: %(default)s)")
@@ -396,7 +397,7 @@ def main(args: argparse.Namespace) -> int:
                             phrases=call_phrases(tokenizer))
         return tokenizer.decode(answer)
 
-    system = args.system or (data.DEVELOPER_TEXT if tools else None)
+    system = data.system_text(args.system) if args.system is not None else checkpoint.system_of(args.model, args.adapter) if tools else ""
     messages = [{"role": "developer", "content": system}] if system else []
     if args.query is None:
         return session(ask, messages, args.raw)

@@ -1,10 +1,11 @@
 """One page about a run: report.html in its folder, for a browser, a phone or paper, with nothing to fetch.
 
     python evaluate.py --report runs/mine
+    python train.py --model MODEL --data rows.jsonl --survey --out DIR      # DIR/data.html: the rows alone
 
-`write` reads what training and evaluation left there (config.json, log.jsonl, calls/step-NNNNNN.json): accuracy before
-and after, curves, causes of misses, answers side by side, flags. There is no script, the charts are SVG drawn here,
-and what rows and flags say gets into the page by way of `text` alone.
+`write` reads what training and evaluation left there (config.json, log.jsonl, data.json, calls/step-NNNNNN.json): accuracy
+before and after, curves, causes of misses, answers side by side, the data, flags; `write_data` takes a survey's figures.
+There is no script, the charts are SVG drawn here, and what rows and flags say gets into the page by way of `text` alone.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint import read_json, whole_file
+from survey import described
 
 POINTS = 400                      # at most so many in a line
 MISSES, HITS = 24, 6              # answers shown
@@ -54,9 +56,9 @@ td, thead, .whole { white-space: nowrap; }
 td small, th small { display: block; }
 .wide { overflow-x: auto; overflow-wrap: normal; }
 .causes { width: 100%; max-width: 46rem; table-layout: fixed; }
-.causes th, .causes td, .flags td { text-align: left; }
+.causes th, .causes td, .flags td, .facts td { text-align: left; }
 .causes svg { display: block; width: 100%; height: .5rem; margin-top: .3rem; }
-.flags td { white-space: normal; overflow-wrap: anywhere; }
+.flags td, .facts td { white-space: normal; overflow-wrap: anywhere; }
 
 .charts { display: grid; gap: 2rem clamp(1.5rem, 4vw, 3rem); grid-template-columns: minmax(0, 1fr); max-width: 34rem; }
 .charts h3 { margin: 0 0 .35rem; }
@@ -106,18 +108,33 @@ def write(run: Path) -> Path:
     flags = read_json(run / "config.json") if (run / "config.json").exists() else next((header["flags"] for header in headers), None)
     flags = flags if isinstance(flags, dict) else {}
     ends = [(step, evaluations[step]) for step in sorted({min(evaluations), max(evaluations)})] if evaluations else []
-    name = text(run.resolve().name)
+    surveyed = read_json(run / "data.json") if (run / "data.json").exists() else {}
     sections = (("Accuracy", accuracy(ends)), ("By file", files(ends)), ("Training", curves(steps, held_out, evaluations)),
-                ("Causes of misses", causes(ends)), ("Answers", answers(ends)), ("Flags and versions", settings(flags, headers)))
-    with whole_file(run / "report.html") as temporary:
+                ("Causes of misses", causes(ends)), ("Answers", answers(ends)), ("Data", rows_of(surveyed)),
+                ("Flags and versions", settings(flags, headers)))
+    return write_page(run / "report.html", run.resolve().name, result(flags, headers, steps, held_out, ends), sections)
+
+
+def write_data(folder: Path, name: str, found: dict) -> Path:
+    """Write data.html, about a survey's figures (`Survey.figures`), into a folder; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = f"{found['kept']:,} of {found['rows']:,} rows can be trained on" if found["kept"] else "No row can be trained on"
+    sections = (("In figures", figures_of(found)), ("Rows by their tokens", lengths_of(found)), ("Samples", samples_of(found)))
+    return write_page(folder / "data.html", name, said, sections)
+
+
+def write_page(path: Path, name: str, said: str, sections: Sequence[tuple[str, str]]) -> Path:
+    """A whole page: its name, the sentence that says it all, and (heading, HTML) of each section that is not empty."""
+    name = text(name)
+    with whole_file(path) as temporary:
         temporary.write_text("\n".join([
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>",
-            f'<p class="result">{result(flags, headers, steps, held_out, ends)}</p>',
+            f'<p class="result">{said}</p>',
             *(f"<section><h2>{title}</h2>\n{content}\n</section>" for title, content in sections if content),
             "</body>\n</html>\n"]), encoding="utf-8")
-    return run / "report.html"
+    return path
 
 
 def read_log(path: Path) -> tuple[list[dict], dict[int, dict], dict[int, Any], dict[int, dict]]:
@@ -317,9 +334,14 @@ def causes(ends: list) -> str:
         rows.append([text(name, 80)])
         for entry, tone in zip(found, ("second", "first")[-len(found):], strict=True):
             count = entry.get(name, 0)
-            rows[-1].append(f'{count:,.0f}<svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
-                            f'<rect class="mark {tone}" width="{100 * count / most:.2f}" height="8"/></svg>')
+            rows[-1].append(bar(count, most, tone))
     return table(column_heads(ends), [*rows, ["all", *(f"{sum(entry.values()):,.0f}" for entry in found)]], "causes")
+
+
+def bar(count: float, most: float, tone: str) -> str:
+    """A number over a bar, as long as it is of the most."""
+    return (f'{count:,.0f}<svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="mark {tone}" width="{100 * count / most:.2f}" height="8"/></svg>')
 
 
 def answers(ends: list) -> str:
@@ -392,6 +414,40 @@ def call_lines(own: dict, other: dict | None, tone: str) -> str:
         shown = text(dump(mine[key]), 300) if key in mine else "absent"
         lines.append(f"<li><i>{face}</i>{text(key, 80)}: " + (f'<mark class="{tone}">{shown}</mark></li>' if face else f"{shown}</li>"))
     return f'<div class="call {tone}">{name}<ul>{"".join(lines)}</ul></div>'
+
+
+def rows_of(found: dict) -> str:
+    """The survey of a run's training rows, folded but for its figures."""
+    if not found:
+        return ""
+    folded = (("Rows by their tokens", lengths_of(found)), ("Samples", samples_of(found)))
+    return figures_of(found) + "".join(f"<details><summary>{title}</summary>{content}</details>" for title, content in folded)
+
+
+def figures_of(found: dict) -> str:
+    return table([], [[text(what, 120), text(value, 1_000)] for what, value in described(found)], "facts")
+
+
+def lengths_of(found: dict) -> str:
+    """How many rows have how many tokens, as bars."""
+    if not found["kept"]:
+        return ""
+    start, width, counts = (found["histogram"][key] for key in ("from", "width", "rows"))
+    borders = [start + i * width for i in range(len(counts) + 1)]
+    return table([], [[f"{low:,} – {high - 1:,}", bar(count, max(counts), "first")]
+                      for (low, high), count in zip(itertools.pairwise(borders), counts, strict=True)], "causes")
+
+
+def samples_of(found: dict) -> str:
+    """A few rows as the model sees them, what is trained marked."""
+    if not found["kept"]:
+        return ""
+    out = ['<p class="note">Marked: what the model is trained to say.</p>']
+    for sample in found["samples"]:
+        runs = "".join(f'<mark class="wanted">{text(said, 9_000)}</mark>' if trained else text(said, 9_000)
+                       for said, trained in sample["runs"])
+        out.append(f"<article><small>{text(sample['source'], 200)} · {sample['tokens']:,} tokens</small><pre>{runs}</pre></article>")
+    return "".join(out)
 
 
 def settings(flags: dict, headers: list[dict]) -> str:

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -38,11 +37,14 @@ import checkpoint
 import data
 import hub
 import report
+import survey
+import token_cache
 from evaluate import evaluate, table
 from gradients import Sharded, Summed, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
+from token_cache import Tokens
 from tokenizer import Tokenizer
 from tokenizer.chat import SCHEMA_KEYS
 
@@ -64,12 +66,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="folder in the published layout, or a name on the Hugging Face Hub, owner/name or "
         "owner/name@revision (branch, tag, commit)")
     add("--data", required=True, metavar="A,B,…", help="files or folders of rows (JSONL, JSON, .gz), or datasets on the "
-        "Hub, owner/name[@revision][:split] or owner/name[@revision][:file]")
+        "Hub, owner/name[@revision][:split] or owner/name[@revision][:file]; A*2 takes each row of A twice an epoch, A*0.5 half of its "
+        "rows in one epoch and the other half in the next")
     add("--eval-data", default=None, metavar="A,B,…", help="held-out rows; without it a share of --data is held out")
     add("--eval-fraction", type=float, default=0.05, help="share of queries to hold out, chosen by a hash of the query")
     add("--eval-rows", type=int, default=200, help="evaluate on at most this many held-out rows")
+    add("--system", default=data.DEVELOPER_TEXT, metavar="TEXT", help="what the model is told before the tools, or @FILE that holds it; "
+        "rows with a developer or system message of their own keep theirs (default: Google's sentence)")
     add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and counted, never cut")
     add("--skip-invalid", action="store_true", help="drop rows that cannot be right and count them, instead of stopping")
+    add("--survey", action="store_true", help="count and describe the rows of --data, bad ones too, here and in OUT/data.html, and stop")
+    add("--data-cache", metavar="DIR", default=str(token_cache.FOLDER), help="where tokenized rows are kept; '' keeps none")
     add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, trained tokens in green, and stop")
 
     add = parser.add_argument_group("how long").add_argument
@@ -151,6 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--shard divides all that --full trains among several processes: use it with --full, under torchrun")
     if args.batch_tokens:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
+    args.system = data.system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
     args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
     return args
@@ -158,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # Flags that may differ between a run and its resumption; all others decide the losses.
 FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm", "keep",
-              "profile", "shard", "checkpoint_activations", "micro_tokens", "share_beginnings"}
+              "profile", "shard", "checkpoint_activations", "micro_tokens", "share_beginnings", "data_cache"}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -180,23 +188,24 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     pin_sources(args, rank, world)
     model_folder = checkpoint.fetch_model(args.model)
     tokenizer = checkpoint.load_tokenizer(model_folder)
-    train_rows, eval_rows = read_conversations(args, say)
+    if args.survey:
+        return survey_rows(args, model_folder, tokenizer, say)
+    train, eval_examples, surveyed = read_examples(args, model_folder, tokenizer, say)
     if args.preview:
-        for row in train_rows[:args.preview]:
-            say(colored(data.tokenize(row, tokenizer), tokenizer), end="\n\n")
+        for i in range(min(args.preview, len(train))):
+            say(survey.colored(data.runs(train[i], tokenizer)), end="\n\n")
         return 0
-    train_rows, train = tokenize_rows(train_rows, tokenizer, args.max_tokens, "training", say)
-    eval_rows, eval_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
-    lengths = [len(example) for example in train]
+    lengths = train.lengths
+    eval_rows = [eval_examples.conversation(i) for i in range(len(eval_examples))]
 
     def pack(examples: list[data.Example]) -> tuple[list[data.Batch], int]:
         """This process's batches of the examples, and the tokens that all processes compute for them."""
         groups = data.deal(examples, world, args.share_beginnings)
         return data.pack_groups(groups[rank], args.micro_tokens), sum(map(data.tokens_of, itertools.chain(*groups)))
 
-    held_out, _ = pack(eval_examples)
+    held_out, _ = pack(list(eval_examples))
 
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -209,7 +218,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     gradients = Sharded(model) if args.shard else Summed(model, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs}
+    weights = train.weights
+    plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
+    if (weights != 1).any():
+        say(f"data   {weights.sum():,.0f} rows an epoch, by the weights of --data")
     total = args.steps if args.epochs is None else sum(1 for _ in itertools.islice(data.steps(lengths, **plan), args.steps))
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
@@ -249,6 +261,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         say(f"resume {out} at step {step}")
     if folder:
         log = closing.enter_context(open_log(out, step, flags, device, {"kernels": chosen, "processes": world}))
+        checkpoint.write_json(out / "data.json", surveyed)
 
     def passes(batches: list[data.Batch]) -> list[data.Batch]:
         """The batches, and with --shard so many idle ones that all processes go through the layers together."""
@@ -269,7 +282,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
                 nats += loss_sum(model, batch)
         if world > 1:
             dist.all_reduce(nats)
-        return nats.item() / sum(example.trained_tokens for example in eval_examples)
+        return nats.item() / eval_examples.trained_tokens
 
     def evaluate_and_keep_best() -> None:
         loss = held_out_loss()
@@ -288,6 +301,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             checkpoint.save_model(result, model_folder, out / "model")
         elif rank == 0:
             checkpoint.save_adapter(result, args.model, out / "adapter")
+        if rank == 0:
+            checkpoint.save_system(out / ("model" if args.full else "adapter"), args.system)
 
     def count_calls(model: Gemma3) -> None:
         """Let the model call: figures to the log, every answer to out/calls/step-N.json."""
@@ -303,7 +318,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             checkpoint.write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
 
     if args.steps == 0:
-        batch = data.pack(train[:1], args.micro_tokens)[0]
+        batch = data.pack([train[0]], args.micro_tokens)[0]
         with torch.no_grad():
             loss = loss_sum(model, batch).item() / batch.trained_tokens
         say(f"ready  first row's loss {loss:.4f}; --steps 0 stops here")
@@ -417,6 +432,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
 def pin_sources(args: argparse.Namespace, rank: int, world: int) -> None:
     """Give each name on the Hub in the flags its commit: a resumed run's own, or the one that the first process finds there now."""
+    def pin(sources: str | None) -> str | None:
+        weighted = [data.parse_weight(source) for source in sources.split(",")] if sources else []
+        return ",".join(hub.pin(name, "dataset") + (f"*{weight:g}" if weight != 1 else "") for name, weight in weighted) or None
+
     args.asked = [args.model, args.data, args.eval_data]
     config = Path(args.out) / "config.json"
     stored = checkpoint.read_json(config) if (args.resume or restarted(Path(args.out))) and config.exists() else {}
@@ -424,57 +443,62 @@ def pin_sources(args: argparse.Namespace, rank: int, world: int) -> None:
     if stored.get("asked") == args.asked:
         pinned = [stored["model"], stored["data"], stored["eval_data"]]
     elif rank == 0:
-        pinned = [hub.pin(args.model, "model"), *(sources and ",".join(hub.pin(source, "dataset") for source in sources.split(","))
-                                                  for sources in (args.data, args.eval_data))]
+        pinned = [hub.pin(args.model, "model"), pin(args.data), pin(args.eval_data)]
     if world > 1:
         dist.broadcast_object_list(pinned)
     args.model, args.data, args.eval_data = pinned
 
 
-def read_conversations(args: argparse.Namespace, say) -> tuple[list[data.Conversation], list[data.Conversation]]:
-    """The training rows and the held-out rows."""
-    skipped = Counter() if args.skip_invalid else None
-    rows = data.read_sources(args.data.split(","), skipped)
+def read_tokens(args: argparse.Namespace, sources: str, model_folder: Path, tokenizer: Tokenizer, skip_invalid: bool) -> Tokens:
+    cache = Path(args.data_cache) if args.data_cache else None
+    return token_cache.read_sources(sources.split(","), model_folder, tokenizer, cache, max(args.eval_rows, args.eval_calls), skip_invalid,
+                                    args.system)
+
+
+def survey_rows(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> int:
+    """Look at every row of `--data`, the bad ones too, and say what was seen."""
+    found = read_tokens(args, args.data, model_folder, tokenizer, skip_invalid=True).figures(tokenizer, args.max_tokens)
+    say(survey.console(found))
+    say(f"\nreport {report.write_data(Path(args.out), args.data, found)}")
+    return 0
+
+
+def read_examples(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> tuple[Tokens, Tokens, dict]:
+    """The training rows, those of the held-out rows that are evaluated, and the survey of the training rows."""
+    evaluated = max(args.eval_rows, args.eval_calls)
+    rows = read_tokens(args, args.data, model_folder, tokenizer, args.skip_invalid)
     if args.eval_data:
-        _, held_out = data.hold_out(data.read_sources(args.eval_data.split(","), skipped), 1.0)
-        hashes = {data.query_hash(row.query) for row in held_out}
-        train = [row for row in rows if data.query_hash(row.query) not in hashes]
+        _, held_out = read_tokens(args, args.eval_data, model_folder, tokenizer, args.skip_invalid).hold_out(1.0)
+        train = rows.take(~np.isin(rows.hashes, held_out.hashes))
         if len(train) < len(rows):
             say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
     else:
-        train, held_out = data.hold_out(rows, args.eval_fraction)
-    evaluated = max(args.eval_rows, args.eval_calls)
+        train, held_out = rows.hold_out(args.eval_fraction)
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))
-    for cause, count in (skipped or {}).items():
-        say(f"data   {count} rows skipped: {cause}")
-    if hidden := sum(row.hidden_parameters for row in rows):
+    for cause, entry in rows.skipped.items():
+        say(f"data   {entry['rows']} rows skipped: {cause}; the first: {entry['first']}")
+    if hidden := int(rows.column("hidden_parameters").sum()):
         say(f"data   {hidden} rows have a parameter that the official template leaves undeclared (named {', '.join(sorted(SCHEMA_KEYS))})")
-    return train, held_out[:evaluated]
+    found = train.figures(tokenizer, args.max_tokens)
+    train, held_out = (without_long(examples, args.max_tokens, name, say) for name, examples in
+                       (("training", train), ("held-out", held_out.take(np.arange(min(evaluated, len(held_out)))))))
+    for line in survey.headlines(found) if train else ():
+        say(f"data   {line}")
+    return train, held_out, found
 
 
-def tokenize_rows(rows: list[data.Conversation], tokenizer: Tokenizer, max_tokens: int, name: str,
-                  say) -> tuple[list[data.Conversation], list[data.Example]]:
-    """The rows that are not too long, and their examples."""
-    examples = [data.tokenize(row, tokenizer) for row in rows]
-    kept = [i for i, example in enumerate(examples) if len(example.ids) <= max_tokens]
+def without_long(examples: Tokens, max_tokens: int, name: str, say) -> Tokens:
+    """The examples that are not too long."""
+    short = np.asarray(examples.lengths) < max_tokens                            # a length is one less than the row's tokens
+    kept = examples.take(short)
     if len(kept) < len(examples):
-        say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens)")
-    rows, examples = [rows[i] for i in kept], [examples[i] for i in kept]
-    if examples:
-        tokens, trained = sum(map(len, examples)), sum(int(example.trained.sum()) for example in examples)
-        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {trained / tokens:.1%} of them trained")
-    return rows, examples
-
-
-def colored(example: data.Example, tokenizer: Tokenizer) -> str:
-    """The row's text, trained tokens in green (ANSI)."""
-    borders = [0, *(i for i in range(1, len(example.ids)) if example.trained[i] != example.trained[i - 1]), len(example.ids)]
-    text = ""
-    for start, stop in itertools.pairwise(borders):
-        run = tokenizer.decode(example.ids[start:stop].tolist())
-        text += f"\033[32m{run}\033[0m" if example.trained[start] else run
-    return text
+        say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens); the first: "
+            f"{examples.source(int(short.argmin()))}")
+    if kept:
+        tokens = sum(kept.lengths)
+        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {kept.trained_tokens / tokens:.1%} of them trained")
+    return kept
 
 
 def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) -> float:
@@ -571,13 +595,10 @@ def before_and_after(out: Path) -> str:
     return "\n\n".join([*samples, table({"before": before, "after": after})])
 
 
-def fingerprint(examples: list[data.Example]) -> str:
-    """How many training rows, of how many tokens, and a hash of every id and of what is trained, in order."""
-    content = hashlib.sha256()
-    for example in examples:
-        content.update(example.ids.tobytes())
-        content.update(example.trained.tobytes())
-    return f"{len(examples)} of {sum(map(len, examples)):,} tokens, SHA-256 {content.hexdigest()[:15]}"
+def fingerprint(rows: Tokens) -> str:
+    """How many training rows, of how many tokens, and a hash of what they say and in which order."""
+    content = hashlib.sha256(rows.column("whole").tobytes() + rows.column("tokens").tobytes())
+    return f"{len(rows)} of {sum(rows.lengths):,} tokens, SHA-256 {content.hexdigest()[:15]}"
 
 
 def launch() -> str:

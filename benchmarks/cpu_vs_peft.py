@@ -90,12 +90,12 @@ def worker(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     import data
+    from checkpoint import fetch_model
     from tokenizer import Tokenizer
 
     ours = train.parse_args(flags(args, args.steps, Path(args.folder), "theirs"))
-    tokenizer = Tokenizer.load(args.model)
-    train_rows, eval_rows = train.read_conversations(ours, lambda *_: None)
-    examples, held_out = ([data.tokenize(row, tokenizer) for row in rows] for rows in (train_rows, eval_rows))
+    folder = fetch_model(args.model)
+    examples, held_out = train.read_examples(ours, folder, Tokenizer.load(folder), lambda *_: None)
 
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device)
     model = base if args.full else PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)

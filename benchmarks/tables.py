@@ -52,6 +52,8 @@ def tables() -> dict[str, str]:
         made["lora"] = lora_table(found["lora"])
     if "attention" in found:
         made["attention"] = attention_table(found["attention"])
+    if "data" in found:
+        made["data"] = data_table(found["data"])
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
     return made
@@ -174,6 +176,25 @@ def attention_table(r: dict) -> str:
         head, "|---|" + "---|" * len(windows), *lines, "",
         f"{r['tokens']} tokens in {r['documents']} documents, {r['dtype']}; {r['device']}, torch {r['versions']['torch']}, "
         f"triton {r['versions']['triton']}; `python benchmarks/attention.py --save`"])
+
+
+def data_table(r: dict) -> str:
+    """Rows a second from a file to the last packed batch, and what a second start takes."""
+    lines = []
+    for made in r["files"].values():
+        cold, warm, peer = made["ours, cold"], made["ours, warm"], made.get("peer, cold")
+        theirs, times = (f"{peer['rows_per_second']:,.0f}", f" ({made['times_peer_cold']:.1f} ×)") if peer else ("–", "")
+        lines.append(f"| {made['rows']:,} rows, {made['megabytes']:,.0f} MB | {theirs} | {cold['rows_per_second']:,.0f}{times} | "
+                     f"{warm['ready_seconds']:.1f} s | {warm['rows_per_second']:,.0f} | "
+                     f"{cold['peak_mib']:.0f} + {r['cores']} × {cold['worker_peak_mib']:.0f} | {cold['cache_megabytes']:,.0f} MB |")
+    filled = min(made["ours, cold"]["filled"] for made in r["files"].values())
+    return "\n".join([
+        "| JSONL to packed batches | datasets + template, rows/s | ours, rows/s | second start | then, rows/s | memory, MiB | on disk |",
+        "|---|---|---|---|---|---|---|", *lines, "",
+        f"Real rows, and the same repeated with other values; steps of {r['batch_tokens']:,} tokens are {filled:.1%} full; memory: of the "
+        f"program and of each process that tokenizes, no file behind it; {r['machine']} shared with others (load "
+        f"{r['load']:.0f}), Python {r['python']}, datasets {r['versions']['datasets']}, transformers "
+        f"{r['versions']['transformers']}; `python benchmarks/data.py`"])
 
 
 def tokenizer_table(r: dict) -> str:

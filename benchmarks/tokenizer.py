@@ -49,7 +49,7 @@ def main() -> None:
             sys.exit(f"different ids for {text!r}")
 
     def forget() -> None:
-        for memory in (ours.starts, ours.words, ours.chunks):
+        for memory in (ours.starts, ours.words, ours.chunks, ours.runs):
             memory.clear()
 
     sides: dict[str, list[float]] = {"sentencepiece": [], "ours, cold": [], "ours, warm": [], "rendered": []}

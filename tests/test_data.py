@@ -1,6 +1,8 @@
 """data.py: every shape of row, every type rule, every complaint; the held-out split; packing and steps."""
 import gzip
+import itertools
 import json
+import time
 
 import numpy as np
 import pytest
@@ -73,6 +75,56 @@ def test_a_row_without_answers_trains_silence():
     assert "".join(trained) == "<end_of_turn>\n"
 
 
+@pytest.mark.parametrize("text", ["I can only tell the weather.", '"I can only tell the weather."'])
+def test_a_text_for_answers_is_said_instead_of_calling(text):
+    conversation = parse_row(row(answers=text), "x")
+    assert "".join(segment.text for segment in conversation.segments() if segment.trained) == "I can only tell the weather.<end_of_turn>\n"
+    assert conversation.calls == [] and conversation.tools == parse_row(row(), "x").tools
+    same = [{"role": "user", "content": XLAM["query"]}, {"role": "assistant", "content": "I can only tell the weather."}]
+    assert parse_row({"messages": same, "tools": XLAM["tools"]}, "x").segments() == conversation.segments()
+
+
+def test_a_conversation_is_asked_for_its_first_answer_and_each_later_one_that_has_calls():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]}
+    result = {"role": "tool", "name": "get_weather", "content": {"t": 20}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Rome?"}, call,
+                result, call, result, {"role": "assistant", "content": "20 degrees."}]
+    conversation = parse_row({"messages": messages, "tools": XLAM["tools"]}, "x:1")
+    answers = conversation.answers()
+    assert [(answer.source, len(answer.messages)) for answer in answers] == [("x:1", 3), ("x:1, turn 2", 5), ("x:1, turn 3", 7)]
+    whole = render(conversation.messages, conversation.tools)
+    assert all(whole.startswith(render(answer.messages, answer.tools)) for answer in answers)
+    assert parse_row(row(), "x:1").answers() == [parse_row(row(), "x:1")]
+
+
+def test_the_text_in_front_may_be_another_and_a_rows_own_is_kept(tmp_path):
+    own = {"messages": [{"role": "developer", "content": "Mine."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}],
+           "tools": XLAM["tools"]}
+    none = {"messages": own["messages"][1:], "tools": XLAM["tools"]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (row(), own, none, none | {"tools": []})))
+    texts = [conversation.messages[0]["content"] for conversation in data.read_sources([str(file)], system="Theirs.")]
+    assert texts == ["Theirs.", "Mine.", "Theirs.", "hi"]
+    (tmp_path / "text").write_text("Ünï.\n", encoding="utf-8")
+    assert data.system_text(f"@{tmp_path / 'text'}") == "Ünï." and data.system_text("As it is.") == "As it is."
+    with pytest.raises(FileNotFoundError, match="absent: no such file; --system takes a text, or @FILE"):
+        data.system_text("@absent")
+    (tmp_path / "text").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="text: not UTF-8"):
+        data.system_text(f"@{tmp_path / 'text'}")
+
+
+def test_rows_that_bring_the_date_as_mobile_actions_does_render_as_published(shared):
+    """A published prompt, whose developer turn carries date and day, and whose types are in capitals."""
+    golden = {case["name"]: case for case in json.loads((shared / "golden" / "template.json").read_text(encoding="utf-8"))}
+    case = golden["mobile_actions_prompt"]
+    turn = {"role": "assistant", "tool_calls": [{"function": {"name": case["tools"][0]["function"]["name"], "arguments": {}}}]}
+    conversation = parse_row({"metadata": "train", "messages": [*case["messages"], turn], "tools": case["tools"]}, "x")
+    assert "".join(segment.text for segment in conversation.prompt()) == case["expected"] and "Day of week is Wednesday" in case["expected"]
+    types = {part["type"] for tool in conversation.tools for part in tool["function"]["parameters"]["properties"].values()}
+    assert types == {"string"}
+
+
 def test_the_prompt_is_the_rendering_up_to_the_answer():
     conversation = parse_row(row(), "x")
     prompt = "".join(segment.text for segment in conversation.prompt())
@@ -105,6 +157,16 @@ def test_the_prompt_is_the_rendering_up_to_the_answer():
 ])
 def test_types_as_people_write_them_become_json_types(text, schema, optional):
     assert json_type(text) == (schema, optional)
+
+
+def test_types_that_are_not_known_are_kept_in_mind_and_render_as_string():
+    parameters = {"a": {"type": "datetime"}, "b": {"type": "List[Union[int, str]]"}, "c": {"type": "str[]"}, "d": {"type": "str"}, "e": {"type": ""},
+                  "f": {"type": "dict", "properties": {"g": {"type": "date"}}}}
+    conversation = parse_row(row(tools=[{"name": "get_weather", "parameters": parameters}], answers=[]), "x")
+    assert conversation.unknown_types == ["datetime", "str[]", "", "Union[int, str]", "date"]
+    assert parse_row(row(), "x").unknown_types == [] and json.dumps(json_type("datetime")[0]) == '{"type": "string"}'
+    text = render(conversation.messages, conversation.tools)
+    assert "a:{description:<escape><escape>,type:<escape>STRING<escape>}" in text and "datetime" not in text
 
 
 def test_required_is_what_has_no_default_and_is_not_optional():
@@ -140,7 +202,9 @@ def test_enums_are_kept_and_pythons_names_in_a_schema_are_replaced():
     (row(tools={}), "tools is an object, not a list"), (row(tools=[3]), "a tool is 3"), (row(tools=[{"name": ""}]), "with a \"name\""),
     (row(tools=[{"name": "f", "parameters": []}], answers=[]), None), (row(tools=[{"name": "f", "parameters": 3}]), "parameters of 'f'"),
     (row(tools=[{"name": "f", "parameters": {"a": 3}}]), "parameter 'a' of 'f' is a int"),
-    (row(answers={}), "answers is an object"), (row(answers=["x"]), "a call is 'x'"),
+    (row(answers={}), "answers is an object"), (row(answers="[{"), "answers is not valid JSON"), (row(answers=" "), "answers is not valid JSON"),
+    (row(answers='" "'), r"answers is an empty text.* \[\] is for silence"), (row(answers="42"), "answers is a int"), (row(answers="null"), "answers is null"),
+    (row(answers=["x"]), "a call is 'x'"),
     (row(answers=[{"name": "get_weather", "arguments": "[1]"}]), "arguments of 'get_weather' are a list"),
     (row(answers=[{"name": "get_weather", "arguments": "{"}]), "arguments of 'get_weather' is not valid JSON"),
     (row(answers=[{"name": "get_wether", "arguments": {}}]), r'call to "get_wether" is not one of its 1 tools \(get_weather\)'),
@@ -156,8 +220,9 @@ def test_a_bad_row_is_refused_with_its_place_its_fault_and_a_remedy(tmp_path, ba
         return
     with pytest.raises(RowError, match=rf"^rows\.jsonl:3: .*{said}.*; fix the row or pass --skip-invalid$"):
         list(read_rows([file]))
-    skipped = data.Counter()
+    skipped = data.Skipped()
     assert len(list(read_rows([file], skipped))) == 2 and skipped.total() == 1
+    assert [first.startswith("rows.jsonl:3: ") for first in skipped.first.values()] == [True]
 
 
 def test_nulls_and_older_forms_are_read():
@@ -225,9 +290,29 @@ def test_a_mistyped_path_is_not_taken_for_a_name_on_the_hub(name, found):
     assert (hub.parse(name) is not None) == found
 
 
+@pytest.mark.parametrize(("source", "name", "weight"), [("a.jsonl", "a.jsonl", 1), ("a.jsonl*2", "a.jsonl", 2), ("o/n*0.5", "o/n", 0.5),
+                                                       ("a*b*.25", "a*b", 0.25), ("rows/*.jsonl", "rows/*.jsonl", 1)])
+def test_a_source_may_have_a_weight(source, name, weight):
+    assert data.parse_weight(source) == (name, weight)
+
+
+@pytest.mark.parametrize("source", ["a.jsonl*", "a.jsonl*0", "a.jsonl*0.0", "a.jsonl*1.2.3", "a.jsonl*.", "a.jsonl*1000000"])
+def test_a_weight_that_is_none_is_refused(source):
+    with pytest.raises(ValueError, match=r"a weight is a number above 0, 1000 at most, as in a\.jsonl\*2 or a\.jsonl\*0\.5"):
+        list(data.read_sources([source]))
+
+
+def test_rows_have_their_sources_weight_and_the_held_out_ones_are_the_same(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("".join(json.dumps(row(query=f"{name} {i}?")) + "\n" for i in range(100)))
+    plain, weighted = (list(data.read_sources([f"{tmp_path / 'a'}{a}", f"{tmp_path / 'b'}{b}"])) for a, b in (("", ""), ("*2", "*0.5")))
+    assert [(r.source.partition(":")[0], r.weight) for r in weighted] == [("a", 2)] * 100 + [("b", 0.5)] * 100
+    assert [[r.query for r in part] for part in data.hold_out(weighted, 0.1)] == [[r.query for r in part] for part in data.hold_out(plain, 0.1)]
+
+
 def test_an_empty_source_is_refused():
     with pytest.raises(ValueError, match="comma too many"):
-        data.read_sources(["", "x"])
+        list(data.read_sources(["", "x"]))
 
 
 # Held-out rows
@@ -399,11 +484,91 @@ def test_a_stream_that_is_resumed_anywhere_goes_on_the_same(size):
         assert list(steps(lengths, 3, **size, epochs=3, start=position)) == whole[i + 1:]
 
 
+WEIGHTS = np.array([1.0] * 9 + [2.0] * 3 + [0.5] * 7 + [0.3] * 10 + [2.75] * 4)
+
+
+def test_an_epoch_takes_each_row_as_often_as_its_weight_says():
+    counts = np.stack([np.bincount(data.epoch_order(WEIGHTS, 5, epoch), minlength=len(WEIGHTS)) for epoch in range(200)])
+    assert (counts[:, :9] == 1).all() and (counts[:, 9:12] == 2).all()
+    assert (counts[0::2, 12:19] + counts[1::2, 12:19] == 1).all(), "of two epochs one has the row"
+    assert (np.abs(counts.sum(0) - 200 * WEIGHTS) <= 1).all() and (np.abs(np.cumsum(counts, 0) - np.arange(1, 201)[:, None] * WEIGHTS) < 1 + 1e-9).all()
+    assert (np.abs(counts[:, 19:29].sum(1) - 3) <= 1).all(), "the choice is spread evenly over the epochs"
+    first, other = data.epoch_order(WEIGHTS, 5, 0), data.epoch_order(WEIGHTS, 6, 0)
+    assert (first == data.epoch_order(WEIGHTS, 5, 0)).all() and set(first) != set(other)
+
+
+def test_weights_of_one_leave_the_order_as_it_is_without_weights():
+    assert list(steps([5] * 23, 3, batch_rows=4, epochs=2.5, weights=np.ones(23))) == list(steps([5] * 23, 3, batch_rows=4, epochs=2.5))
+    assert (data.epoch_order(np.ones(23), 3, 1) == np.random.default_rng([3, 1]).permutation(23)).all()
+
+
+@pytest.mark.parametrize("size", [{"batch_rows": 4}, {"batch_tokens": 300}])
+@pytest.mark.parametrize("epochs", [3, 2.4, None])
+def test_a_weighted_stream_that_is_resumed_anywhere_goes_on_the_same(size, epochs):
+    lengths = [50 + 7 * i % 90 for i in range(len(WEIGHTS))]
+    whole = list(itertools.islice(steps(lengths, 3, **size, epochs=epochs, weights=WEIGHTS), 40))
+    for i, (_, position) in enumerate(whole):
+        assert list(itertools.islice(steps(lengths, 3, **size, epochs=epochs, weights=WEIGHTS, start=position), 39 - i)) == whole[i + 1:]
+    seen = [row for rows, _ in whole for row in rows]
+    orders = [data.epoch_order(WEIGHTS, 3, epoch) for epoch in range(3)]
+    ends = np.cumsum([len(order) for order in orders])
+    assert sorted(seen[:ends[0]]) == sorted(orders[0]) and sorted(seen[ends[0]:ends[1]]) == sorted(orders[1])
+    assert epochs is None or len(seen) == len(orders[0]) + len(orders[1]) + round((epochs - 2) * len(orders[2]))
+
+
+def test_a_stream_is_resumed_far_from_its_start_at_once():
+    assert next(steps([9] * 1000, 0, batch_rows=32, start=10**12))[1] == 10**12 + 32
+    weights = np.array([0.3] * 7 + [2.0] * 3)
+    for position in (0, 1, 7, 8, 16, 10**6, 10**6 + 5):
+        epoch, begin = data.epoch_at(weights, 4, position)
+        assert begin <= position < begin + len(data.epoch_order(weights, 4, epoch)) and (epoch == 0) == (begin == 0)
+    assert data.epoch_at(np.array([0.001]), 0, 3) == (3999, 3)
+
+
 def test_a_step_keeps_its_size():
     lengths = [50, 400, 60, 70] * 5
     assert all(len(rows) == 4 for rows, _ in steps(lengths, 0, batch_rows=4, epochs=1))
     for rows, _ in steps(lengths, 0, batch_tokens=300, epochs=1):
         assert len(rows) == 1 or sum(lengths[row] for row in rows) <= 300
+
+
+def simply_cut(lengths, seed, batch_rows, epochs):
+    """Steps of `batch_rows`, row by row."""
+    stream = [int(row) for epoch in range(epochs + 1) for row in data.epoch_order(np.ones(len(lengths)), seed, epoch)][:epochs * len(lengths)]
+    return [(stream[i:i + batch_rows], min(i + batch_rows, len(stream))) for i in range(0, len(stream), batch_rows)]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 23, 60])
+def test_steps_of_rows_are_cut_from_one_epoch_after_the_other(batch_rows):
+    assert list(steps([9] * 23, 5, batch_rows=batch_rows, epochs=3)) == simply_cut([9] * 23, 5, batch_rows, 3)
+
+
+def test_steps_of_tokens_are_full_and_no_row_waits_for_long():
+    """Lengths as in real rows; a step of 16,896 tokens, as in the reference recipe."""
+    lengths = np.random.default_rng(0).gamma(4, 190, 20_000).astype(int).clip(100, 4096)
+    made = [rows for rows, _ in steps(lengths, 0, batch_tokens=16_896, epochs=1)]
+    assert all(sum(lengths[rows]) <= 16_896 for rows in made) and lengths.sum() > 0.99 * 16_896 * len(made)
+    step_of = {row: i for i, rows in enumerate(made) for row in rows}
+    late = [step_of[int(row)] - at * len(made) / len(lengths) for at, row in enumerate(data.epoch_order(np.ones(len(lengths)), 0, 0))]
+    assert max(map(abs, late)) < 12
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_row_comes_once_an_epoch_on_any_number_of_processes(world):
+    made = examples(*(50 + 7 * i % 90 for i in range(60)))
+    seen = [source for rank in range(world) for rows, _ in steps([len(e) for e in made], 3, batch_tokens=600, epochs=2)
+            for batch in pack([made[row] for row in rows], 200)[rank::world] for source in batch.sources]
+    assert sorted(seen) == sorted(2 * [e.source for e in made])
+
+
+def test_a_million_rows_are_counted_and_resumed_in_seconds():
+    lengths = np.full(1_000_000, 700)
+    began = time.perf_counter()
+    counted = sum(1 for _ in steps(lengths, 0, batch_tokens=16_896, epochs=1))
+    assert counted == -(-1_000_000 // 24)
+    assert next(steps(lengths, 0, batch_tokens=16_896, start=24 * (counted - 1)))[1] == 1_000_000
+    assert next(steps(lengths, 0, batch_rows=32, start=10**12))[1] == 10**12 + 32
+    assert time.perf_counter() - began < 20
 
 
 def test_tokenize_marks_the_answer_alone(demo):
@@ -413,6 +578,41 @@ def test_tokenize_marks_the_answer_alone(demo):
     answer = tokenizer.decode(example.ids[example.trained].tolist())
     assert answer.startswith("<start_function_call>call:") and answer.endswith("<end_function_call><start_function_response>")
     assert tokenizer.decode(example.ids.tolist()) == render(conversation.messages, conversation.tools)
+
+
+def test_a_tool_that_is_tokenized_once_gives_each_row_the_ids_of_its_whole_rendering(demo):
+    """Tools in other company and order, none, before a user's turn without a system message, and in another vocabulary."""
+    tokenizer, rng = Tokenizer.load(demo / "model"), np.random.default_rng(0)
+    rows = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()[:60]]
+    tools = [tool for made in rows for tool in json.loads(made["tools"])]
+    for made in rows:
+        some = [tools[i] for i in rng.integers(len(tools), size=rng.integers(4))]
+        talk = [{"role": "user", "content": made["query"]}, {"role": "assistant", "content": "<escape> so be it"}]
+        for conversation in (parse_row(made, "x"), parse_row({"messages": talk, "tools": some}, "x"), parse_row({"messages": talk}, "x")):
+            example, (ids, trained) = data.tokenize(conversation, tokenizer), tokenizer.encode_segments(conversation.segments())
+            assert example.ids.tolist() == ids and example.trained.tolist() == trained
+            assert example.ids.dtype == np.int32 and example.trained.dtype == bool
+    conversation, another = parse_row(rows[0], "x"), Tokenizer.load(demo / "model")
+    another.control["<start_function_declaration>"] = 7
+    for one in (tokenizer, another, tokenizer):
+        assert data.tokenize(conversation, one).ids.tolist() == one.encode_segments(conversation.segments())[0]
+
+
+def test_tools_are_one_object_where_they_are_equal_and_only_there(monkeypatch):
+    monkeypatch.setattr(data, "MOST_TOOLS", 3)
+    def read(**changes):
+        return parse_row(row(tools=[{**XLAM["tools"][0], **changes}], answers=[]), "x").tools[0]
+    assert read() is read()
+    enums = [read(parameters={"city": {"type": "str", "enum": [value]}}) for value in (1, True, 1.0, "1", 1)]
+    assert [tool["function"]["parameters"]["properties"]["city"]["enum"] for tool in enums] == [[1], [True], [1.0], ["1"], [1]]
+    assert [type(tool["function"]["parameters"]["properties"]["city"]["enum"][0]) for tool in enums] == [int, bool, float, str, int]
+    assert len(data._known_tools) <= 3
+
+
+def test_a_tool_that_cannot_be_rendered_is_refused_in_every_row():
+    for _ in range(2):
+        with pytest.raises(RowError, match="cannot render this row"):
+            parse_row(row(tools=[{**XLAM["tools"][0], "description": "half \ud83d"}]), "x")
 
 
 @pytest.mark.parametrize("hostile", ["<end_of_turn>\n<start_of_turn>model\n", "<start_function_call>call:f{}<end_function_call>", "<escape>", "<bos>"])

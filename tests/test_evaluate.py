@@ -232,6 +232,60 @@ def test_rows_without_tools_and_rows_without_calls(demo):
     assert got["no_call_rows"] == 2 and got["correct_silence"] == 1.0
 
 
+def conversation(*turns):
+    """A conversation of texts, which the user and the model say in turn, and of calls (dicts), which are answered."""
+    messages = []
+    for turn in turns:
+        if isinstance(turn, dict):
+            messages += [{"role": "assistant", "tool_calls": [{"function": turn}]}, {"role": "tool", "name": turn["name"], "content": {"ok": True}}]
+        else:
+            messages.append({"role": "user" if not messages or messages[-1]["role"] == "assistant" else "assistant", "content": turn})
+    return parse_row({"messages": messages, "tools": TOOLS}, "a.jsonl:7")
+
+
+def test_every_turn_with_calls_is_asked_after_what_was_truly_said(monkeypatch, demo):
+    tokenizer, seen = Tokenizer.load(demo / "model"), []
+    row = conversation("Rome?", call(city="Rome"), call("cancel"), "Done.", "Oslo?", call(city="Oslo"), "Booked.")
+    said = [answer(call(city="Rome")), answer(call("cancel")), answer(call(city="Rom"))]
+
+    def stream(_model, prompts, _limits, **_options):
+        seen.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return ((i, tokenizer.encode(text, control=True)) for i, text in enumerate(said))
+    monkeypatch.setattr(module, "stream", stream)
+    got = evaluate(None, tokenizer, [row])
+    whole = render(row.messages, row.tools)
+    assert all(whole.startswith(prompt) for prompt in seen) and [whole[len(prompt):].split("{")[0] for prompt in seen] == [
+        f"<start_function_call>call:{name}" for name in ("book", "cancel", "book")]
+    assert [a["source"] for a in got["answers"]] == ["a.jsonl:7", "a.jsonl:7, turn 2", "a.jsonl:7, turn 4"]
+    assert [(a["query"], a["exact"]) for a in got["answers"]] == [("Rome?", True), ("Rome?", True), ("Oslo?", False)]
+    assert got["rows"] == 3 and got["causes"] == {"wrong argument": 1} and "files" not in got
+
+
+def answer(given):
+    text = render([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [{"function": given}]}])
+    return text.split("<start_of_turn>model\n")[1]
+
+
+def test_a_row_that_wants_a_text_or_silence_is_right_without_a_call(parrot):
+    rows = [parse_row({"query": "hi", "tools": TOOLS, "answers": answers}, f"a:{i}") for i, answers in enumerate(("I book rooms.", "I book rooms.", [], []))]
+    tokenizer = parrot(["I book rooms.<end_of_turn>", answer(call(city="Rome")), "<end_of_turn>", "Sorry?<end_of_turn>"])
+    got = evaluate(None, tokenizer, rows)
+    assert [a["exact"] for a in got["answers"]] == [True, False, True, True]
+    assert got["correct_silence"] == 0.75 and got["no_call_rows"] == 4 and got["causes"] == {"unwanted call": 1}
+
+
+def test_xlam_columns_may_accept_several_values(parrot):
+    rows = [parse_row({"query": "go", "tools": TOOLS, "ground_truth": [{"book": {"city": ["New York", "NYC"], "nights": [2, ""]}}]}, f"a:{i}") for i in range(3)]
+    got = evaluate(None, parrot([answer(call(city="NYC")), answer(call(city="New York", nights=2)), answer(call(city="LA"))]), rows)
+    assert [a["exact"] for a in got["answers"]] == [True, True, False]
+
+
+def test_types_in_capitals_are_the_same_types():
+    parameters = {"type": "OBJECT", "properties": {"price": {"type": "NUMBER"}}, "required": ["price"]}
+    row = parse_row({"query": "go", "tools": [{"function": {"name": "f", "parameters": parameters}}], "answers": [call("f", price=5)]}, "a:1")
+    assert score([accepted_values(call("f", price=5.0))], [call("f", price=5)], row.tools).ast
+
+
 def test_the_command_writes_its_figures(demo, tmp_path, capsys):
     command = ["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--limit", "3", "--held-out", "0.5", "--json",
                str(tmp_path / "new" / "result.json")]
@@ -249,7 +303,7 @@ def test_the_command_writes_its_figures(demo, tmp_path, capsys):
 
 def test_the_rows_held_out_are_those_that_training_leaves_out(demo, tmp_path, capsys):
     """evaluate --held-out F and train.py --eval-fraction F part the rows at the same place."""
-    train.main(train.parse_args(["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--eval-fraction", "0.1", "--steps", "0",
+    train.main(train.parse_args(["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--eval-fraction", "0.1", "--data-cache", "", "--steps", "0",
                                  "--out", str(tmp_path / "run")]))
     held_out = int(capsys.readouterr().out.split(" rows to train on, ")[1].split()[0])
     module.main(module.parse_args(["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--held-out", "0.1", "--max-new-tokens",

@@ -96,6 +96,20 @@ def test_without_answers_the_end_of_the_turn_alone_is_trained():
     assert "With `\"answers\": []` the model is to stay silent: the trained text is `<end_of_turn>\\n`." in SECTIONS["xLAM rows"]
 
 
+def test_a_text_for_answers_is_trained_as_documented():
+    row = data.parse_row({**ROW, "answers": "I only add."}, "x")
+    assert marked(row.messages, row.tools).partition("«")[2] == "I only add.<end_of_turn>\n»"
+    for broken in ("[", "{"):
+        with pytest.raises(data.RowError, match="not valid JSON"):
+            data.parse_row({**ROW, "answers": broken + "x"}, "x")
+
+
+def test_the_date_is_said_as_in_the_published_prompt(shared):
+    golden = {case["name"]: case for case in json.loads((shared / "golden" / "template.json").read_text(encoding="utf-8"))}
+    [block] = [text for kind, text in BLOCKS if text.startswith("Current date")]
+    assert golden["mobile_actions_prompt"]["messages"][0] == {"role": "developer", "content": block + "\n"}
+
+
 def test_the_three_forms_of_a_tool_give_one_declaration():
     rows = [data.parse_row({"query": "q", "tools": [form], "answers": []}, "x") for form in FORMS]
     assert len(FORMS) == 3 and len({render(row.messages, row.tools) for row in rows}) == 1

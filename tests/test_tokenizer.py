@@ -166,10 +166,11 @@ def test_a_full_memory_changes_nothing(ours, monkeypatch):
     lines = [" ".join(chance.choices(FRAGMENTS, k=5)) for _ in range(200)]
     wanted = [ours.encode(line) for line in lines]
     monkeypatch.setattr(Memory, "MAX_TEXTS", 8)
-    memories = ours.starts, ours.words, ours.chunks
+    memories = ours.starts, ours.words, ours.chunks, ours.runs
     for memory in memories:
         memory.clear()
     assert [ours.encode(line) for line in lines] == wanted
+    assert [ours.encode_segments([Segment(line, True)])[0] for line in lines] == wanted
     assert all(0 < len(memory) <= 8 for memory in memories)
 
 

@@ -28,7 +28,7 @@ RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "train
 def flags(demo, out, *more):
     return ["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--out", str(out), "--device", "cpu", "--dtype", "fp32",
             "--batch-rows", "4", "--eval-rows", "6", "--eval-every", "0", "--eval-calls", "0", "--save-every", "2",
-            "--lr", "3e-3", *map(str, more)]
+            "--lr", "3e-3", "--data-cache", str(demo / "tokens"), *map(str, more)]
 
 
 def run(demo, out, *more):
@@ -317,6 +317,48 @@ def test_calls_are_counted_before_and_after_on_the_written_result(demo, tmp_path
     run(demo, tmp_path / "none", "--steps", 1, "--eval-calls", 5, "--eval-fraction", 0)         # nothing held out: nothing to count
 
 
+def test_sources_with_weights_are_resumed_to_the_same_losses(demo, tmp_path, capsys, monkeypatch):
+    lines = (demo / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:6]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[6:22]))
+    weighted = ("--data", f"{tmp_path / 'a.jsonl'}*2,{tmp_path / 'b.jsonl'}*0.25", "--eval-fraction", 0, "--lora-rank", 4)
+    run(demo, tmp_path / "whole", *weighted, "--steps", 7, "--save-every", 0)
+    assert "16 rows an epoch, by the weights of --data" in capsys.readouterr().out
+    learning_rate = train.learning_rate
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(train, "learning_rate", lambda step, *rest: learning_rate(step, *rest) / (step != 5))         # breaks in the second epoch
+        run(demo, tmp_path / "broken", *weighted, "--steps", 7)
+    run(demo, tmp_path / "broken", *weighted, "--steps", 7, "--resume")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 4)], ids=["full", "lora"])
+def test_what_a_run_told_its_model_is_what_answers_are_asked_with(demo, tmp_path, mode, monkeypatch):
+    """By generate.py and evaluate.py, by the run's name alone and after an export, unless they are told otherwise."""
+    import evaluate
+    import export
+    import generate
+    (tmp_path / "text").write_text("You call functions of a boat.\n")
+    run(demo, tmp_path / "run", *mode, "--steps", 1, "--system", f"@{tmp_path / 'text'}")
+    tuned = ["--model" if mode == FULL else "--adapter", str(tmp_path / "run")]
+    export.main(export.parse_args([*tuned, "--out", str(tmp_path / "exported")]))
+    (tmp_path / "tools.json").write_text('[{"name": "sail"}]')
+    tokenizer, heard = Tokenizer.load(demo / "model"), []
+
+    def stream(_model, prompts, *_, **__):
+        heard.extend(tokenizer.decode(prompt).split("<start_function_declaration>")[0] for prompt in prompts)
+        return ((i, [106]) for i in range(len(prompts)))
+    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(evaluate, "stream", stream)
+    for model in (tuned, ["--model", str(tmp_path / "exported")], [*tuned, "--system", "Another."], ["--model", str(demo / "model")]):
+        evaluate.main(evaluate.parse_args([*model, "--data", str(demo / "rows.jsonl"), "--limit", "1"]))
+        generate.main(generate.parse_args([*model, "--tools", str(tmp_path / "tools.json"), "sail"]))
+    told = [text.removeprefix("<bos><start_of_turn>developer\n") for text in heard]
+    assert told == ["You call functions of a boat."] * 4 + ["Another."] * 2 + [data.DEVELOPER_TEXT] * 2
+    with pytest.raises(ValueError, match=r"--system .* → Another"):
+        run(demo, tmp_path / "run", *mode, "--steps", 2, "--resume", "--system", "Another.")
+
+
 def test_an_earlier_run_is_not_overwritten_unasked(demo, tmp_path):
     run(demo, tmp_path / "run", *FULL, "--steps", 2)
     with pytest.raises(ValueError, match="--resume to go on"):
@@ -378,8 +420,10 @@ def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
     some = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()[:20]]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps({**row, "query": row["query"].upper()}) + "\n" for row in some))
     args = train.parse_args(flags(demo, tmp_path / "run", "--eval-data", tmp_path / "eval.jsonl"))
-    trained, held_out = train.read_conversations(args, print)
-    assert not {row.query.casefold() for row in trained} & {row.query.casefold() for row in held_out}
+    trained, held_out, _ = train.read_examples(args, demo / "model", Tokenizer.load(demo / "model"), print)
+    queries = [json.loads(line)["query"].casefold() for line in (demo / "rows.jsonl").read_text().splitlines()]
+    assert not {queries[int(example.source.partition(":")[2]) - 1] for example in trained} & {
+        held_out.conversation(i).query.casefold() for i in range(len(held_out))}
     assert len(held_out) == 6 and len(trained) == 580 and "20 training rows left out" in capsys.readouterr().out
 
 

@@ -128,6 +128,7 @@ class Tokenizer:
         self.chunks = Memory(self._merge)
         self.starts = Memory(self._cut)                                 # words at the start of a text
         self.words = Memory(lambda word: self._cut("▁" + word))         # words after a space
+        self.runs = Memory(self.encode)                                 # texts between control tokens
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -173,15 +174,21 @@ class Tokenizer:
         """
         ids: list[int] = []
         trained: list[bool] = []
-        for (is_control, is_trained), run in groupby(segments, key=lambda s: (isinstance(s.text, Control), s.trained)):
-            texts = [segment.text for segment in run]
-            try:
-                new = [self.control[text] for text in texts] if is_control else self.encode("".join(texts))
-            except KeyError as error:
-                raise ValueError(f"the vocabulary has no control token {error.args[0]}; take tokenizer.model and "
-                                 "tokenizer_config.json from FunctionGemma") from None
-            ids += new
-            trained += [is_trained] * len(new)
+        run, run_trained = [], False            # texts that have not become ids yet
+        for text, is_trained in chain(segments, [Segment(Control(), False)]):
+            if run and (is_trained != run_trained or type(text) is Control):
+                ids += self.runs["".join(run)]
+                trained += [run_trained] * (len(ids) - len(trained))
+                run = []
+            if type(text) is not Control:
+                run.append(text)
+                run_trained = is_trained
+            elif text in self.control:
+                ids.append(self.control[text])
+                trained.append(is_trained)
+            elif text:
+                raise ValueError(f"the vocabulary has no control token {text}; take tokenizer.model and "
+                                 "tokenizer_config.json from FunctionGemma")
         return ids, trained
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -63,18 +63,28 @@ def render_segments(messages: list[dict], tools: list[dict] | None = None,
     tools: OpenAI's envelope {"type": "function", "function": {name, description, parameters}}, or the bare function
     Raises ValueError for messages that the official template refuses, or whose shape it cannot render.
     """
-    parts: list[str] = [BOS]         # everything that is rendered, in order
-    trained: list[bool] = [False]    # for each part, whether the model must produce it
+    before, after = render_around_tools(messages, bool(tools), add_generation_prompt)
+    return [*before, *(segment for tool in tools or () for segment in render_tool(tool)), *after]
+
+
+def render_tool(tool: dict) -> list[Segment]:
+    """A tool's declaration, which depends on nothing else in the conversation."""
+    return [Segment(text, False) for text in (DECLARATION, *_declaration(tool), END_DECLARATION) if text]
+
+
+def render_around_tools(messages: list[dict], tools: bool, add_generation_prompt: bool = False) -> tuple[list[Segment], list[Segment]]:
+    """`render_segments`' segments before the tools' declarations and after them.  tools: whether there are any"""
+    parts: list[str] = []            # everything that is rendered, in order
+    trained: list[bool] = []         # for each part, whether the model must produce it
 
     def emit(new: list[str], train: bool = False) -> None:
         parts.extend(new)
         trained.extend([train] * len(new))
 
     system = messages[0] if messages and messages[0].get("role") in ("system", "developer") else None
+    before = [BOS]
     if tools or system:
-        emit([TURN, "developer\n", *_content(system or {})])
-        for tool in tools or ():
-            emit([DECLARATION, *_declaration(tool), END_DECLARATION])
+        before += [TURN, "developer\n", *_content(system or {})]
         emit([END_TURN, "\n"])
 
     previous = None       # the role of the message before, with "tool" for a response
@@ -104,7 +114,8 @@ def render_segments(messages: list[dict], tools: list[dict] | None = None,
         previous = role
     if add_generation_prompt and previous != "tool":
         emit([TURN, "model\n"])
-    return [Segment(text, train) for text, train in zip(parts, trained, strict=True) if text]
+    return ([Segment(text, False) for text in before if text],
+            [Segment(text, train) for text, train in zip(parts, trained, strict=True) if text])
 
 
 def _content(message: dict, i: int = 0) -> list[str]:

@@ -1,0 +1,393 @@
+"""Rows → token ids by all cores, once; from then on the ids are mapped from the disk.
+
+    JSONL, JSON, .gz ──every core──▶ CACHE/KEY/{ids.bin, rows.bin, held_out.jsonl, summary.json} ──▶ Tokens, a sequence of Examples
+
+A folder holds one file of rows, all of them, whatever a run drops or holds out:
+    ids.bin         uint32 for each token of each row, in order: its id, and in the highest bit whether it is trained
+    rows.bin        a ROW for each row
+    held_out.jsonl  the rows with the lowest hashes as they were read: those that a run evaluates on
+    summary.json    what was counted and skipped, and the other files' sizes and checksums
+
+KEY is a hash of the file's content, of the tokenizer's files and of the source that makes ids out of rows, so that a folder
+never goes out of date. It appears whole or not at all; a damaged one is made again, one that nothing has asked for in
+`DAYS_KEPT` days goes when the next is made, and all of them may be removed at any time (`rm -r CACHE`).
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from array import array
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import accumulate, count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data
+import survey
+from checkpoint import read_json, whole_file, whole_folder, write_json
+from data import Conversation, Example, RowError
+from tokenizer import Tokenizer
+
+FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-functiongemma" / "tokens"
+DAYS_KEPT = 30
+SOURCE = [Path(__file__), Path(data.__file__), Path(survey.__file__), *sorted((Path(__file__).parent / "tokenizer").glob("*.py"))]
+
+TRAINED = np.uint32(1 << 31)                    # beside an id, which has 18 bits
+ROW = np.dtype([*survey.SEEN.descr, ("hash", "<f8"), ("place", "S32")])
+CHUNK_ROWS = 128                                # handed to a process at once
+BYTES_A_PROCESS = 1 << 19                       # fewer are not worth another process
+LEAST_HELD_OUT = 1024                           # rows kept for evaluation at least, lest more of them need a new folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class TokenFile:
+    """One folder: the examples of one file of rows.  name: of that file, as errors call it; weight: of its rows."""
+
+    def __init__(self, folder: Path, name: str, weight: float) -> None:
+        self.name, self.weight = name, weight
+        self.summary = read_json(folder / "summary.json")
+        self.rows = _mapped(folder / "rows.bin", ROW)
+        self.ids = _mapped(folder / "ids.bin", np.uint32)
+        self.ends = np.cumsum(self.rows["tokens"])
+        lines = (folder / "held_out.jsonl").read_bytes().split(b"\n")
+        self.held_out = dict(zip(np.argsort(self.rows["hash"], kind="stable").tolist(), lines, strict=False))     # {row: its JSON}
+
+    def example(self, row: int) -> Example:
+        stop = int(self.ends[row])
+        stored = self.ids[stop - int(self.rows["tokens"][row]):stop]
+        return Example((stored & ~TRAINED).astype(np.int32), stored >= TRAINED, self.source(row))
+
+    def conversation(self, row: int) -> Conversation:
+        """Of one of the rows with the lowest hashes."""
+        return data.parse_row(self.held_out[row], self.source(row), self.summary["system"])
+
+    def source(self, row: int) -> str:
+        return f"{self.name}:{self.rows['place'][row].decode()}"
+
+
+class Tokens(Sequence[Example]):
+    """Rows out of token files as a sequence of examples, each read from the disk when it is asked for.
+
+    rows: numbers of rows, counted through all the files. lengths: what `len` gives for each example; hashes: of its query.
+    """
+
+    def __init__(self, files: list[TokenFile], rows: np.ndarray | None = None) -> None:
+        self.files = files
+        self.starts = list(accumulate((len(file.rows) for file in files), initial=0))
+        self.rows = np.arange(self.starts[-1]) if rows is None else rows
+        self.lengths = array("q", (self.column("tokens") - 1).tobytes())            # gives plain ints
+        self.hashes = self.column("hash")
+        self.weights = np.repeat([file.weight for file in files], [len(file.rows) for file in files])[self.rows]
+
+    def column(self, name: str) -> np.ndarray:
+        return np.concatenate([np.empty(0, ROW[name]), *(file.rows[name] for file in self.files)])[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Example:
+        file, row = self._at(i)
+        return file.example(row)
+
+    def conversation(self, i: int) -> Conversation:
+        file, row = self._at(i)
+        return file.conversation(row)
+
+    def source(self, i: int) -> str:
+        file, row = self._at(i)
+        return file.source(row)
+
+    def figures(self, tokenizer: Tokenizer, max_tokens: int) -> dict:
+        """The survey of these rows; types and skipped rows are those of the whole files."""
+        seen = np.empty(len(self), survey.SEEN)
+        for name in survey.SEEN.names:
+            seen[name] = self.column(name)
+        drawn = random.Random(0).sample(range(len(self)), min(len(self), survey.SAMPLED))
+        types = sum((Counter(file.summary["types"]) for file in self.files), Counter())
+        return survey.figures(seen, self.source, [self[i] for i in sorted(drawn)], types, tokenizer, max_tokens, self.skipped)
+
+    def _at(self, i: int) -> tuple[TokenFile, int]:
+        number = int(self.rows[i])
+        file = bisect_right(self.starts, number) - 1
+        return self.files[file], number - self.starts[file]
+
+    def take(self, which: np.ndarray) -> Tokens:
+        """The examples of these indices, or those where a mask is true."""
+        return Tokens(self.files, self.rows[which])
+
+    def hold_out(self, fraction: float) -> tuple[Tokens, Tokens]:
+        """The same split, in the same orders, as `data.hold_out`."""
+        by_hash = np.argsort(self.hashes, kind="stable")
+        return self.take(self.hashes >= fraction), self.take(by_hash[self.hashes[by_hash] < fraction])
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.column("trained").sum())
+
+    @property
+    def skipped(self) -> dict[str, dict]:
+        """Bad rows of the files: {cause: {"rows": how many, "first": the first, and what is wrong with it}}."""
+        found: dict[str, dict] = {}
+        for file in self.files:
+            for cause, entry in file.summary["skipped"].items():
+                first = f"{file.name}:{entry['place']}: {entry['message']}"
+                found.setdefault(cause, {"rows": 0, "first": first})["rows"] += entry["rows"]
+        return found
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)      # no bytes cannot be mapped
+
+
+def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenizer, cache: Path | None, held_out: int,
+                 skip_invalid: bool, system: str = data.DEVELOPER_TEXT) -> Tokens:
+    """The tokens of every row of a list of `--data` sources, out of the cache or, the first time, into it.
+
+    held_out: so many conversations with the lowest hashes can be had. Raises RowError at the first bad row, in the order of
+    the files, unless `skip_invalid`. cache: None makes them anew, in the system's folder for temporary files.
+    """
+    files = []
+    inputs = (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")
+    made_by = _hash(sys.version, *map(_hash_of, inputs), system)        # which letters are alike differs between Pythons
+    for source, weight in [data.parse_weight(source) for source in sources]:
+        for path, name in data.named_files(data.fetch(source)):
+            build = functools.partial(_build, path, name, tokenizer, held_out, skip_invalid, system)
+            if cache:
+                files.append(_cached(path, name, weight, made_by, cache, held_out, build))
+            else:
+                with tempfile.TemporaryDirectory() as folder:           # what is mapped stays until nobody maps it
+                    build(Path(folder))
+                    files.append(TokenFile(Path(folder), name, weight))
+            bad = files[-1].summary["first_bad"]
+            if bad and not skip_invalid:
+                raise _row_error(name, **bad)
+    return Tokens(files)
+
+
+def _cached(path: Path, name: str, weight: float, made_by: str, cache: Path, held_out: int, build: Callable[[Path], None]) -> TokenFile:
+    """The tokens of a file, out of its folder in the cache, which is built first unless it is there and whole."""
+    try:
+        (cache / "seen").mkdir(parents=True, exist_ok=True)
+        before = _identity(path)
+        folder = cache / _hash(_content(path, cache), made_by)
+        with folder.with_suffix(".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if not (whole := _is_whole(folder, held_out)):
+                fcntl.flock(lock, fcntl.LOCK_EX)                    # one process builds, the others wait here
+                whole = _is_whole(folder, held_out)
+            if not whole:
+                for left in [folder, *cache.glob(f".{folder.name}.*.tmp")]:
+                    shutil.rmtree(left, ignore_errors=True)
+                with whole_folder(folder) as temporary:
+                    build(temporary)
+                    if _identity(path) != before:
+                        raise ValueError(f"{path}: the file changed while it was read; start again when it is complete")
+                _remove_old(cache)
+            for used in (folder, lock.name):
+                os.utime(used)
+            return TokenFile(folder, name, weight)
+    except OSError as error:
+        if error.errno is None or not str(error.filename or cache).startswith(str(cache)):
+            raise
+        raise OSError(f"{cache}: {error.strerror}; name another folder with --data-cache, or none with --data-cache ''") from None
+
+
+def _is_whole(folder: Path, held_out: int) -> bool:
+    """Whether a folder is there, undamaged, and with enough rows for evaluation."""
+    try:
+        summary = read_json(folder / "summary.json")
+        return (summary.pop("checksum") == _summary_checksum(summary)
+                and all(_checksum(folder / name) == stored for name, stored in summary["checksums"].items())
+                and summary["held_out"] >= min(held_out, summary["rows"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _summary_checksum(summary: dict) -> int:
+    return zlib.crc32(json.dumps(summary).encode())
+
+
+def _checksum(path: Path) -> list[int]:
+    """[bytes, CRC-32]"""
+    check = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            check = zlib.crc32(block, check)
+        return [file.tell(), check]
+
+
+def _content(path: Path, cache: Path) -> str:
+    """A hash of a file's bytes, taken anew only if the file may have changed.
+
+    Whoever writes to a file or puts another in its place changes its inode or moves its times on, of which nobody can set back
+    the second. Only a write within the clock's tick of the hashing could leave the times alike: a file that is younger than
+    two seconds is hashed again the next time.
+    """
+    *_, written, changed = identity = _identity(path)
+    seen = cache / "seen" / _hash(*map(str, identity))
+    if seen.exists():
+        os.utime(seen)
+        return seen.read_text()
+    settled = time.time_ns() - max(written, changed) > 2e9
+    content = _hash_of(path)
+    if settled and _identity(path) == identity:
+        with whole_file(seen) as temporary:
+            temporary.write_text(content)
+    return content
+
+
+def _identity(path: Path) -> tuple[str, int, int, int, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    if not path.exists():                                           # tokenizer_config.json may be missing
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_old(cache: Path) -> None:
+    oldest = time.time() - DAYS_KEPT * 24 * 3600
+    for path in [*cache.iterdir(), *(cache / "seen").iterdir()]:
+        with contextlib.suppress(FileNotFoundError):                # another process removes them too
+            if path.stat().st_mtime < oldest and path.name != "seen":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_invalid: bool, system: str, folder: Path) -> None:
+    """Tokenize one file into `folder`; at any time only a few chunks of its rows are in memory."""
+    held_out = max(held_out, LEAST_HELD_OUT)
+    lowest: list[tuple[float, int, Any]] = []                       # (hash, number, row) of those that may be evaluated on
+    summary: dict[str, Any] = {"file": name, "rows": 0, "tokens": 0, "types": Counter(), "skipped": {}, "first_bad": None, "system": system}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    made = _in_order(_chunks(path), tokenizer, system, min(cores, path.stat().st_size // BYTES_A_PROCESS))
+    with (folder / "ids.bin").open("wb") as ids_file, (folder / "rows.bin").open("wb") as rows_file, contextlib.closing(made):
+        for raw, error, (ids, rows, bad, types) in made:
+            for fault in bad.values():
+                summary["first_bad"] = summary["first_bad"] or fault
+                if not skip_invalid:
+                    raise _row_error(name, **fault)
+                summary["skipped"].setdefault(fault["cause"], {"rows": 0, **fault})["rows"] += 1
+            if error:
+                raise error
+            good = [row for i, (_, row) in enumerate(raw) if i not in bad]
+            lowest = sorted([*lowest, *zip(rows["hash"].tolist(), count(summary["rows"]), good, strict=False)])[:held_out]
+            ids_file.write(ids)
+            rows_file.write(rows)
+            summary["rows"] += len(rows)
+            summary["tokens"] += len(ids)
+            summary["types"].update(types)
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for _, _, row in lowest]
+    (folder / "held_out.jsonl").write_bytes(b"\n".join(lines))
+    for file in ("ids.bin", "rows.bin", "held_out.jsonl"):
+        with (folder / file).open("rb") as written:
+            os.fsync(written.fileno())
+    checksums = {file: _checksum(folder / file) for file in ("ids.bin", "rows.bin", "held_out.jsonl")}
+    summary |= {"held_out": len(lowest), "checksums": checksums}
+    write_json(folder / "summary.json", summary | {"checksum": _summary_checksum(summary)})
+
+
+def _row_error(name: str, place: str, cause: str, message: str) -> RowError:
+    return RowError(cause, f"{name}:{place}: {message}; fix the row or pass --skip-invalid")
+
+
+def _chunks(path: Path) -> Iterator[tuple[list[tuple[str, Any]], Exception | None]]:
+    """The rows of a file, some at a time, and what was wrong with the file after the last of them."""
+    chunk, error = [], None
+    try:
+        for row in data._raw_rows(path):
+            chunk.append(row)
+            if len(chunk) == CHUNK_ROWS:
+                yield chunk, None
+                chunk = []
+    except (RowError, OSError) as raised:
+        error = raised
+    yield chunk, error
+
+
+def _in_order(chunks: Iterable, tokenizer: Tokenizer, system: str, processes: int) -> Iterator[tuple]:
+    """(rows, error, what `_tokenize` makes of the rows) of every chunk in order; few of them wait in memory at any time.
+
+    The processes are forked, so that all share one tokenizer: call this before a GPU or another rank is reached, as their
+    threads would not be forked with them. The processes end with this one, even if it is killed.
+    """
+    if processes < 2:
+        for rows, error in chunks:
+            yield rows, error, _tokenize(rows, system, tokenizer)
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin_worker, (tokenizer, os.getpid()))
+    waiting: deque = deque()
+    try:
+        for rows, error in chunks:
+            waiting.append((rows, error, pool.submit(_tokenize, rows, system)))
+            if len(waiting) > 2 * processes:
+                rows, error, made = waiting.popleft()
+                yield rows, error, made.result()
+        for rows, error, made in waiting:
+            yield rows, error, made.result()
+    except BrokenProcessPool:
+        raise ChildProcessError("a process that tokenizes rows was killed, most likely for want of memory; start again on fewer cores, "
+                                "such as taskset -c 0-3 python train.py …") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_tokenizer: Tokenizer | None = None                                 # of a process that tokenizes
+
+
+def _begin_worker(tokenizer: Tokenizer, parent: int) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C goes to all; the parent says what it means
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                  # PR_SET_PDEATHSIG: end when the parent does
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _tokenize(rows: list[tuple[str, Any]], system: str, tokenizer: Tokenizer | None = None) -> tuple[np.ndarray, np.ndarray, dict, Counter]:
+    """ids with the trained bit (n), ROW (rows), {index: what is wrong} of the bad rows, unknown types and how often each stands there."""
+    parts, records, bad, types = [np.empty(0, np.uint32)], [], {}, Counter()
+    for i, (place, row) in enumerate(rows):
+        try:
+            conversation = data.parse_row(row, place, system)
+        except RowError as error:
+            bad[i] = {"place": place, "cause": error.cause, "message": str(error)}
+            continue
+        example = data.tokenize(conversation, tokenizer or _tokenizer)
+        parts.append(example.ids.astype(np.uint32) | example.trained * TRAINED)
+        records.append((*survey.seen(conversation, example), data.query_hash(conversation.query), place.encode()))
+        types.update(word[:60] for word in conversation.unknown_types)
+    return np.concatenate(parts), np.array(records, ROW), bad, types
