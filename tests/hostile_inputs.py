@@ -116,7 +116,7 @@ def read(path: Path) -> str:
     except ValueError as error:
         said = str(error)
     try:
-        return f"{said} → {len(list(data.read_rows([path], data.Counter())))} rows"
+        return f"{said} → {len(list(data.read_rows([path], data.Skipped())))} rows"
     except ValueError as error:
         return said if str(error) == said else f"{said} → {error}"
 

@@ -184,7 +184,7 @@ def test_a_file_with_some_bytes_changed_is_read_or_refused_with_its_place(tmp_pa
         list(read_rows([path]))
     except RowError as error:
         assert str(error).startswith("rows:")
-    skipped = Counter()
+    skipped = data.Skipped()
     try:
         assert len(list(read_rows([path], skipped))) + skipped.total() >= 1
     except RowError as error:
@@ -214,7 +214,7 @@ def test_a_row_of_just_the_largest_size_is_read_and_one_of_a_byte_more_is_refuse
         row = json.dumps({**hostile_inputs.GOOD, "id": "ID"}).encode()
         row = row.replace(b"ID", b"x" * (data.MAX_ROW_BYTES + beyond - len(row) + 2))
         (tmp_path / "rows").write_bytes(before + row + after)
-        skipped = Counter()
+        skipped = data.Skipped()
         assert len(row) == data.MAX_ROW_BYTES + beyond and len(list(read_rows([tmp_path / "rows"], skipped))) == 1 - beyond
         assert skipped["too long"] == beyond
 

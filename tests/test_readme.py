@@ -33,6 +33,6 @@ def test_every_link_to_a_file_leads_somewhere():
 def test_every_flag_the_readme_names_exists():
     text = "".join(subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True, check=True).stdout
                    for name in ("train.py", "generate.py", "evaluate.py", "export.py"))
-    foreign = {"--nproc-per-node", "--parity", "--one-set"}
+    foreign = {"--nproc-per-node", "--max-restarts", "--parity", "--one-set"}
     for flag in set(re.findall(r"--[a-z][a-z-]+", README)) - foreign:
         assert flag in text, flag

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -101,23 +100,24 @@ def test_training_is_told_the_same_about_its_rows(demo, tokenizer, tmp_path, cap
     bad = tmp_path / "bad.jsonl"
     hidden = {"query": "x", "answers": [], "tools": [{"name": "f", "parameters": {"type": {"type": "str"}}}]}
     bad.write_text((demo / "rows.jsonl").read_text() + json.dumps(hidden) + '\n{"query": "x"}\n[]\n{"query": "y"}\n')
-    skipped = Counter()
+    skipped = data.Skipped()
     rows = list(data.read_rows([bad], skipped))
     kept, held_out = data.hold_out(rows, 0.1)
     expected = [f"data   {len(kept)} rows to train on, {len(held_out)} held out, of which 7 are evaluated",
-                *(f"data   {count} rows skipped: {cause}" for cause, count in skipped.items())]
+                *(f"data   {count} rows skipped: {cause}; the first: {skipped.first[cause]}" for cause, count in skipped.items())]
     for name, part in (("training", kept), ("held-out", held_out[:7])):
         examples = [data.tokenize(row, tokenizer) for row in part]
         short = [example for example in examples if len(example.ids) <= 190]
         tokens, trained = sum(map(len, short)), sum(int(example.trained.sum()) for example in short)
-        expected += [f"data   {len(examples) - len(short)} {name} rows dropped: longer than 190 tokens (--max-tokens)",
+        first = next(example.source for example in examples if len(example.ids) > 190)
+        expected += [f"data   {len(examples) - len(short)} {name} rows dropped: longer than 190 tokens (--max-tokens); the first: {first}",
                      f"data   {name}: {tokens:,} tokens, {tokens / len(short):.0f} a row, {trained / tokens:.1%} of them trained"]
     args = train.parse_args(["--model", str(demo / "model"), "--data", str(bad), "--data-cache", str(tmp_path / "tokens"), "--skip-invalid",
                              "--max-tokens", "190", "--eval-fraction", "0.1", "--eval-rows", "7", "--eval-calls", "3"])
     train.read_examples(args, demo / "model", tokenizer, print)
     said = capsys.readouterr().out.splitlines()
     assert said[len(skipped) + 1].startswith("data   1 rows have a parameter that the official template leaves undeclared")
-    assert said[:len(skipped) + 1] + said[len(skipped) + 2:] == expected
+    assert (said[:len(skipped) + 1] + said[len(skipped) + 2:])[:len(expected)] == expected
 
 
 # Bad rows
@@ -145,11 +145,12 @@ def test_the_first_bad_row_of_a_file_is_the_error_that_reading_row_by_row_gives(
 def test_skipped_rows_are_counted_once_and_for_all_and_still_refused_without_the_flag(demo, read, builds, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "x"}\n' + (demo / "rows.jsonl").read_text() + "[]\n[]\n")
-    skipped = Counter()
+    skipped = data.Skipped()
     rows = list(data.read_rows([bad], skipped))
     for _ in range(2):
         got = read(bad, skip_invalid=True)
-        assert len(got) == len(rows) and got.skipped == skipped and list(got.skipped) == list(skipped)
+        assert len(got) == len(rows) and list(got.skipped) == list(skipped)
+        assert got.skipped == {cause: {"rows": count, "first": skipped.first[cause]} for cause, count in skipped.items()}
         with pytest.raises(RowError) as error:
             read(bad)
         assert str(error.value).startswith("bad.jsonl:1: no column 'tools', 'answers'; ") and str(error.value).endswith("--skip-invalid")
@@ -204,7 +205,7 @@ def test_a_damaged_folder_is_made_again_to_the_same_bytes(demo, read, builds, tm
     [folder] = folders(tmp_path / "tokens")
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     content = whole[file]
-    middle = content.index(b'"hidden": ') + len('"hidden": ') if file == "summary.json" else len(content) // 2
+    middle = content.index(b'"tokens": ') + len('"tokens": ') if file == "summary.json" else len(content) // 2
     if harm == "gone":
         (folder / file).unlink()
     else:
@@ -255,7 +256,8 @@ def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)       # Ctrl-C reaches all
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == -number and errors.count(b"Traceback") == (number == signal.SIGINT), errors
-    assert len(workers) == len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    assert len(workers) == (cores if cores > 1 else 0)
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2] for worker in workers):
         assert time.monotonic() < deadline, "a worker outlives its parent"
@@ -312,7 +314,7 @@ def test_a_full_disk_is_named_with_the_remedy_and_leaves_nothing(demo, read, tmp
 
 
 def test_a_worker_that_is_killed_is_an_error_with_a_remedy(demo, read, many, monkeypatch):
-    monkeypatch.setattr(data, "parse_row", lambda row, source: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(data, "parse_row", lambda row, source, system: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ChildProcessError, match="was killed, most likely for want of memory; start again on fewer cores"):
         read(demo / "rows.jsonl")
 
@@ -348,7 +350,7 @@ def test_few_rows_are_read_ahead_of_those_that_are_written(demo, tokenizer, tmp_
             taken.append(number)
             yield [], None
 
-    made = token_cache._in_order(chunks(), tokenizer, 3)
+    made = token_cache._in_order(chunks(), tokenizer, data.DEVELOPER_TEXT, 3)
     next(made)
     assert len(taken) <= 8
     assert len(list(made)) == 49 and len(taken) == 50
