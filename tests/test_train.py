@@ -273,13 +273,14 @@ def test_resuming_with_other_flags_is_refused(demo, tmp_path):
         rows.write_text(original)
 
 
-def test_a_process_that_reads_other_rows_than_rank_0_is_refused(monkeypatch):
-    example = data.Example(np.arange(5, dtype=np.int32), np.array([False] * 3 + [True] * 2), "a:1")
-    rows, fewer = train.fingerprint([example, example]), train.fingerprint([example])
+def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, monkeypatch):
+    everything = train.token_cache.read_sources([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
+    rows, fewer, turned = (train.fingerprint(everything.take(np.array(which))) for which in ([0, 1], [0], [1, 0]))
     monkeypatch.setattr(train.dist, "broadcast", lambda tensor, source: tensor.copy_(torch.tensor([7, int(rows[-15:], 16)])))
     assert train.same_for_all(0, rows, torch.device("cpu")) == 7
-    with pytest.raises(ValueError, match=r"other training rows \(1 of 4 tokens, SHA-256 \w+\) than rank 0; give all of them the same"):
-        train.same_for_all(0, fewer, torch.device("cpu"))
+    for other in (fewer, turned):
+        with pytest.raises(ValueError, match=r"other training rows \([12] of \d+ tokens, SHA-256 \w+\) than rank 0; give all of them the same"):
+            train.same_for_all(0, other, torch.device("cpu"))
 
 
 def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
