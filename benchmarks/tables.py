@@ -183,11 +183,11 @@ def faults_table(r: dict) -> str:
         said = text(said if len(said) < 240 else said[:240] + " …")
         return " | ".join([text(result.get("how", "")), loss, str(result.get("recomputed", "")), stop, str(result["exit"]), said]) + " |"
 
-    at_random = [result for result in r["results"] if result["fault"] == "killed by -9 at random" and "failed" not in result]
-    kills, ends = ([result for result in at_random if ("losses" in result) == ended] for ended in (False, True))
+    at_random = [result for result in r["results"] if result["fault"].startswith("killed by -9 at random") and "failed" not in result]
+    kills, ends = [result for result in at_random if result["exit"] == -9], [result for result in at_random if "losses" in result]
     lines, last = [], None
     if kills:
-        torn = sum("torn" in result["how"] for result in kills)
+        torn = sum(result["how"].endswith("torn") for result in kills)
         lines.append("| killed by -9 at random | " + cells({
             "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times with a save begun", "exit": -9,
             "losses": max(result["losses"] for result in ends), "recomputed": f"{max(result['recomputed'] for result in kills)} at most"}))
