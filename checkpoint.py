@@ -352,9 +352,12 @@ class RunFolder:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         """Raises ValueError where another program holds the folder, OSError where it cannot be written."""
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.keep = folder, keep
-        self.lock = (folder / ".lock").open("a+")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (folder / ".lock").open("a+")
+        except OSError as error:
+            raise OSError(f"{folder}: cannot be written to ({error.strerror}); mend that, or choose another --out") from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # the system lets go of it when this process ends
         except BlockingIOError:

@@ -178,7 +178,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
     if world > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        meet("nccl" if args.device == "cuda" else "gloo", timedelta(minutes=30))
     if args.device == "cuda":
         torch.cuda.set_device(device)
     say = print if rank == 0 else lambda *_, **__: None
@@ -428,6 +428,18 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of `main`, in its order
+
+
+def meet(backend: str, timeout: timedelta) -> None:
+    """Join the other processes.
+
+    torchrun keeps one store of addresses for all its starts, so each start gets keys of its own; else a process may read there
+    where one that died could be reached. Several machines count restarts each for itself, and so agree on no such name.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else 0}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def pin_sources(args: argparse.Namespace, rank: int, world: int) -> None:

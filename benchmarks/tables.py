@@ -1,6 +1,6 @@
-"""Write the README's tables from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Write the tables of README.md and docs/faults.md from benchmarks/results/*.json, so that no figure is typed by hand.
 
-    python benchmarks/tables.py                     # rewrite what stands between the README's table marks
+    python benchmarks/tables.py                     # rewrite what stands between their table marks
     python benchmarks/tables.py --run NAME=FOLDER   # first store a run's summary in benchmarks/results/NAME.json
 """
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "faults.md"]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -56,6 +57,8 @@ def tables() -> dict[str, str]:
         made["data"] = data_table(found["data"])
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
+    if "faults" in found:
+        made["faults"] = faults_table(found["faults"])
     return made
 
 
@@ -207,6 +210,39 @@ def tokenizer_table(r: dict) -> str:
                       f"{r['sentencepiece']}; `python benchmarks/tokenizer.py`"])
 
 
+def faults_table(r: dict) -> str:
+    """A line for each fault tried; the random kills are one."""
+    def text(value: str) -> str:
+        return value.replace("|", "\\|").replace("<", "&lt;")
+
+    def cells(result: dict) -> str:
+        if "failed" in result:
+            return f"**failed**: {text(result['failed'])[:200]} | | | | | |"
+        off, seconds = result.get("losses"), result.get("seconds")
+        loss = "" if off is None else "the same" if off == 0 else f"{off:.0e}"
+        said = result.get("message") or ""
+        stop = "" if seconds is None else f"{seconds:.1f}"
+        said = text(said if len(said) < 240 else said[:240] + " …")
+        return " | ".join([text(result.get("how", "")), loss, str(result.get("recomputed", "")), stop, str(result["exit"]), said]) + " |"
+
+    at_random = [result for result in r["results"] if result["fault"].startswith("killed by -9 at random") and "failed" not in result]
+    kills, ends = [result for result in at_random if result["exit"] == -9], [result for result in at_random if "losses" in result]
+    lines, last = [], None
+    if kills:
+        torn = sum(result["how"].endswith("torn") for result in kills)
+        lines.append("| killed by -9 at random | " + cells({
+            "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times with a save begun", "exit": -9,
+            "losses": max(result["losses"] for result in ends), "recomputed": f"{max(result['recomputed'] for result in kills)} at most"}))
+    for result in r["results"]:
+        if result not in at_random:
+            lines.append(f"| {'…' if result['fault'] == last else result['fault']} | {cells(result)}")
+            last = result["fault"]
+    commits = sorted({result["commit"] for result in r["results"]})
+    return "\n".join([
+        "| fault | how | losses | steps again | s to stop | exit | what it says |", "|---|---|---|---|---|---|---|", *lines, "",
+        f"{r['machine']}, load average {r['load']:.0f}, torch {r['torch']}, commit {', '.join(commits)}; `make faults`"])
+
+
 def rewrite(readme: str, made: dict[str, str]) -> str:
     """`readme` with the text between <!-- table NAME --> and <!-- end --> replaced."""
     for name, table in made.items():
@@ -222,5 +258,5 @@ if __name__ == "__main__":
         (RESULTS / f"{name}.json").write_text(json.dumps(summarise(Path(folder)), indent=2) + "\n", encoding="utf-8")
     elif len(sys.argv) > 1:
         sys.exit(__doc__)
-    path = ROOT / "README.md"
-    path.write_text(rewrite(path.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(rewrite(path.read_text(encoding="utf-8"), tables()), encoding="utf-8")

@@ -174,6 +174,12 @@ def test_what_is_saved_is_what_stood_there_when_it_was_asked_for(trained, tmp_pa
     assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
 
 
+def test_a_folder_that_cannot_be_is_named_with_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run: cannot be written to \(Not a directory\); mend that, or choose another --out"):
+        RunFolder(tmp_path / "file" / "run")
+
+
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
     first = RunFolder(tmp_path)
     with pytest.raises(ValueError, match=rf"is being written by another run \(process {os.getpid()} on .*\); wait for it"):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,21 @@ def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, mo
     for other in ("another", "none"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
         assert not train.restarted(tmp_path)
+
+
+def test_each_start_under_one_torchrun_has_keys_of_its_own(monkeypatch):
+    """One store, as torchrun keeps it; what the first start left in it the second does not see."""
+    store, seen = torch.distributed.HashStore(), []
+    monkeypatch.setattr(train.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, store, **_: seen.append(store))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        train.meet("gloo", timedelta(seconds=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")                                    # a second machine, which may have counted otherwise
+    train.meet("gloo", timedelta(seconds=1))
+    seen[0].set("address of rank 1", "gone")
+    assert [start.check(["address of rank 1"]) for start in seen] == [True, False, True]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
