@@ -36,7 +36,7 @@ import checkpoint
 import data
 import report
 from evaluate import evaluate, table
-from gradients import Sharded, Summed, total_norm
+from gradients import Sharded, Summed, highest, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
@@ -182,14 +182,19 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     eval_rows, eval_examples = tokenize_rows(eval_rows, tokenizer, args.max_tokens, "held-out", say)
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
-    lengths = [len(example) for example in train]
+    lengths, trained_lengths = [len(example) for example in train], [example.trained_tokens for example in train]
+    teams, team, members = data.team_of(rank, world)
+    places = np.argsort(data.lexicographic(train)) if teams > 1 else None
 
-    def pack(examples: list[data.Example]) -> tuple[list[data.Batch], int]:
-        """This process's batches of the examples, and the tokens that all processes compute for them."""
-        groups = data.deal(examples, world, args.share_beginnings)
-        return data.pack_groups(groups[rank], args.micro_tokens), sum(map(data.tokens_of, itertools.chain(*groups)))
+    def pack(examples: list[data.Example]) -> list[data.Batch]:
+        """This process's batches of what its team is to compute."""
+        return data.pack_groups(data.deal(examples, members, args.share_beginnings)[rank // teams], args.micro_tokens)
 
-    held_out, _ = pack(eval_examples)
+    def pack_step(rows: list[int]) -> list[data.Batch]:
+        """This process's batches of a step."""
+        return pack([train[row] for row in data.team_rows(rows, lengths, places, rank, world)])
+
+    held_out = pack(eval_examples[team::teams])
 
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -213,7 +218,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         if on_gpu:
             say("kernels are compiled and timed; a first start takes a minute or two", flush=True)
         first, _ = next(data.steps(lengths, args.seed, batch_rows=args.batch_rows, batch_tokens=args.batch_tokens))
-        sizes = [len(batch.tokens) for batch in pack([train[row] for row in first])[0]]
+        sizes = [len(batch.tokens) for batch in pack_step(first)]
         chosen = choose_kernels(model, args.kernels, max(sizes, default=1))
         for line in chosen:
             say(f"kernels {line}")
@@ -224,12 +229,14 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     # A new run, or an old one from its last checkpoint. When a process dies, torchrun starts all of them anew with the same flags.
     state = {"position": 0, "best_loss": None}
     step, log, folder = 0, None, None
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = args.resume or highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device) > 0        # each node counts its own
     flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS} | {"rows": len(train), "row_tokens": sum(lengths)}
     if args.steps != 0 and rank == 0:
         folder = checkpoint.RunFolder(out, args.keep)
         closing.callback(folder.close)
     found = checkpoint.find_checkpoints(out)
+    if resume and (most := highest(len(found), device)) != len(found):
+        raise ValueError(f"{out} holds {len(found)} checkpoints here and {most} elsewhere: --out must be one folder that all nodes see")
     if resume and found:
         check_same_run(out, flags)
         state = checkpoint.load_last(out, model, optimizer, say)
@@ -244,9 +251,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         """The batches, and with --shard so many idle ones that all processes go through the layers together."""
         if not args.shard:
             return batches
-        most = torch.tensor(len(batches), device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return batches + [data.IDLE] * (int(most) - len(batches))
+        return batches + [data.IDLE] * (highest(len(batches), device) - len(batches))
 
     def held_out_loss() -> float | None:
         """Mean nats a trained token over the held-out rows, shared among the processes."""
@@ -316,29 +321,28 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     def prepared() -> Iterator[tuple]:
         """Of each step: its rows, the position after it, and what this process is to compute."""
         for rows, position in itertools.islice(data.steps(lengths, start=state["position"], **plan), total - step):
-            examples = [train[row] for row in rows]
-            yield rows, position, *pack(examples), sum(example.trained_tokens for example in examples)
+            yield rows, position, pack_step(rows), sum(trained_lengths[row] for row in rows)
 
     # The loop.
     profiler = closing.enter_context(profiled(args.profile, out, device)) if args.profile and rank == 0 else None
     first_step, started = step, time.perf_counter()
     ended, stopping = started, False
-    for rows, position, batches, computed_tokens, trained_tokens in data.ahead(prepared()):
+    for rows, position, batches, trained_tokens in data.ahead(prepared()):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, warmup, args)
 
         model.train()
         nats = torch.zeros((), device=device)
-        batches = passes(batches)
+        own_tokens, batches = sum(len(batch.tokens) for batch in batches), passes(batches)
         for i, batch in enumerate(batches):
             torch.manual_seed(hash_seed(args.seed, step, rank + i * world))        # dropout: the same after a resume
             gradients.begin_pass(last=i == len(batches) - 1)
             loss = loss_sum(model, batch) / trained_tokens
             loss.backward()
             nats += loss.detach()
-        shared = gradients.finish(torch.stack([nats, torch.full_like(nats, float(bool(stop_signal)))]))
-        loss, stopping, norm = torch.stack([*shared, total_norm(parameters)]).tolist()        # all is launched: now wait for the device
+        shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
+        loss, stopping, computed_tokens, norm = torch.stack([*shared, total_norm(parameters)]).tolist()        # now wait for the device
         if not (math.isfinite(loss) and norm <= args.max_grad_norm):       # a NaN fails both
             raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, loss, norm, out))
         if args.clip and norm > args.clip:
@@ -351,7 +355,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         seconds, tokens_done = now - ended, sum(lengths[row] for row in rows)
         tflops = sum(flops(model, batch) for batch in batches) / seconds / 1e12
         record = {"step": step, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens_done,
-                  "computed_tokens": computed_tokens, "trained_tokens": trained_tokens, "seconds": seconds,
+                  "computed_tokens": round(computed_tokens), "trained_tokens": trained_tokens, "seconds": seconds,
                   "tokens_per_second": tokens_done / seconds, "trained_tokens_per_second": trained_tokens / seconds,
                   "data_wait": (began - ended) / seconds, "tflops": tflops, "mfu": utilization(tflops, device),
                   "peak_gib": peak_gib(device)}
