@@ -50,6 +50,8 @@ def tables() -> dict[str, str]:
         made["step"] = step_table(found["step"])
     if "lora" in found:
         made["lora"] = lora_table(found["lora"])
+    if scaling := found.get("scaling", found.get("cpu_scaling")):
+        made["scaling"], made["dealt"] = scaling_table(scaling), dealt_table(scaling)
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
     return made
@@ -153,6 +155,38 @@ def lora_table(r: dict) -> str:
         f"| forward + backward of {M} tokens, ms (× frozen) | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines, "",
         f"Rank {r['rank']}, {r['dtype']}; {r['device']}: {r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
         f"torch {r['versions']['torch']}, triton {r['versions']['triton']}; `python benchmarks/lora.py --save`"])
+
+
+def scaling_table(r: dict) -> str:
+    """Each way's speed by processes, against one process; and what sending during the backward pass hides."""
+    lines, hidden = [], []
+    by = {(one["model"], one["way"], one["processes"], one["scaling"]): one for one in r["measured"]}
+    for (model, way, processes, scaling), one in by.items():
+        alone = by[model, way.partition(" ")[0].strip(","), 1, "strong"]
+        speed, alone_speed = one["tokens"] / one["busy_seconds"], alone["tokens"] / alone["busy_seconds"]
+        waiting = "" if one["communication_seconds"] is None else f"{one['communication_seconds'] / one['seconds']:.0%}"
+        lines.append(f"| {model}, {way} | {processes} | {'' if processes == 1 else scaling} | {one['tokens']} | {speed:.0f} | "
+                     f"{speed / alone_speed / processes:.0%} | {waiting if processes > 1 else ''} | {one['bytes'] / 1e6:.0f} | "
+                     f"{one['largest_over_mean']:.2f} |")
+        if way == "full" and processes > 1:
+            late = by[model, "full, sent at the end", processes, scaling]["communication_seconds"]
+            hidden.append(f"{model}, {processes} processes, {scaling}: {1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms")
+    return "\n".join([
+        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | largest share |",
+        "|---|---|---|---|---|---|---|---|---|", *lines, "",
+        f"Hidden behind the backward pass: {'; '.join(hidden)}. Seconds of CPU: other programs ran, {r['load_average']:.0f} at a time; communication: "
+        f"share of a step's time by the clock. {r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
+        "`python benchmarks/scaling.py`"])
+
+
+def dealt_table(r: dict) -> str:
+    lines = [f"| {one['processes']} | {one['rows']} | {one['largest_over_mean']:.3f} | {one['computed']:.0%} | "
+             f"{one['without_teams']['computed']:.0%} | {one['seconds'] * 1e3:.0f} | {one['without_teams']['seconds'] * 1e3:.0f} |"
+             for one in r["dealt"]]
+    return "\n".join([
+        "| processes | rows a step | largest share over the mean | tokens computed | by one team of all | packing, ms | by one team of all |",
+        "|---|---|---|---|---|---|---|", *lines, "",
+        f"{' + '.join(r['data'])}, 16,896 tokens a process while there are so many; milliseconds of CPU; `python benchmarks/scaling.py`"])
 
 
 def tokenizer_table(r: dict) -> str:
