@@ -44,19 +44,20 @@ from train import loss_sum, peak_gib  # noqa: E402
 SHAPES = {"small": GemmaConfig(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, head_dim=128),
           "tiny": GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32)}
 WAYS = ("lora", "full", "full, sent at the end", "full --shard")
-# Of the bytes that one process has or gets, the share that it sends in a ring of N.
-RING = {"all_reduce": lambda N: 2 * (N - 1) / N, "all_gather_single": lambda N: (N - 1) / N, "reduce_scatter_single": lambda N: (N - 1) / N}
+MICRO_TOKENS = 16_896                                                   # in one forward pass
+# How often every byte of the whole tensor passes a ring; the last two names are those of earlier PyTorch.
+RING = {"all_reduce": 2, "all_gather_single": 1, "reduce_scatter_single": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 
 
 def build(model: str, way: str, device: torch.device) -> Gemma3:
-    full = way != "lora"
+    dtype = torch.bfloat16 if way == "lora" else torch.float32
     if model in SHAPES:
         made = Gemma3(SHAPES[model], torch.bfloat16)
         made.init_weights(torch.Generator().manual_seed(0))
-        made = made.to(device, torch.float32 if full else torch.bfloat16)
+        made = made.to(device, dtype)
     else:
-        made = load_model(Path(model), torch.bfloat16, device, master_dtype=torch.float32 if full else torch.bfloat16)
-    if not full:
+        made = load_model(Path(model), torch.bfloat16, device, master_dtype=dtype)
+    if way == "lora":
         wrap(made, LoRAConfig(), torch.Generator().manual_seed(0))
     return made.train()
 
@@ -68,11 +69,11 @@ def count_bytes(world: int) -> list[float]:
     def counted(name: str, collective):
         def call(*args, **more):
             tensors = [x for x in (*args, *more.values()) if isinstance(x, torch.Tensor)]
-            sent.append(RING[name](world) * max(x.numel() * x.element_size() for x in tensors))
+            sent.append(RING[name] * (world - 1) / world * max(x.numel() * x.element_size() for x in tensors))
             return collective(*args, **more)
         return call
 
-    for name in RING:
+    for name in RING.keys() & vars(dist):
         setattr(dist, name, counted(name, getattr(dist, name)))
     return sent
 
@@ -88,9 +89,8 @@ def process(rank: int, world: int, args: argparse.Namespace, runs: list[tuple], 
         torch.set_num_threads(1)
     backend = "nccl" if args.device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    sent, seen = count_bytes(world), []
-    for run in runs:
-        seen.append(take_steps(rank, world, args, device, sent, *run))
+    sent = count_bytes(world)
+    seen = [take_steps(rank, world, args, device, sent, *run) for run in runs]
     Path(folder, f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
@@ -101,7 +101,7 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
     """What this process sees of steps over the examples: seconds of each, its tokens, the bytes that it sends."""
     model = build(model_name, way, device)
     examples = [Example(row.ids % model.config.vocab_size, row.trained, row.source) for row in examples]
-    batches = data.pack_groups(data.deal(examples, world)[rank], args.micro_tokens)
+    batches = data.pack_groups(data.deal(examples, world)[rank], MICRO_TOKENS)
     tokens, trained = sum(len(batch.tokens) for batch in batches), sum(example.trained_tokens for example in examples)
     if way == "full --shard":
         batches += [data.IDLE] * (highest(len(batches), device) - len(batches))
@@ -157,16 +157,16 @@ def figures(model: str, way: str, examples: list[Example], scaling: str, seen: l
             "largest_over_mean": max(loads) * len(seen) / sum(loads), "peak_gib": max(one["peak_gib"] for one in seen)}
 
 
-def dealt(examples: list[Example], processes: int, micro_tokens: int = 16_896) -> dict:
-    """How evenly so many processes share a step of `micro_tokens` tokens each, or of all rows, and how many seconds of CPU one packs for it."""
+def dealt(examples: list[Example], processes: int) -> dict:
+    """How evenly so many processes share a step of `MICRO_TOKENS` each, or of all rows, and the seconds of CPU for which one packs it."""
     lengths, places = [len(example) for example in examples], np.argsort(data.lexicographic(examples))
-    rows, _ = next(data.steps(lengths, 0, batch_tokens=min(processes * micro_tokens, sum(lengths))))
+    rows, _ = next(data.steps(lengths, 0, batch_tokens=min(processes * MICRO_TOKENS, sum(lengths))))
     teams, loads, seconds = data.team_of(0, processes)[0], [], []
     for team in range(teams):                                           # the first `teams` ranks are of one team each
         began = time.process_time()
         groups = data.deal([examples[row] for row in data.team_rows(rows, lengths, places, team, processes)],
                            data.team_of(team, processes)[2])
-        data.pack_groups(groups[0], micro_tokens)
+        data.pack_groups(groups[0], MICRO_TOKENS)
         seconds.append(time.process_time() - began)
         loads += [sum(map(data.tokens_of, some)) for some in groups]
     began = time.process_time()
@@ -219,7 +219,6 @@ if __name__ == "__main__":
     parser.add_argument("--processes", default="1,2" if not torch.cuda.is_available() else
                         ",".join(str(2**i) for i in range(torch.cuda.device_count().bit_length())))
     parser.add_argument("--tokens", type=int, default=2_048, help="of a step; of weak scaling, of a process")
-    parser.add_argument("--micro-tokens", type=int, default=16_896, help="in one forward pass")
     parser.add_argument("--steps", type=int, default=5, help="measured ones, after one that warms up")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/scaling.json (cpu_scaling.json without a GPU)")

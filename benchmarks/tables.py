@@ -170,12 +170,12 @@ def scaling_table(r: dict) -> str:
                      f"{one['largest_over_mean']:.2f} |")
         if way == "full" and processes > 1:
             late = by[model, "full, sent at the end", processes, scaling]["communication_seconds"]
-            hidden.append(f"{model}, {processes} processes, {scaling}: {1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms")
+            hidden.append(f"{1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms ({model}, {processes}, {scaling})")
     return "\n".join([
         "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | largest share |",
         "|---|---|---|---|---|---|---|---|---|", *lines, "",
-        f"Hidden behind the backward pass: {'; '.join(hidden)}. Seconds of CPU: other programs ran, {r['load_average']:.0f} at a time; communication: "
-        f"share of a step's time by the clock. {r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
+        f"Hidden behind the backward pass: {'; '.join(hidden)}. By seconds of CPU: {r['load_average']:.0f} other programs ran at a time; "
+        f"communication as a share of a step by the clock. {r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
         "`python benchmarks/scaling.py`"])
 
 
@@ -184,7 +184,7 @@ def dealt_table(r: dict) -> str:
              f"{one['without_teams']['computed']:.0%} | {one['seconds'] * 1e3:.0f} | {one['without_teams']['seconds'] * 1e3:.0f} |"
              for one in r["dealt"]]
     return "\n".join([
-        "| processes | rows a step | largest share over the mean | tokens computed | by one team of all | packing, ms | by one team of all |",
+        "| processes | rows a step | largest share / mean | tokens computed | … if one team | packing, ms | … if one team |",
         "|---|---|---|---|---|---|---|", *lines, "",
         f"{' + '.join(r['data'])}, 16,896 tokens a process while there are so many; milliseconds of CPU; `python benchmarks/scaling.py`"])
 
