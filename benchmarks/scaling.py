@@ -1,6 +1,6 @@
 """Steps on 1, 2, … processes of this machine: seconds, communication, how much of it is hidden; and how evenly rows are dealt.
 
-    python benchmarks/scaling.py --data rows.jsonl --model DIR --save       # without --model a model of 31 M parameters alone
+    python benchmarks/scaling.py --data rows.jsonl --model DIR --save       # without --model a model of 33 M parameters alone
     python benchmarks/scaling.py --tiny
 
 Strong scaling keeps the step's tokens, weak scaling keeps those of a process. On a CPU every process, a lone one too, has one core
