@@ -174,7 +174,7 @@ def scaling_table(r: dict) -> str:
     return "\n".join([
         "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | largest share |",
         "|---|---|---|---|---|---|---|---|---|", *lines, "",
-        f"small: 33 M parameters. So few rows cannot be shared evenly: efficiency is at most one over the largest share (over the mean).  \n"
+        f"small: 33 M parameters. So few rows cannot be shared evenly, and efficiency is at most one over the largest share.  \n"
         f"Hidden behind the backward pass: {'; '.join(hidden)}. By seconds of CPU: {r['load_average']:.0f} other programs ran at a time; "
         f"communication as a share of a step by the clock. {r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
         "`python benchmarks/scaling.py`"])
