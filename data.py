@@ -77,6 +77,8 @@ MOST_WAITING = 32
 
 # Tools that are remembered, some 10 KB each; xLAM's 60,000 rows have 3,605 different ones.
 MOST_TOOLS = 8192
+# At most so many processes share out rows among themselves; larger teams save few tokens more and take longer (docs/scaling.md).
+TEAM = 16
 
 
 class RowError(ValueError):
@@ -724,6 +726,28 @@ def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.arange(len(documents)) - (each.cumsum(0) - each)[documents], documents
 
 
+def team_of(rank: int, processes: int) -> tuple[int, int, int]:
+    """(number of teams, this process's team, its members): of up to `TEAM` processes, every one whose rank leaves the same remainder."""
+    teams = -(-processes // TEAM)
+    return teams, rank % teams, len(range(rank % teams, processes, teams))
+
+
+def team_rows(rows: Sequence[int], lengths: Sequence[int], places: np.ndarray, rank: int, processes: int) -> list[int]:
+    """Of a step's rows those that this process's team computes, for `deal` to share out among its members.
+
+    To look for shared beginnings among all rows of a thousand processes would take longer than to train on them. So the rows
+    are put in lexicographic order, where those that begin alike are neighbours (`places`: of each row there), cut into as many
+    pieces as there are processes, equal in tokens, and the pieces dealt to the teams in turn.
+    """
+    teams, team, _ = team_of(rank, processes)
+    if teams == 1:
+        return list(rows)
+    ordered = np.array(rows)[np.argsort(places[rows], kind="stable")]
+    tokens = np.array([lengths[row] for row in ordered])
+    piece = (tokens.cumsum() - tokens / 2) / tokens.sum() * processes            # that the row's middle falls into
+    return ordered[piece.astype(int) % teams == team].tolist()
+
+
 # Rows, and how many tokens they begin with alike; those tokens are computed once where the rows stay together.
 Group = tuple[int, list[Example]]
 
@@ -820,8 +844,7 @@ def shared_beginnings(examples: Sequence[Example]) -> list[Group]:
     A beginning ends before the token that predicts its row's first trained one, so that every loss is its own row's. A row
     that shares too little stands alone, with 0. Groups and rows keep the order of the examples.
     """
-    keys = [example.ids.astype(">u4").tobytes() for example in examples]        # in lexicographic order like rows are neighbours
-    order = sorted(range(len(examples)), key=keys.__getitem__)
+    order = lexicographic(examples)
     common = [_begin_alike(examples[a], examples[b]) for a, b in itertools.pairwise(order)]
 
     # Of the first rows in order: tokens saved at best, and where the last group begins and how much it shares.
@@ -840,6 +863,12 @@ def shared_beginnings(examples: Sequence[Example]) -> list[Group]:
         groups.append((length, sorted(order[first:stop])))
         stop = first
     return [(length, [examples[i] for i in rows]) for length, rows in sorted(groups, key=lambda group: group[1][0])]
+
+
+def lexicographic(examples: Sequence[Example]) -> list[int]:
+    """The examples' indices in order of their ids, in which those that begin alike are neighbours."""
+    keys = [example.ids.astype(">u4").tobytes() for example in examples]
+    return sorted(range(len(examples)), key=keys.__getitem__)
 
 
 def _begin_alike(a: Example, b: Example) -> int:

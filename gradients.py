@@ -105,6 +105,15 @@ def like(tensor: Tensor, whole: Tensor) -> Tensor:
     return distribute_tensor(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
 
 
+def highest(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers."""
+    if not dist.is_initialized():
+        return number
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients together: a scalar, the same in all processes."""
     return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))

@@ -40,7 +40,7 @@ import report
 import survey
 import token_cache
 from evaluate import evaluate, table
-from gradients import Sharded, Summed, total_norm
+from gradients import Sharded, Summed, highest, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
@@ -184,8 +184,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     say = print if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
 
+    restarts = highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device)               # each machine counts its own
+
     # Rows → examples, some of them held out.
-    pin_sources(args, rank, world)
+    pin_sources(args, rank, world, restarts)
     model_folder = checkpoint.fetch_model(args.model)
     tokenizer = checkpoint.load_tokenizer(model_folder)
     if args.survey:
@@ -197,15 +199,20 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         return 0
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
-    lengths = train.lengths
+    lengths, trained_lengths = train.lengths, train.column("trained").tolist()
     eval_rows = [eval_examples.conversation(i) for i in range(len(eval_examples))]
+    teams, team, members = data.team_of(rank, world)
+    places = np.argsort(data.lexicographic(train)) if teams > 1 else None
 
-    def pack(examples: list[data.Example]) -> tuple[list[data.Batch], int]:
-        """This process's batches of the examples, and the tokens that all processes compute for them."""
-        groups = data.deal(examples, world, args.share_beginnings)
-        return data.pack_groups(groups[rank], args.micro_tokens), sum(map(data.tokens_of, itertools.chain(*groups)))
+    def pack(examples: list[data.Example]) -> list[data.Batch]:
+        """This process's batches of what its team is to compute."""
+        return data.pack_groups(data.deal(examples, members, args.share_beginnings)[rank // teams], args.micro_tokens)
 
-    held_out, _ = pack(list(eval_examples))
+    def pack_step(rows: list[int]) -> list[data.Batch]:
+        """This process's batches of a step."""
+        return pack([train[row] for row in data.team_rows(rows, lengths, places, rank, world)])
+
+    held_out = pack(list(eval_examples)[team::teams])
 
     # Model, optimizer, schedule.
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -232,7 +239,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         if on_gpu:
             say("kernels are compiled and timed; a first start takes a minute or two", flush=True)
         first, _ = next(data.steps(lengths, args.seed, batch_rows=args.batch_rows, batch_tokens=args.batch_tokens))
-        sizes = [len(batch.tokens) for batch in pack([train[row] for row in first])[0]]
+        sizes = [len(batch.tokens) for batch in pack_step(first)]
         chosen = choose_kernels(model, args.kernels, max(sizes, default=1))
         for line in chosen:
             say(f"kernels {line}")
@@ -248,15 +255,18 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         if args.steps != 0:
             folder = checkpoint.RunFolder(out, args.keep)
             closing.callback(folder.close)
-        resume = args.resume or restarted(out)
+        resume = args.resume or restarted(out, restarts)
         if folder and not (resume or args.overwrite) and (checkpoint.find_checkpoints(out) or (out / "log.jsonl").exists()):
             raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
         last = checkpoint.find_last(out, say) if resume else None
         step = int(last.name.removeprefix("step-")) if last else 0
     step = same_for_all(step, flags["rows"], device) if world > 1 else step
     if step:
+        last = checkpoint.checkpoint_folder(out, step)
+        if not last.exists():
+            raise FileNotFoundError(f"{last} is not here, but where rank 0 runs: --out must be one folder that all machines see")
         check_same_run(out, flags)
-        state = checkpoint.load_run(checkpoint.checkpoint_folder(out, step), model, optimizer)
+        state = checkpoint.load_run(last, model, optimizer)
         step = state.pop("step")
         say(f"resume {out} at step {step}")
     if folder:
@@ -267,9 +277,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         """The batches, and with --shard so many idle ones that all processes go through the layers together."""
         if not args.shard:
             return batches
-        most = torch.tensor(len(batches), device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return batches + [data.IDLE] * (int(most) - len(batches))
+        return batches + [data.IDLE] * (highest(len(batches), device) - len(batches))
 
     def held_out_loss() -> float | None:
         """Mean nats a trained token over the held-out rows, shared among the processes."""
@@ -346,14 +354,13 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     def prepared() -> Iterator[tuple]:
         """Of each step: its rows, the position after it, and what this process is to compute."""
         for rows, position in itertools.islice(data.steps(lengths, start=state["position"], **plan), total - step):
-            examples = [train[row] for row in rows]
-            yield rows, position, *pack(examples), sum(example.trained_tokens for example in examples)
+            yield rows, position, pack_step(rows), sum(trained_lengths[row] for row in rows)
 
     # The loop.
     profiler = closing.enter_context(profiled(args.profile, out, device)) if args.profile and rank == 0 else None
     first_step, started = step, time.perf_counter()
     ended, stopping = started, False
-    for rows, position, batches, computed_tokens, trained_tokens in data.ahead(prepared()):
+    for rows, position, batches, trained_tokens in data.ahead(prepared()):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, warmup, args)
@@ -361,14 +368,14 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         model.train()
         seed = hash_seed(args.seed, step)
         nats = torch.zeros((), device=device)
-        batches = passes(batches)
+        own_tokens, batches = sum(len(batch.tokens) for batch in batches), passes(batches)
         for i, batch in enumerate(batches):
             gradients.begin_pass(last=i == len(batches) - 1)
             loss = loss_sum(model, batch, seed) / trained_tokens
             loss.backward()
             nats += loss.detach()
-        shared = gradients.finish(torch.stack([nats, torch.full_like(nats, float(bool(stop_signal)))]))
-        loss, stopping, norm = torch.stack([*shared, total_norm(parameters)]).tolist()        # all is launched: now wait for the device
+        shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
+        loss, stopping, computed_tokens, norm = torch.stack([*shared, total_norm(parameters)]).tolist()        # now wait for the device
         if not (math.isfinite(loss) and norm <= args.max_grad_norm):       # a NaN fails both
             raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, seed, loss, norm, out))
         if args.clip and norm > args.clip:
@@ -381,7 +388,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         seconds, tokens_done = now - ended, sum(lengths[row] for row in rows)
         tflops = sum(flops(model, batch) for batch in batches) / seconds / 1e12
         record = {"step": step, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens_done,
-                  "computed_tokens": computed_tokens, "trained_tokens": trained_tokens, "seconds": seconds,
+                  "computed_tokens": round(computed_tokens), "trained_tokens": trained_tokens, "seconds": seconds,
                   "tokens_per_second": tokens_done / seconds, "trained_tokens_per_second": trained_tokens / seconds,
                   "data_wait": (began - ended) / seconds, "tflops": tflops, "mfu": utilization(tflops, device),
                   "peak_gib": peak_gib(device)}
@@ -442,20 +449,22 @@ def meet(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-def pin_sources(args: argparse.Namespace, rank: int, world: int) -> None:
-    """Give each name on the Hub in the flags its commit: a resumed run's own, or the one that the first process finds there now."""
+def pin_sources(args: argparse.Namespace, rank: int, world: int, restarts: int) -> None:
+    """Give each name on the Hub in the flags its commit: a resumed run's own, or the one that rank 0 finds there now."""
     def pin(sources: str | None) -> str | None:
         weighted = [data.parse_weight(source) for source in sources.split(",")] if sources else []
         return ",".join(hub.pin(name, "dataset") + (f"*{weight:g}" if weight != 1 else "") for name, weight in weighted) or None
 
     args.asked = [args.model, args.data, args.eval_data]
-    config = Path(args.out) / "config.json"
-    stored = checkpoint.read_json(config) if (args.resume or restarted(Path(args.out))) and config.exists() else {}
     pinned = [None] * 3
-    if stored.get("asked") == args.asked:
-        pinned = [stored["model"], stored["data"], stored["eval_data"]]
-    elif rank == 0:
-        pinned = [hub.pin(args.model, "model"), pin(args.data), pin(args.eval_data)]
+    if rank == 0:
+        out = Path(args.out)
+        resume = (args.resume and (out / "config.json").exists()) or restarted(out, restarts)
+        stored = checkpoint.read_json(out / "config.json") if resume else {}
+        if stored.get("asked") == args.asked:
+            pinned = [stored["model"], stored["data"], stored["eval_data"]]
+        else:
+            pinned = [hub.pin(args.model, "model"), pin(args.data), pin(args.eval_data)]
     if world > 1:
         dist.broadcast_object_list(pinned)
     args.model, args.data, args.eval_data = pinned
@@ -619,10 +628,9 @@ def launch() -> str:
     return given if given != "none" else f"process {os.getppid()} on {platform.node()}"
 
 
-def restarted(out: Path) -> bool:
+def restarted(out: Path, restarts: int) -> bool:
     """Whether torchrun began the run in this folder and starts its processes anew because one of them died."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (out / "config.json").exists()
-    return again and checkpoint.read_json(out / "config.json").get("launch") == launch()
+    return restarts > 0 and (out / "config.json").exists() and checkpoint.read_json(out / "config.json").get("launch") == launch()
 
 
 def same_for_all(step: int, rows: str, device: torch.device) -> int:

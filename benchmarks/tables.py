@@ -55,6 +55,8 @@ def tables() -> dict[str, str]:
         made["attention"] = attention_table(found["attention"])
     if "data" in found:
         made["data"] = data_table(found["data"])
+    if scaling := found.get("scaling", found.get("cpu_scaling")):
+        made["scaling"], made["dealt"] = scaling_table(scaling), dealt_table(scaling)
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
     if "faults" in found:
@@ -198,6 +200,37 @@ def data_table(r: dict) -> str:
         f"program and of each process that tokenizes, no file behind it; {r['machine']} shared with others (load "
         f"{r['load']:.0f}), Python {r['python']}, datasets {r['versions']['datasets']}, transformers "
         f"{r['versions']['transformers']}; `python benchmarks/data.py`"])
+def scaling_table(r: dict) -> str:
+    """Each way's speed by processes, against one process; and what sending during the backward pass hides."""
+    lines, hidden = [], []
+    by = {(one["model"], one["way"], one["processes"], one["scaling"]): one for one in r["measured"]}
+    for (model, way, processes, scaling), one in by.items():
+        alone = by[model, way.partition(" ")[0].strip(","), 1, "strong"]
+        speed, alone_speed = one["tokens"] / one["busy_seconds"], alone["tokens"] / alone["busy_seconds"]
+        waiting = "" if one["communication_seconds"] is None else f"{one['communication_seconds'] / one['seconds']:.0%}"
+        lines.append(f"| {model}, {way} | {processes} | {'' if processes == 1 else scaling} | {one['tokens']} | {speed:.0f} | "
+                     f"{speed / alone_speed / processes:.0%} | {waiting if processes > 1 else ''} | {one['bytes'] / 1e6:.0f} | "
+                     f"{one['largest_over_mean']:.2f} |")
+        if way == "full" and processes > 1:
+            late = by[model, "full, sent at the end", processes, scaling]["communication_seconds"]
+            hidden.append(f"{1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms ({model}, {processes}, {scaling})")
+    return "\n".join([
+        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | largest share |",
+        "|---|---|---|---|---|---|---|---|---|", *lines, "",
+        f"small: 33 M parameters. So few rows cannot be shared evenly, and efficiency is at most one over the largest share.  \n"
+        f"Hidden behind the backward pass: {'; '.join(hidden)}. By seconds of CPU: {r['load_average']:.0f} other programs ran at a time; "
+        f"communication as a share of a step by the clock. {r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
+        "`python benchmarks/scaling.py`"])
+
+
+def dealt_table(r: dict) -> str:
+    lines = [f"| {one['processes']} | {one['rows']} | {one['largest_over_mean']:.3f} | {one['computed']:.0%} | "
+             f"{one['without_teams']['computed']:.0%} | {one['seconds'] * 1e3:.0f} | {one['without_teams']['seconds'] * 1e3:.0f} |"
+             for one in r["dealt"]]
+    return "\n".join([
+        "| processes | rows a step | largest share / mean | tokens computed | … if one team | packing, ms | … if one team |",
+        "|---|---|---|---|---|---|---|", *lines, "",
+        f"{' + '.join(r['data'])}, 16,896 tokens a process while there are so many; milliseconds of CPU; `python benchmarks/scaling.py`"])
 
 
 def tokenizer_table(r: dict) -> str:

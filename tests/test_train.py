@@ -287,12 +287,11 @@ def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, 
 def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     checkpoint.write_json(tmp_path / "config.json", {"launch": train.launch()})
-    assert not train.restarted(tmp_path)                                            # its first start
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train.restarted(tmp_path) and not train.restarted(tmp_path / "new")
+    assert not train.restarted(tmp_path, 0)                                         # its first start
+    assert train.restarted(tmp_path, 1) and not train.restarted(tmp_path / "new", 1)
     for other in ("another", "none"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
-        assert not train.restarted(tmp_path)
+        assert not train.restarted(tmp_path, 1)
 
 
 def test_each_start_under_one_torchrun_has_keys_of_its_own(monkeypatch):
