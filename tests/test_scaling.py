@@ -81,7 +81,7 @@ def start(demo, out, rank, port, *more, restarts=0):
     flags = ["--model", demo / "model", "--data", demo / "rows.jsonl", "--out", out, "--device", "cpu", "--dtype", "fp32", "--batch-rows", 4,
              "--eval-rows", 0, "--eval-every", 0, "--eval-calls", 0, "--save-every", 1, "--lora-rank", 4, "--steps", 3, *more]
     env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-           "TORCHELASTIC_RESTART_COUNT": str(restarts), "TORCHELASTIC_RUN_ID": "one", "OMP_NUM_THREADS": "1"}
+           "TORCHELASTIC_RESTART_COUNT": str(restarts), "TORCHELASTIC_RUN_ID": "one", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
