@@ -374,6 +374,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             loss = loss_sum(model, batch, seed) / trained_tokens
             loss.backward()
             nats += loss.detach()
+        work = sum(flops(model, batch) for batch in batches)
         shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
         loss, stopping, computed_tokens, norm = torch.stack([*shared, total_norm(parameters)]).tolist()        # now wait for the device
         if not (math.isfinite(loss) and norm <= args.max_grad_norm):       # a NaN fails both
@@ -386,7 +387,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
         now = time.perf_counter()
         seconds, tokens_done = now - ended, sum(lengths[row] for row in rows)
-        tflops = sum(flops(model, batch) for batch in batches) / seconds / 1e12
+        tflops = work / seconds / 1e12
         record = {"step": step, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens_done,
                   "computed_tokens": round(computed_tokens), "trained_tokens": trained_tokens, "seconds": seconds,
                   "tokens_per_second": tokens_done / seconds, "trained_tokens_per_second": trained_tokens / seconds,

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "faults.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "faults.md", ROOT / "docs" / "scaling.md"]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
