@@ -327,9 +327,10 @@ def base_of(model: str | None, adapter: str | None) -> str:
     return f"{base}@{revision}" if revision and hub.parse(base) else base
 
 
-def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16", device: str = "cpu") -> tuple[Gemma3, Path]:
+def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16",
+               device: str | torch.device = "cpu") -> tuple[Gemma3, Path]:
     """What `--model` and `--adapter` name, merged into one model, and the folder with its tokenizer.  dtype: "bf16" or "fp32"."""
-    if device == "cuda" and not torch.cuda.is_available():
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
     folder = fetch_model(base_of(model, adapter))
     made = load_model(folder, torch.bfloat16 if dtype == "bf16" else torch.float32, device)

@@ -2,6 +2,7 @@
 
     python evaluate.py --model DIR --adapter runs/mine --data rows.jsonl --json result.json
     python evaluate.py --adapter runs/mine --data rows.jsonl --held-out 0.05      # only what train.py held out of them
+    torchrun --nproc-per-node 8 evaluate.py …                                     # the rows shared among eight processes
     python evaluate.py --report runs/mine                                         # runs/mine/report.html
 
 Two measures, beside each other. *Exact match*: the same calls, in any order, with equal names and arguments. *AST match*:
@@ -13,6 +14,7 @@ Source: the leaderboard's rules (gorilla.cs.berkeley.edu/leaderboard.html), writ
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -32,6 +34,7 @@ import data
 import report
 from data import Conversation
 from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
+from gradients import meet
 from model import Gemma3
 from tokenizer import Tokenizer, parse_calls
 
@@ -361,6 +364,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    rank, world, device = meet(args.device) if args.data is not None else (0, 1, torch.device(args.device))
+    if rank:                                             # answers its share of the rows, and is silent
+        with contextlib.redirect_stdout(None):
+            evaluate_files(args, (rank, world), device)
+        return 0
     out = Path(args.json) if args.json else None
     if out and out.is_dir():
         raise ValueError(f"{out} is a folder; --json names a file")
@@ -369,7 +379,7 @@ def main(args: argparse.Namespace) -> int:
         with tempfile.TemporaryFile(dir=out.parent):                     # better refused now than after the work
             pass
     if args.data is not None:
-        result = evaluate_files(args)
+        result = evaluate_files(args, (rank, world), device)
         if out:
             checkpoint.write_json(out, result)
     if args.report is not None:
@@ -378,8 +388,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate_files(args: argparse.Namespace) -> dict:
-    """Evaluate on `--data` and print the figures; returns them."""
+def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device: torch.device) -> dict:
+    """Evaluate on `--data`, a share of the rows in each of the processes, and print the figures; returns them."""
     skipped = data.Skipped() if args.skip_invalid else None
     system = checkpoint.system_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
     found = list(data.read_sources(args.data.split(","), skipped, system))
@@ -388,9 +398,9 @@ def evaluate_files(args: argparse.Namespace) -> dict:
         print(f"{count} rows skipped: {cause}; the first: {skipped.first[cause]}")
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
-    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
+    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, device)
     result = evaluate(model, checkpoint.load_tokenizer(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
-                      say=lambda text: print(text, flush=True))
+                      say=lambda text: print(text, flush=True), processes=processes)
     files = result.get("files", {})
     print(table({**(files if len(files) <= 6 else {}), "all": result}))
     for name, (low, high) in result["intervals"].items():

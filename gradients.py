@@ -12,7 +12,9 @@ gradient and of the optimizer's moments, and gathers a layer's weights when it c
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -22,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Gemma3
 
+TIMEOUT = timedelta(minutes=30)         # for the slowest process between two meetings, such as rank 0 building the token cache
 BUCKET = 8_000_000          # numbers sent together at least: large enough that latency does not count (32 MB of fp32)
 
 
@@ -92,6 +95,24 @@ class Sharded:
     def finish(self, extra: Tensor) -> Tensor:
         dist.all_reduce(extra)
         return extra
+
+
+def meet(kind: str) -> tuple[int, int, torch.device]:
+    """This process's rank, the number of processes, and its device of a kind ("cuda" or "cpu"), after joining the others.
+
+    torchrun keeps one store of addresses for all its starts, so each start gets keys of its own; else a process may read there
+    where one that died could be reached. Several machines count restarts each for itself, and so agree on no such name.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if world > 1:
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else 0}", store)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    return rank, world, device
 
 
 def whole(tensor: Tensor) -> Tensor:

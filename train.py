@@ -25,7 +25,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ import report
 import survey
 import token_cache
 from evaluate import evaluate, table
-from gradients import Sharded, Summed, highest, total_norm
+from gradients import Sharded, Summed, highest, meet, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from loss_kernels import linear_cross_entropy
 from model import Gemma3
@@ -175,15 +174,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
-    if world > 1:
-        meet("nccl" if args.device == "cuda" else "gloo", timedelta(minutes=30))
-    if args.device == "cuda":
-        torch.cuda.set_device(device)
+    rank, world, device = meet(args.device)
     say = print if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
-
     restarts = highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device)               # each machine counts its own
 
     # Rows → examples, some of them held out.
@@ -436,18 +429,6 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of `main`, in its order
-
-
-def meet(backend: str, timeout: timedelta) -> None:
-    """Join the other processes.
-
-    torchrun keeps one store of addresses for all its starts, so each start gets keys of its own; else a process may read there
-    where one that died could be reached. Several machines count restarts each for itself, and so agree on no such name.
-    """
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
-    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else 0}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def pin_sources(args: argparse.Namespace, rank: int, world: int, restarts: int) -> None:

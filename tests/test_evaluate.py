@@ -1,7 +1,10 @@
 """What counts as a right call, why an answer is none, and the figures over many."""
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +312,15 @@ def test_the_rows_held_out_are_those_that_training_leaves_out(demo, tmp_path, ca
     module.main(module.parse_args(["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--held-out", "0.1", "--max-new-tokens",
                                    "1", "--json", str(tmp_path / "result.json")]))
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == held_out
+
+
+def test_several_processes_share_the_rows_and_find_what_one_finds(demo, tmp_path):
+    flags = ["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--limit", "5", "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "8"]
+    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
+    assert module.main(module.parse_args([*flags, "--json", str(alone)])) == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(module.__file__)), *flags,
+                           "--json", str(together)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("exact match") == 1, done.stderr
+    mine, theirs = (json.loads(path.read_text()) for path in (alone, together))
+    assert len(mine["answers"]) == 5 and mine["answers"] == theirs["answers"]
+    assert all(mine[key] == theirs[key] for key in ("exact_match", "causes", "generated_tokens", "prompt_tokens"))
