@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
 
     add("--checkpoint-activations", action="store_true", help="keep only what enters each layer and compute the layer again in the "
-        "backward pass: half the memory, a quarter more time")
+        "backward pass: half the memory or less, a third more arithmetic")
     add("--share-beginnings", action=argparse.BooleanOptionalAction, default=True, help="compute a beginning that rows of a step have in "
         "common, such as the same tools, once for all of them (changes speed, not the result)")
 
