@@ -19,6 +19,7 @@ import numpy as np
 import data
 from data import Conversation, Example
 from tokenizer import Tokenizer
+from tokenizer.chat import SCHEMA_KEYS
 
 # asked, whole: hashes of what the model is told before its first answer, and of the whole row; the next three are counts.
 SEEN = np.dtype([("tokens", "<i8"), ("trained", "<i8"), ("asked", "<u8"), ("whole", "<u8"), ("tools", "<i4"), ("calls", "<i4"),
@@ -119,7 +120,7 @@ def histogram(lengths: np.ndarray) -> dict:
 
 REMARKS = {"duplicates": "say just what an earlier row says", "conflicts": "ask what an earlier row asks and are answered otherwise",
            "text": "are answered by a text, without a call", "silent": "want silence, neither a call nor a text",
-           "hidden_parameters": "have a parameter that the official template leaves undeclared",
+           "hidden_parameters": f"have a parameter named {', '.join(sorted(SCHEMA_KEYS))}, which the official template leaves undeclared",
            "unknown_types": "have a type that is not known and becomes string"}
 
 

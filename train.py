@@ -45,7 +45,6 @@ from loss_kernels import linear_cross_entropy
 from model import Gemma3
 from token_cache import Tokens
 from tokenizer import Tokenizer
-from tokenizer.chat import SCHEMA_KEYS
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -481,8 +480,6 @@ def read_examples(args: argparse.Namespace, model_folder: Path, tokenizer: Token
         + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))
     for cause, entry in rows.skipped.items():
         say(f"data   {entry['rows']} rows skipped: {cause}; the first: {entry['first']}")
-    if hidden := int(rows.column("hidden_parameters").sum()):
-        say(f"data   {hidden} rows have a parameter that the official template leaves undeclared (named {', '.join(sorted(SCHEMA_KEYS))})")
     found = train.figures(tokenizer, args.max_tokens)
     train, held_out = (without_long(examples, args.max_tokens, name, say) for name, examples in
                        (("training", train), ("held-out", held_out.take(np.arange(min(evaluated, len(held_out)))))))

@@ -95,7 +95,7 @@ def worker(args: argparse.Namespace) -> None:
 
     ours = train.parse_args(flags(args, args.steps, Path(args.folder), "theirs"))
     folder = fetch_model(args.model)
-    examples, held_out = train.read_examples(ours, folder, Tokenizer.load(folder), lambda *_: None)
+    examples, held_out, _ = train.read_examples(ours, folder, Tokenizer.load(folder), lambda *_: None)
 
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device)
     model = base if args.full else PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)
