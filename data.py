@@ -30,7 +30,6 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -877,16 +876,6 @@ def _begin_alike(a: Example, b: Example) -> int:
     differ = a.ids[:most] != b.ids[:most] if most > 0 else np.array([True])
     alike = int(differ.argmax()) if differ.any() else most
     return alike if alike >= SHORTEST_BEGINNING else 0
-
-
-def ahead(items: Iterator) -> Iterator:
-    """The same items, the next one always made in a thread of its own while one is in use."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item
 
 
 def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -351,9 +351,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     # The loop.
     profiler = closing.enter_context(profiled(args.profile, out, device)) if args.profile and rank == 0 else None
     first_step, started = step, time.perf_counter()
-    ended, stopping = started, False
-    for rows, position, batches, trained_tokens in data.ahead(prepared()):
-        began = time.perf_counter()
+    coming, ended, stopping = prepared(), started, False
+    upcoming = next(coming, None)
+    while upcoming:
+        rows, position, batches, trained_tokens = upcoming
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, warmup, args)
 
@@ -368,7 +369,11 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             nats += loss.detach()
         work = sum(flops(model, batch) for batch in batches)
         shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
-        loss, stopping, computed_tokens, norm = torch.stack([*shared, total_norm(parameters)]).tolist()        # now wait for the device
+        result = torch.stack([*shared, total_norm(parameters)])
+        packing = time.perf_counter()
+        upcoming = next(coming, None)                                      # made while a GPU still works on what was launched
+        packing = time.perf_counter() - packing
+        loss, stopping, computed_tokens, norm = result.tolist()            # now wait for it
         if not (math.isfinite(loss) and norm <= args.max_grad_norm):       # a NaN fails both
             raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, seed, loss, norm, out))
         if args.clip and norm > args.clip:
@@ -383,7 +388,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         record = {"step": step, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens_done,
                   "computed_tokens": round(computed_tokens), "trained_tokens": trained_tokens, "seconds": seconds,
                   "tokens_per_second": tokens_done / seconds, "trained_tokens_per_second": trained_tokens / seconds,
-                  "data_wait": (began - ended) / seconds, "tflops": tflops, "mfu": utilization(tflops, device),
+                  "data_wait": packing / seconds, "tflops": tflops, "mfu": utilization(tflops, device),
                   "peak_gib": peak_gib(device)}
         write(log, record)
         if step == total or stopping or (args.log_every and (step == 1 or step % args.log_every == 0)):

@@ -10,7 +10,7 @@ import torch
 
 import data
 import hub
-from data import Example, RowError, ahead, deal, json_type, pack, parse_row, query_hash, read_rows, steps, tokens_of
+from data import Example, RowError, deal, json_type, pack, parse_row, query_hash, read_rows, steps, tokens_of
 from loss_kernels import IGNORE
 from tokenizer import Tokenizer, render
 
@@ -689,21 +689,3 @@ def test_a_beginning_that_all_rows_share_is_computed_once_a_process(generator):
 
 def test_fewer_rows_than_processes_leave_some_without_work():
     assert sorted(lengths_of(deal(examples(100, 60), 5))) == [0, 0, 0, 60, 100]
-
-
-def test_items_are_made_ahead_in_order_and_an_error_comes_in_its_place():
-    import threading
-    made = []
-
-    def items():
-        for i in range(3):
-            made.append((i, threading.current_thread() is threading.main_thread()))
-            yield i
-        raise ValueError("the fourth")
-
-    taken = []
-    with pytest.raises(ValueError, match="the fourth"):
-        for item in ahead(items()):
-            taken.append(item)
-    assert taken == [0, 1, 2] and made == [(0, False), (1, False), (2, False)]
-    assert next(iter(ahead(iter([7])))) == 7                        # left early: nothing hangs
