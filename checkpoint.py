@@ -49,9 +49,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: could not be written ({error}); make room or mend the folder") from None
     finally:
@@ -67,7 +67,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -78,7 +78,13 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def _flush(path: Path) -> None:
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,6 +131,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error})") from None
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a `--device` that is not here."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
 
 
 def device_name(device: torch.device) -> str:
@@ -330,8 +342,7 @@ def base_of(model: str | None, adapter: str | None) -> str:
 def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16",
                device: str | torch.device = "cpu") -> tuple[Gemma3, Path]:
     """What `--model` and `--adapter` name, merged into one model, and the folder with its tokenizer.  dtype: "bf16" or "fp32"."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    check_device(str(device))
     folder = fetch_model(base_of(model, adapter))
     made = load_model(folder, torch.bfloat16 if dtype == "bf16" else torch.float32, device)
     if adapter:
@@ -424,8 +435,7 @@ def _hash(state: dict) -> str:
 
 
 def _fingerprint(file: Path) -> dict:
-    with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -442,8 +452,8 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    whole = (path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").exists())
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
+    found = (path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").exists())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_last(folder: Path, say: Callable[[str], None] = print) -> Path | None:

@@ -364,8 +364,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    checkpoint.check_device(args.device)
     rank, world, device = meet(args.device) if args.data is not None else (0, 1, torch.device(args.device))
     if rank:                                             # answers its share of the rows, and is silent
         with contextlib.redirect_stdout(None):

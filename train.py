@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,8 +149,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--epochs must be more than 0")
     if args.eval_fraction >= 1:
         parser.error("--eval-fraction is a share of the queries, less than 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+    try:
+        checkpoint.check_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     if args.full and args.kernels == "triton":
         parser.error("--kernels is about adapters' linears, and --full has none")
     if args.shard and not (args.full and int(os.environ.get("WORLD_SIZE", 1)) > 1):
@@ -539,10 +542,11 @@ def flops(model: Gemma3, batch: data.Batch) -> float:
     D, F, N, K, H = config.hidden_size, config.intermediate_size, *config.heads
     after_attention = D * (N * H + 3 * F)                                       # weights of o, gate, up and down
     frozen_or_full = 2 * (3 if full else 2)                                     # forward, dX, and dW where it is wanted
-    layers = config.num_hidden_layers * tokens * (D * (N + 2 * K) * H + after_attention) - (tokens - rows) * after_attention
+    linears = config.num_hidden_layers * tokens * (D * (N + 2 * K) * H + after_attention) - (tokens - rows) * after_attention
     adapters = 0 if full else 6 * tokens * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seen = sum(int((batch.positions + 1).clamp(max=window or sys.maxsize).sum()) for window in config.windows)
-    return frozen_or_full * (layers + rows * config.vocab_size * D) + adapters + 12 * N * H * seen
+    seen = sum(layers * int((batch.positions + 1).clamp(max=window or sys.maxsize).sum())
+               for window, layers in Counter(config.windows).items())
+    return frozen_or_full * (linears + rows * config.vocab_size * D) + adapters + 12 * N * H * seen
 
 
 def utilization(tflops: float, device: torch.device) -> float | None:

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from clock import Clock  # noqa: E402
+from tables import add_result_flags, keep_result  # noqa: E402
 
 from attention_kernels import attention, attention_reference, plan, tables, tile  # noqa: E402
 from checkpoint import device_name  # noqa: E402
@@ -163,7 +164,6 @@ def main(args: argparse.Namespace) -> None:
     print(json.dumps(result), flush=True)
     generator = torch.Generator(device).manual_seed(0)
     given = [torch.randn(sum(lengths), n, heads[2], generator=generator, device=device).to(dtype) for n in (*heads[:2], heads[1], heads[0])]
-    folder = Path(args.out) if args.out else ROOT / "benchmarks" / "results" if args.save else None
     for window in (8 if args.tiny else 512, None):
         case = Case(lengths, window, heads, dtype, device)
         tiles = tile(lengths, window, torch.float64, device)
@@ -176,9 +176,7 @@ def main(args: argparse.Namespace) -> None:
             except Exception as error:                          # what cannot run here is recorded, and the others go on
                 made[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             print(f"window {window or 'full':>5} {name:14}", line(made[name]), flush=True)
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{'' if clock.cuda else 'cpu_'}attention.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        keep_result(result, "attention", device, args)
 
 
 def line(made: dict) -> str:
@@ -193,6 +191,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=16_896)
     parser.add_argument("--tiny", action="store_true", help="30 tokens and small heads in fp32, to see that everything runs")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/attention.json (cpu_attention.json without a GPU)")
-    parser.add_argument("--out", help="write it to this folder instead")
+    add_result_flags(parser)
     main(parser.parse_args())

@@ -38,8 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from clock import Clock  # noqa: E402
+from tables import add_result_flags, keep_result  # noqa: E402
 
 import lora_kernels as kernels  # noqa: E402
+from checkpoint import device_name  # noqa: E402
 from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope  # noqa: E402
 from lora_kernels import BY_PYTORCH, BY_TRITON, Adapted, Choice, lora_linear_reference, lora_linears, lora_mlp  # noqa: E402
 from triton_support import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
@@ -366,11 +368,10 @@ def main(args: argparse.Namespace) -> None:
     device, dtype, sizes = torch.device(args.device), DTYPES[args.dtype], args.rows.split(",")
     clock = Clock(device, args.milliseconds / 1e3)
     peaks = clock.ceilings(device, dtype)
-    result = {"device": torch.cuda.get_device_name(device) if clock.cuda else f"CPU ({torch.get_num_threads()} threads)",
+    result = {"device": device_name(device),
               "versions": {"torch": torch.__version__, "triton": getattr(triton, "__version__", None), "python": platform.python_version()},
               "dtype": args.dtype, "rank": args.rank, "peak_tflops": peaks[0] / 1e9, "peak_gb_a_second": peaks[1] / 1e6, "rows": {}}
     print(json.dumps(result), flush=True)
-    folder = Path(args.out) if args.out else ROOT / "benchmarks" / "results" if args.save else None
     for M in sizes:
         result["rows"][M] = {name: {} for name in GROUPS}
         for name, group in (TINY if args.tiny else GROUPS).items():
@@ -389,9 +390,7 @@ def main(args: argparse.Namespace) -> None:
                     made = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
                 result["rows"][M][name][way] = made
                 print(f"{M:>6} {name:8} {way:24}", line(made), flush=True)
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{'' if clock.cuda else 'cpu_'}lora.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            keep_result(result, "lora", device, args)
     print(summary(sizes[0], result["rows"][sizes[0]]))
 
 
@@ -423,6 +422,5 @@ if __name__ == "__main__":
     parser.add_argument("--compile-rows", default="16896", help="the M for which torch.compile is tried")
     parser.add_argument("--milliseconds", type=float, default=50, help="at least so long for each figure")
     parser.add_argument("--tiny", action="store_true", help="small linears, to see that everything runs")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/lora.json (cpu_lora.json without a GPU)")
-    parser.add_argument("--out", help="write it to this folder instead")
+    add_result_flags(parser)
     main(parser.parse_args())

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from step import rows as random_rows  # noqa: E402
+from tables import add_result_flags, keep_result  # noqa: E402
 
 import data  # noqa: E402
 from checkpoint import device_name, load_model  # noqa: E402
@@ -189,15 +190,11 @@ def main(args: argparse.Namespace) -> None:
         examples = [data.tokenize(row, tokenizer) for row in data.read_sources(args.data.split(","))]
     else:
         examples = random_rows(args.tokens * 2 * max(counts), 400, 0)
-    folder = Path(args.out) if args.out else ROOT / "benchmarks" / "results" if args.save else None
 
     def keep(part: str, made: dict, line: str) -> None:
         result[part].append(made)
         print(line, flush=True)
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / ("scaling.json" if device.type == "cuda" else "cpu_scaling.json")
-            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        keep_result(result, "scaling", device, args)
 
     for processes in (2, 8, 16, 32, 64, 128, 256, 1024) if args.data else ():
         made = dealt(examples, processes)
@@ -221,6 +218,5 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=2_048, help="of a step; of weak scaling, of a process")
     parser.add_argument("--steps", type=int, default=5, help="measured ones, after one that warms up")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that everything runs")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/scaling.json (cpu_scaling.json without a GPU)")
-    parser.add_argument("--out", help="write it to this folder instead")
+    add_result_flags(parser)
     main(parser.parse_args())

@@ -10,7 +10,6 @@ batch sizes; what is not installed is named. Rows are as long as xLAM's (400 tok
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from cpu_vs_peft import padded  # noqa: E402
+from tables import add_result_flags, keep_result  # noqa: E402
 
 import attention_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
@@ -153,17 +153,13 @@ def main(args: argparse.Namespace) -> None:
     config = tiny if args.tiny else GemmaConfig()
     result = {"device": device_name(device), "versions": {"torch": torch.__version__, "python": platform.python_version()},
               "steps": args.steps, "tokens": args.tokens, "ladder": {}, "sizes": {}, "peers": {}}
-    folder = Path(args.out) if args.out else ROOT / "benchmarks" / "results" if args.save else None
 
     def keep(part: str, name: str, made: dict) -> None:
         result[part][name] = made
         print(f"{part:7} {name:44}", made.get("failed") or (
             f"{made['tokens_per_second']:9.0f} tok/s {made['seconds'] * 1e3:8.1f} ms {made['peak_gib']:6.2f} GiB, "
             f"loss {made['losses'][0]:.3f} → {made['losses'][-1]:.3f}"), flush=True)
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / ("step.json" if device.type == "cuda" else "cpu_step.json")
-            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        keep_result(result, "step", device, args)
 
     for name, (kernels, lora) in LADDER.items():
         keep("ladder", name, attempt(partial(ours, config, args, args.tokens, False, kernels, lora), device))
@@ -188,6 +184,5 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=16_896, help="of a step")
     parser.add_argument("--steps", type=int, default=20, help="measured ones, after up to ten that warm up")
     parser.add_argument("--tiny", action="store_true", help="a small model and no peers, to see that everything runs")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step.json (cpu_step.json without a GPU)")
-    parser.add_argument("--out", help="write it to this folder instead")
+    add_result_flags(parser)
     main(parser.parse_args())

@@ -5,15 +5,33 @@
 """
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "faults.md", ROOT / "docs" / "scaling.md"]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def add_result_flags(parser: argparse.ArgumentParser) -> None:
+    """--save and --out of a benchmark, for `keep_result`."""
+    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results, those of a CPU under cpu_…")
+    parser.add_argument("--out", help="write them to this folder instead")
+
+
+def keep_result(result: dict, name: str, device: torch.device, args: argparse.Namespace) -> None:
+    """Write a benchmark's figures, or those it has so far, where --save and --out want them."""
+    if args.out or args.save:
+        folder = Path(args.out or RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{'' if device.type == 'cuda' else 'cpu_'}{name}.json"
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def summarise(run: Path) -> dict:

@@ -2,8 +2,10 @@
 import importlib.util
 import inspect
 import os
+import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,8 +19,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device")
 INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device")])
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="SKIPPED: no CUDA device"))
+GPU = pytest.param("cuda", marks=NEEDS_GPU)
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """The module in a file that stands in no folder of modules."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def torchrun(processes: int, program: str, *arguments, **more) -> subprocess.CompletedProcess:
+    """The end of a program of ours that torchrun started in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, ROOT / program, *arguments]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **more)
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +85,6 @@ def mutant(tmp_path, monkeypatch):
         assert source.count(sound) == 1, sound
         path = tmp_path / "mutant.py"
         path.write_text(source.replace(sound, broken), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(f"{module.__name__}_mutant", path)
-        made = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, made)
-        spec.loader.exec_module(made)
-        return made
+        monkeypatch.setitem(sys.modules, name := f"{module.__name__}_mutant", None)         # and taken out again
+        return load(path, name)
     return make

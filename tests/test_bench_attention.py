@@ -1,5 +1,4 @@
 """benchmarks/attention.py: it runs from end to end where there is no GPU, and does not time what is wrong."""
-import importlib.util
 import json
 import os
 import subprocess
@@ -7,17 +6,14 @@ import sys
 
 import pytest
 import torch
-from conftest import INTERPRETED, ROOT
+from conftest import INTERPRETED, ROOT, load
 
 PROGRAM = ROOT / "benchmarks" / "attention.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_attention", PROGRAM)
-    module = sys.modules["bench_attention"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(PROGRAM, "bench_attention")
 
 
 @pytest.fixture

@@ -1,28 +1,23 @@
 """benchmarks/lora.py: it runs from end to end where there is no GPU, and does not time what is wrong."""
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import INTERPRETED, ROOT, load
 
-from triton_support import can_run, triton
+from triton_support import triton
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 PROGRAM = ROOT / "benchmarks" / "lora.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_lora", PROGRAM)
-    module = sys.modules["bench_lora"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(PROGRAM, "bench_lora")
 
 
 @pytest.mark.skipif(triton is None, reason="no Triton for this platform")
@@ -54,7 +49,8 @@ def test_a_way_that_is_wrong_is_not_timed(bench):
     assert keys(lambda x, weight, a, b: bench.unfused(x, weight, a, b + (b.detach() - b) / 2)) == {"wrong"}          # half of dB
 
 
-@pytest.mark.skipif(not can_run(CPU), reason="the kernels are interpreted where there is no CUDA device")
+@pytest.mark.skipif(triton is None, reason="no Triton for this platform")
+@INTERPRETED
 @pytest.mark.parametrize("tile", range(4))
 def test_the_kernel_we_compare_with_is_right_in_each_configuration(tile, bench, monkeypatch, generator):
     sizes = {name: size for name, size in bench.TILES[tile].items() if name.isupper()}

@@ -662,7 +662,7 @@ def test_columns_of_other_names_do_not_make_a_row_the_leaderboard_s():
     assert parse_row(row, "x:1").calls == row["answers"]
 
 
-# Dealt among processes, made ahead
+# Dealt among processes
 
 
 def lengths_of(deal):

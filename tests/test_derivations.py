@@ -1,6 +1,5 @@
 """docs/derivations.md: its formulas and its code are run and compared with autograd in float64, its figures with its tables."""
 import contextlib
-import importlib.util
 import io
 import math
 import re
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRETED, ROOT
+from conftest import INTERPRETED, ROOT, load
 
 from attention_kernels import tables
 from geglu_kernels import geglu
@@ -75,9 +74,7 @@ def test_the_forward_kernel_of_the_lesson_computes_y_and_s(tmp_path):
     [code] = [code for _, code in BLOCKS if "@triton.jit" in code]
     path = tmp_path / "lesson.py"
     path.write_text("import triton\nimport triton.language as tl\n" + code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("lesson", path)
-    lesson = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lesson)
+    lesson = load(path, "lesson")
     x, w, a, b = (t.detach().float() for t in draw((64, 32), (48, 32), (16, 32), (48, 16)))
     y, s = x.new_empty(64, 48), x.new_empty(64, 16)
     lesson.forward[(2 * 3,)](x, w, a, b, y, s, 0.5, 32, 48, 16, 32, 16, 16)

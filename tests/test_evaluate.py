@@ -1,13 +1,11 @@
 """What counts as a right call, why an answer is none, and the figures over many."""
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import torchrun
 
 import evaluate as module
 import train
@@ -318,8 +316,7 @@ def test_several_processes_share_the_rows_and_find_what_one_finds(demo, tmp_path
     flags = ["--model", str(demo / "model"), "--data", str(demo / "rows.jsonl"), "--limit", "5", "--device", "cpu", "--dtype", "fp32", "--max-new-tokens", "8"]
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
     assert module.main(module.parse_args([*flags, "--json", str(alone)])) == 0
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(module.__file__)), *flags,
-                           "--json", str(together)], capture_output=True, text=True, timeout=200)
+    done = torchrun(2, "evaluate.py", *flags, "--json", together)
     assert done.returncode == 0 and done.stdout.count("exact match") == 1, done.stderr
     mine, theirs = (json.loads(path.read_text()) for path in (alone, together))
     assert len(mine["answers"]) == 5 and mine["answers"] == theirs["answers"]

@@ -1,10 +1,10 @@
 """geglu_kernels.py: the gate's gradient, and the functions that kernels end in, against PyTorch."""
-import pytest
 import torch
 import torch.nn.functional as F
+from conftest import INTERPRETED
 
 from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope
-from triton_support import INTERPRETED, jit, tl
+from triton_support import jit, tl
 
 
 def test_geglus_gradient_is_autograds(generator):
@@ -22,7 +22,7 @@ def _apply(x, value, slope):
     tl.store(slope + places, gelu_slope(tl.load(x + places)))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="interpreted")
+@INTERPRETED
 def test_the_kernels_gelu_and_its_slope_are_pytorchs():
     x = torch.linspace(-30, 30, 256, dtype=torch.float32, requires_grad=True)
     value, slope = torch.empty(256), torch.empty(256)

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import INTERPRETED
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import lora
@@ -96,7 +97,7 @@ def test_every_operation_of_a_model_can_be_chosen(demo, monkeypatch):
         False, True, False, True]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no CUDA device")
+@INTERPRETED
 def test_a_cpu_computes_by_pytorch_unless_told_otherwise(demo, monkeypatch):
     model = wrapped(demo)
     assert choose_kernels(model, "auto", 64) == [] and model.model.layers[0].self_attn.choice == BY_PYTORCH

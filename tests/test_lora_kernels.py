@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CUDA, GPU, INTERPRETER
+from conftest import GPU, INTERPRETED, INTERPRETER
 
 import lora_kernels
 from lora_kernels import (
@@ -161,7 +161,7 @@ def test_a_zeroed_halved_or_flipped_gradient_is_caught(broken, generator):
         assert faults(function, reference_linears, *operands) == [broken]
 
 
-@pytest.mark.skipif(CUDA, reason="the mutants are interpreted")
+@INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
     ("narrow = (narrow * scale).to(dtype)", "narrow = narrow.to(dtype)", {"y0", "db0"}),
     ("narrow = (narrow * scale).to(dy.dtype.element_ty)", "narrow = narrow.to(dy.dtype.element_ty)", {"dx", "da0"}),
@@ -206,7 +206,7 @@ def test_gradcheck(function, share, generator):
                                                                         enumerate(linears)], dropouts), (x, *adapters))
 
 
-@pytest.mark.skipif(CUDA, reason="interpreted")
+@INTERPRETED
 def test_the_kernels_gradients_are_the_differences_of_their_outputs():
     """In fp32, so by wide central differences of a random sum of the outputs."""
     x, linears = tiny(FP32)
@@ -263,7 +263,7 @@ def test_with_dropout_the_mlp_is_as_accurate_as_the_reference(case, device, dtyp
                   *mlp_operands(M, D, F, R, generator, dtype, device)) == []
 
 
-@pytest.mark.skipif(CUDA, reason="the mutants are interpreted")
+@INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
     ("feature_numbers[None, :] < least", "feature_numbers[None, :] > least", {"y0", "y1", "dx", "da0", "da1", "db0"}),
     ("load_tile(features + i + ins, inside, EVEN_I)", "load_tile(features + ins, ins < I, EVEN_I)", {"y0", "db1"}),

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, torchrun
 
 import data
 import token_cache
 import train
 from data import RowError
 from tokenizer import Tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +241,7 @@ def test_of_processes_that_start_at_once_one_builds_and_all_read(demo, read, tmp
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path, number):
-    (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 8)
+    (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 32)
     code = ("import sys, token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
             "token_cache.read_sources([sys.argv[2]], model, Tokenizer.load(model), Path(sys.argv[3]), 9, False)")
     process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT,
@@ -262,18 +261,16 @@ def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.05)
     assert not folders(tmp_path / "tokens")
-    assert len(read(tmp_path / "large.jsonl")) == 4800 and not list((tmp_path / "tokens").glob(".*.tmp"))
+    assert len(read(tmp_path / "large.jsonl")) == 19_200 and not list((tmp_path / "tokens").glob(".*.tmp"))
 
 
 def test_ranks_that_start_at_once_on_rows_worth_several_processes_train_and_build_once(demo, tmp_path):
     """With the start in large pages, which replaces the process, and torch.distributed's threads after the fork."""
     (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 4)
     assert (tmp_path / "large.jsonl").stat().st_size > 2 * token_cache.BYTES_A_PROCESS
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"),
-               "--model", str(demo / "model"), "--data", str(tmp_path / "large.jsonl"), "--data-cache", str(tmp_path / "tokens"),
-               "--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "1", "--eval-rows", "3", "--eval-calls", "0"]
     environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = torchrun(2, "train.py", "--model", demo / "model", "--data", tmp_path / "large.jsonl", "--data-cache", tmp_path / "tokens",
+                    "--out", tmp_path / "run", "--device", "cpu", "--steps", 1, "--eval-rows", 3, "--eval-calls", 0, env=environment)
     assert done.returncode == 0, done.stderr
     assert "step     1/1 | loss" in done.stdout and len(folders(tmp_path / "tokens")) == 1
     assert not list((tmp_path / "tokens").glob(".*.tmp"))

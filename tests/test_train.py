@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import INTERPRETED, ROOT, torchrun
 
 import checkpoint
 import data
@@ -20,7 +21,6 @@ import train
 from loss_kernels import linear_cross_entropy
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "trained_tokens", "seconds", "tokens_per_second", "trained_tokens_per_second",
           "data_wait", "tflops", "mfu", "peak_gib"}
 
@@ -150,18 +150,13 @@ def test_dropout_is_drawn_anew_each_step_and_makes_a_difference_to_the_losses(de
     assert once[1:] != pytest.approx(never[1:], rel=1e-4)               # far more than the losses above may differ
 
 
-def torchrun(processes, *arguments, **more):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                           str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=300, **more)
-
-
 @pytest.mark.parametrize("mode, processes", [(LORA, 2), (FULL, 2), ((*FULL, "--shard"), 2), (FULL, 3)],
                          ids=["lora", "full", "shard", "three-with-nothing-for-one"])
 def test_several_processes_give_the_losses_answers_and_model_of_one(demo, tmp_path, mode, processes):
     rows = ("--batch-rows", 2) if processes == 3 else ()
     more = (*rows, "--steps", 5, "--micro-tokens", 200, "--eval-calls", 3, "--eval-every", 3)
     run(demo, tmp_path / "one", *(flag for flag in mode if flag != "--shard"), *more)
-    done = torchrun(processes, *flags(demo, tmp_path / "some", *mode, *more))
+    done = torchrun(processes, "train.py", *flags(demo, tmp_path / "some", *mode, *more))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step     5/5 | loss") == 1                         # rank 0 alone prints
     one, some = log(tmp_path / "one"), log(tmp_path / "some")
@@ -177,7 +172,7 @@ def test_several_processes_give_the_losses_answers_and_model_of_one(demo, tmp_pa
 
 
 def test_a_fault_that_all_processes_meet_is_told_once_and_one_of_a_rank_names_it(demo, tmp_path):
-    done = torchrun(2, *flags(demo, tmp_path / "run"), "--data", "nowhere.jsonl")
+    done = torchrun(2, "train.py", *flags(demo, tmp_path / "run"), "--data", "nowhere.jsonl")
     assert done.returncode != 0 and done.stderr.count("nowhere.jsonl: no such file") == 1 and "train.py: rank 0: nowhere" in done.stderr
 
 
@@ -237,7 +232,7 @@ def test_a_run_goes_on_in_other_processes_and_cut_otherwise_to_the_same_losses(d
     run(demo, tmp_path / "run", *more)
     whole = losses(tmp_path / "run")
     shutil.rmtree(checkpoint.find_checkpoints(tmp_path / "run")[-1])
-    done = torchrun(2, *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-beginnings"))
+    done = torchrun(2, "train.py", *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-beginnings"))
     assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
 
@@ -507,7 +502,7 @@ def test_on_a_cpu_the_program_starts_again_with_memory_it_keeps(demo, tmp_path):
 # Kernels
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted where there is no CUDA device")
+@INTERPRETED
 @pytest.mark.parametrize("flags", [LORA, ("--lora-targets", "q_proj,up_proj", "--lora-rank", 3)], ids=["all", "some"])
 def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_path, flags):
     for kernels in ("torch", "triton"):
