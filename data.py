@@ -71,11 +71,14 @@ TOO_DEEP = f"objects and lists stand more than {MAX_NESTING} deep in one another
 
 ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")         # as datasets on the Hub call their files and folders
+
 # So many rows may wait for a step of --batch-tokens with room for them; on real rows 32 leave 0.5 % of the tokens empty.
 MOST_WAITING = 32
 
 # Tools that are remembered, some 10 KB each; xLAM's 60,000 rows have 3,605 different ones.
 MOST_TOOLS = 8192
+LONGEST_TOOLS = 1 << 14         # characters of a row's tools that are remembered as a whole
+
 # At most so many processes share out rows among themselves; larger teams save few tokens more and take longer (docs/scaling.md).
 TEAM = 16
 
@@ -86,6 +89,11 @@ class RowError(ValueError):
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+def placed(error: RowError, source: str) -> RowError:
+    """The error of a row, with its place and the remedy."""
+    return RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid")
 
 
 class Skipped(Counter):
@@ -105,6 +113,25 @@ class Tool(dict):
 
     renders = False                                                     # the template takes it
     encoded: tuple[Tokenizer, np.ndarray] | None = None                 # its declaration's ids, and whose they are
+
+    @functools.cached_property
+    def hides_parameters(self) -> bool:
+        """Whether a parameter's name is one that the official template leaves out of the declaration ("type", for one)."""
+        return not SCHEMA_KEYS.isdisjoint(self["function"]["parameters"].get("properties") or ())
+
+    @functools.cached_property
+    def unknown_types(self) -> list[str]:
+        """The types that became string because none is known for them, as the row writes them."""
+        schemas = [self["function"]["parameters"]]
+        for schema in schemas:                                # grows by what it holds
+            parts = schema["properties"].values() if isinstance(schema.get("properties"), dict) else ()
+            schemas += [part for part in (*parts, schema.get("items")) if isinstance(part, dict)]
+        return [schema["type"].word for schema in schemas if isinstance(schema.get("type"), UnknownType)]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Equal for tools that say the same, whatever the order of their keys."""
+        return hashlib.blake2b(json.dumps(self, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -135,17 +162,11 @@ class Conversation:
 
     @property
     def hidden_parameters(self) -> bool:
-        """Whether a parameter's name is one that the official template leaves out of its declaration ("type", for one)."""
-        return any(SCHEMA_KEYS & set(tool["function"]["parameters"].get("properties") or ()) for tool in self.tools)
+        return any(tool.hides_parameters for tool in self.tools)
 
     @property
     def unknown_types(self) -> list[str]:
-        """The types that became string because none is known for them, as the row writes them."""
-        schemas = [tool["function"]["parameters"] for tool in self.tools]
-        for schema in schemas:                                # grows by what it holds
-            parts = schema["properties"].values() if isinstance(schema.get("properties"), dict) else ()
-            schemas += [part for part in (*parts, schema.get("items")) if isinstance(part, dict)]
-        return [schema["type"].word for schema in schemas if isinstance(schema.get("type"), UnknownType)]
+        return [word for tool in self.tools for word in tool.unknown_types]
 
     @functools.cached_property
     def around_tools(self) -> tuple[list[Segment], list[Segment]]:
@@ -190,7 +211,7 @@ def read_rows(files: Sequence[str | Path], skipped: Skipped | None = None, syste
                 yield parse_row(row, source, system)
             except RowError as error:
                 if skipped is None:
-                    raise RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid") from None
+                    raise placed(error, source) from None
                 skipped.note(error.cause, f"{source}: {error}")
 
 
@@ -424,11 +445,12 @@ def _parse_messages(row: dict, source: str, system: str) -> Conversation:
 def _checked(conversation: Conversation) -> Conversation:
     """Render once, so that what the template refuses is found here, with the row's name."""
     def check(values: list, render: Callable[[], Iterable[Segment]]) -> None:
-        for _ in range(MAX_NESTING):
-            values = [child for value in values if isinstance(value, dict | list)
-                      for child in (value.values() if isinstance(value, dict) else value)]
-        if values:
-            raise RowError("nested too deeply", TOO_DEEP)
+        depth = 0
+        while values := [child for value in values if isinstance(value, (dict, list))
+                         for child in (value.values() if isinstance(value, dict) else value)]:
+            depth += 1
+            if depth == MAX_NESTING:
+                raise RowError("nested too deeply", TOO_DEEP)
         "".join(segment.text for segment in render()).encode()          # half a surrogate pair is no text
 
     try:
@@ -498,6 +520,10 @@ _known_tools: dict[bytes, Tool] = {}        # {what was read: the tool}
 
 def parse_tools(value: Any) -> list[Tool]:
     """Tools in any of the accepted forms, or their JSON text → OpenAI's envelope.  Raises RowError."""
+    return list(_tools_in(value) if isinstance(value, str) and len(value) <= LONGEST_TOOLS else _parse_tools(value))
+
+
+def _parse_tools(value: Any) -> list[Tool]:
     try:
         tools = _decoded(value, "tools")
         if not isinstance(tools, list):
@@ -505,6 +531,9 @@ def parse_tools(value: Any) -> list[Tool]:
         return [_known_tool(tool) for tool in tools]
     except RecursionError:
         raise RowError("nested too deeply", TOO_DEEP) from None
+
+
+_tools_in = functools.lru_cache(1024)(_parse_tools)
 
 
 def _known_tool(tool: Any) -> Tool:
@@ -833,8 +862,13 @@ def _batch(parts: Sequence[tuple[Example, int, int]]) -> Batch:
 
 def prefix_keys(ids: np.ndarray) -> np.ndarray:
     """Of each id a hash of all up to it, (n) int32: the upper half of Σ (id + 1) c^position in 64 bits."""
-    powers = np.cumprod(np.full(len(ids), 6364136223846793005, np.uint64))
+    powers = _powers(1 << len(ids).bit_length())[:len(ids)]
     return (np.cumsum((ids.astype(np.uint64) + 1) * powers) >> 32).astype(np.uint32).view(np.int32)
+
+
+@functools.lru_cache
+def _powers(most: int) -> np.ndarray:
+    return np.cumprod(np.full(most, 6364136223846793005, np.uint64))
 
 
 def shared_beginnings(examples: Sequence[Example]) -> list[Group]:

@@ -12,7 +12,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,7 @@ BINS = 16                # of the tokens' histogram, at most
 def seen(row: Conversation, example: Example) -> tuple:
     """The SEEN of a row."""
     first = next(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-    before, after = [*sorted(map(dump, row.tools)), *map(dump, row.messages[:first])], row.messages[first:]
+    before, after = [*sorted(tool.digest for tool in row.tools), dump(row.messages[:first])], row.messages[first:]
     calls = [data.called(message) for message in after if message["role"] == "assistant"]
     answer = sorted(map(dump, calls[0])) if len(after) == 1 and calls[0] else map(dump, after)         # parallel calls have no order
     text = not any(calls) and any(data.said(message).strip() for message in after)
@@ -91,8 +90,7 @@ def shared_beginnings(sample: Sequence[Example]) -> float:
     return 1 - computed / sum(lengths) if sample else 0.0
 
 
-def dump(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+dump = json.JSONEncoder(sort_keys=True).encode
 
 
 def hash_of(texts: list[str]) -> int:

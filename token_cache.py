@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -43,7 +44,7 @@ import numpy as np
 
 import data
 import survey
-from checkpoint import read_json, whole_file, whole_folder, write_json
+from checkpoint import flush, read_json, sha256_of, whole_file, whole_folder, write_json
 from data import Conversation, Example, RowError
 from tokenizer import Tokenizer
 
@@ -182,7 +183,7 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
                     files.append(TokenFile(Path(folder), name, weight))
             bad = files[-1].summary["first_bad"]
             if bad and not skip_invalid:
-                raise _row_error(name, **bad)
+                raise data.placed(RowError(bad["cause"], bad["message"]), f"{name}:{bad['place']}")
     return Tokens(files)
 
 
@@ -270,8 +271,7 @@ def _hash(*texts: str) -> str:
 def _hash_of(path: Path) -> str:
     if not path.exists():                                           # tokenizer_config.json may be missing
         return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _remove_old(cache: Path) -> None:
@@ -298,7 +298,7 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
             for fault in bad.values():
                 summary["first_bad"] = summary["first_bad"] or fault
                 if not skip_invalid:
-                    raise _row_error(name, **fault)
+                    raise data.placed(RowError(fault["cause"], fault["message"]), f"{name}:{fault['place']}")
                 summary["skipped"].setdefault(fault["cause"], {"rows": 0, **fault})["rows"] += 1
             if error:
                 raise error
@@ -312,15 +312,10 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for _, _, row in lowest]
     (folder / "held_out.jsonl").write_bytes(b"\n".join(lines))
     for file in ("ids.bin", "rows.bin", "held_out.jsonl"):
-        with (folder / file).open("rb") as written:
-            os.fsync(written.fileno())
+        flush(folder / file)
     checksums = {file: _checksum(folder / file) for file in ("ids.bin", "rows.bin", "held_out.jsonl")}
     summary |= {"held_out": len(lowest), "checksums": checksums}
     write_json(folder / "summary.json", summary | {"checksum": _summary_checksum(summary)})
-
-
-def _row_error(name: str, place: str, cause: str, message: str) -> RowError:
-    return RowError(cause, f"{name}:{place}: {message}; fix the row or pass --skip-invalid")
 
 
 def _chunks(path: Path) -> Iterator[tuple[list[tuple[str, Any]], Exception | None]]:
@@ -340,8 +335,8 @@ def _chunks(path: Path) -> Iterator[tuple[list[tuple[str, Any]], Exception | Non
 def _in_order(chunks: Iterable, tokenizer: Tokenizer, system: str, processes: int) -> Iterator[tuple]:
     """(rows, error, what `_tokenize` makes of the rows) of every chunk in order; few of them wait in memory at any time.
 
-    The processes are forked, so that all share one tokenizer: call this before a GPU or another rank is reached, as their
-    threads would not be forked with them. The processes end with this one, even if it is killed.
+    The processes are forked, so that all share one tokenizer. They touch neither a GPU nor another rank, whose threads are not
+    forked with them, and end with this one, even if it is killed.
     """
     if processes < 2:
         for rows, error in chunks:
@@ -370,6 +365,7 @@ _tokenizer: Tokenizer | None = None                                 # of a proce
 def _begin_worker(tokenizer: Tokenizer, parent: int) -> None:
     global _tokenizer
     _tokenizer = tokenizer
+    gc.freeze()                                                     # what was forked is neither searched for garbage nor copied
     signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C goes to all; the parent says what it means
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                  # PR_SET_PDEATHSIG: end when the parent does

@@ -49,7 +49,7 @@ def is_text(piece: str) -> bool:
 class Memory(dict):
     """{text: its ids}, computed when first asked for; bounded, and forgotten as a whole when full."""
 
-    MAX_TEXTS, MAX_CHARACTERS = 1 << 16, 64
+    MAX_TEXTS, MAX_CHARACTERS = 1 << 16, 96
 
     def __init__(self, compute: Callable[[str], list[int]]):
         self.compute = compute
