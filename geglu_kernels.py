@@ -3,7 +3,10 @@
     gelu(g) = g σ(2z)    z = √(2/π) (g + 0.044715 g³)         as (1 + tanh z) / 2 = σ(2z)
     gelu'(g) = σ(2z) + 2 g z' σ(2z) (1 − σ(2z))
 
-The functions of Triton here are what other kernels put at their ends (lora_kernels.py).
+One pass over memory each way, with gate and up alone saved: autograd's own formula writes and keeps gelu(gate) besides. Where
+adapters are trained, the linears' kernels end in the same functions and no pass is left (lora_kernels.py).
+
+    M tokens   F width of the MLP
 
 Source: "GLU Variants Improve Transformer" (arXiv 2002.05202); "Gaussian Error Linear Units" (arXiv 1606.08415).
 """
@@ -13,22 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import jit, tl
+from triton_support import can_run, jit, tl, triton
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) · up, (M, F) each.  The definition."""
+def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) · up, (M, F) each.  The definition; what follows must equal it."""
     return F.gelu(gate, approximate="tanh") * up
 
 
-def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """[dgate | dup] = [dh · up · gelu'(gate) | dh · gelu(gate)], (M, 2F), of (M, F) each."""
-    made = dh.new_empty(len(dh), 2 * dh.shape[1])
-    dgate, dup = made.chunk(2, dim=1)
-    torch.mul(dh, F.gelu(gate, approximate="tanh"), out=dup)
-    torch.mul(dh, up, out=dgate)
-    torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate="tanh", grad_input=dgate)
-    return made
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel
 
 
 @jit
@@ -43,3 +40,70 @@ def gelu_slope(gate):
     cubic = 0.044715 * gate * gate
     share = tl.sigmoid(1.5957691216057308 * gate * (1 + cubic))
     return share + 1.5957691216057308 * gate * (1 + 3 * cubic) * share * (1 - share)
+
+
+@jit
+def _kernel(gate, up, dh, out, gate_row, up_row, N: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
+    """A row of h (N), or of [dgate | dup] (2N).  Rows of gate and up lie gate_row and up_row numbers apart."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < N
+    g = tl.load(gate + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + columns, mask=inside, other=0.0).to(tl.float32)
+    if GRADIENT:
+        d = tl.load(dh + row * N + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * (2 * N) + columns, (d * u * gelu_slope(g)).to(gate.dtype.element_ty), mask=inside)
+        tl.store(out + row * (2 * N) + N + columns, (d * gelu(g)).to(gate.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + row * N + columns, (gelu(g) * u).to(gate.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The functions
+
+
+def _by_triton(gate: Tensor, up: Tensor, dh: Tensor | None = None) -> Tensor:
+    M, N = gate.shape
+    out = gate.new_empty(M, N if dh is None else 2 * N)
+    if M:
+        _kernel[(M,)](gate, up, dh, out, gate.stride(0), up.stride(0), N=N, BLOCK=triton.next_power_of_2(N), GRADIENT=dh is not None)
+    return out
+
+
+def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor, by_triton: bool | None = None) -> Tensor:
+    """[dgate | dup] = [dh · up · gelu'(gate) | dh · gelu(gate)], (M, 2F), of (M, F) each; arguments as for `geglu`."""
+    if _use_triton(by_triton, gate, up):
+        return _by_triton(gate, up, dh.contiguous())
+    made = dh.new_empty(len(dh), 2 * dh.shape[1])
+    dgate, dup = made.chunk(2, dim=1)
+    torch.mul(dh, F.gelu(gate, approximate="tanh"), out=dup)
+    torch.mul(dh, up, out=dgate)
+    torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate="tanh", grad_input=dgate)
+    return made
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, by_triton: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.by_triton = by_triton
+        return _by_triton(gate, up) if by_triton else F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:
+        return *geglu_gradient(dh, *ctx.saved_tensors, ctx.by_triton).chunk(2, dim=1), None
+
+
+def _use_triton(by_triton: bool | None, gate: Tensor, up: Tensor) -> bool:
+    takes = gate.dtype != torch.float64 and gate.stride(-1) == up.stride(-1) == 1
+    if by_triton and not takes:
+        raise ValueError("GeGLU by kernels takes fp32, bf16, fp16, a row's numbers side by side; "
+                         f"got {gate.dtype}, strides {gate.stride()} and {up.stride()}")
+    return gate.is_cuda and can_run(gate.device) and takes if by_triton is None else by_triton
+
+
+def geglu(gate: Tensor, up: Tensor, by_triton: bool | None = None) -> Tensor:
+    """gelu(gate) · up, (M, F) each, of one dtype; rows may lie further apart (halves of a wider one).
+
+    by_triton: whether the kernel computes it (default: on a CUDA device).
+    """
+    return _GeGLU.apply(gate, up, _use_triton(by_triton, gate, up))

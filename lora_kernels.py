@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope
+from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
 from triton_support import can_run, jit, load_tile, milliseconds, precision, remembered, tile_sizes, tl, triton, tuned
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
@@ -76,7 +76,7 @@ def lora_linear_reference(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Ten
 def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
                        dropouts: tuple[Dropout | None, Dropout | None] = (None, None)) -> Tensor:
     """down(gelu(gate(x)) · up(x)), each a `lora_linear_reference`.  x (M, D); returns (M, D)."""
-    h = geglu(*(lora_linear_reference(x, *linear, scale, dropouts[0]) for linear in (gate, up)))
+    h = geglu_reference(*(lora_linear_reference(x, *linear, scale, dropouts[0]) for linear in (gate, up)))
     return lora_linear_reference(h, *down, scale, dropouts[1])
 
 

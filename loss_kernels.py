@@ -33,6 +33,7 @@ from triton_support import can_run, jit, load_tile, precision, tile_sizes, tl, t
 
 IGNORE = -100        # target of a token that carries no loss
 CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · (4 + 2 bytes) = 0.4 GB
+CHUNK_WORDS = 1 << 15        # words whose weight gradient PyTorch multiplies out at once: 32,768 · D · 2 bytes = 0.04 GB
 KERNEL_ROWS = 512    # rows of logits' gradients alive at once by the kernels: 512 · V · 2 bytes = 0.27 GB
 SPAN = 1024          # words of the vocabulary that a program goes through; a multiple of every tile's
 
@@ -156,7 +157,9 @@ def _chunk_by_pytorch(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: T
 def _add_weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, by_triton: bool) -> None:
     """dweight (V, D) fp32 += dlogitsᵀ hidden."""
     if not by_triton:
-        dweight += dlogits.T @ hidden
+        for words in range(0, len(dweight), CHUNK_WORDS):                       # the product is in 16 bits at first
+            part = slice(words, words + CHUNK_WORDS)
+            dweight[part] += dlogits[:, part].T @ hidden
         return
     (V, D), (BLOCK_M, BLOCK_V, BLOCK_D) = dweight.shape, (32, 32, 32) if hidden.dtype == torch.float32 else (64, 64, 128)
     _weight_gradient_kernel[(triton.cdiv(V, BLOCK_V) * triton.cdiv(D, BLOCK_D),)](

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_kernels import attention, plan
 from geglu_kernels import geglu
+from loss_kernels import linear_cross_entropy
 from norm_kernels import rms_norm
 
 # What a published config.json means by leaving a size out (the 4B and larger do).
@@ -130,6 +131,31 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, factor: float, d
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class _TiedEmbedding(torch.autograd.Function):
+    """The words' rows of the embedding, and the embedding itself for the head that is tied to it.
+
+    Both uses get one gradient of (V, D): autograd would make a second one for the rows, nearly all of it zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens)
+        ctx.shape = weight.shape
+        ctx.set_materialize_grads(False)
+        return F.embedding(tokens, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, dwords: Tensor | None, dhead: Tensor | None) -> tuple[Tensor | None, None]:
+        [tokens] = ctx.saved_tensors
+        if dwords is None:
+            return dhead, None
+        if dhead is None:
+            dhead = dwords.new_zeros(ctx.shape)
+        if dhead.is_cuda:
+            return dhead.index_put_((tokens,), dwords, accumulate=True), None               # sorts the words; index_add_ there is a race
+        return dhead.index_add_(0, tokens, dwords), None
+
+
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
@@ -209,7 +235,7 @@ class Block(nn.Module):
 
 
 class Gemma3(nn.Module):
-    """The language model. `forward` ends at the hidden states; the loss projects the few rows it needs."""
+    """The language model. `forward` gives hidden states, or the loss, which projects the few rows it needs."""
 
     def __init__(self, config: GemmaConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -225,29 +251,36 @@ class Gemma3(nn.Module):
         """The last projection, tied to the embedding: (V, D), in the dtype it is kept in."""
         return self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Hidden states after the last norm, of all tokens or of those that `rows` names.
+    def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor, rows: Tensor | None = None,
+                targets: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm, of all tokens or of those that `rows` names; with `targets` their summed loss.
 
         tokens (T) int64; documents (T), one value for each document, its tokens side by side; positions (T), each document
         counting from 0. A document that counts from n > 0 continues the first n tokens of the last one that counts from 0,
         and is computed as if it held them. Positions and documents that are kept on the CPU cost no device
-        synchronisation. rows (M) int64, each once. Returns (T, D), or (M, D), in `compute_dtype`.
+        synchronisation. rows (M) int64, each once. targets, (T) or (M): as for `linear_cross_entropy`, but each of those that
+        `rows` names carries loss. Returns (T, D), or (M, D), in `compute_dtype`; with targets an fp32 scalar in nats.
         """
         lengths = torch.unique_consecutive(documents, return_counts=True)[1]
         starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
         plans = {window: plan(lengths.tolist(), window, self.compute_dtype, tokens.device, self.config.heads, starts)
                  for window in set(self.config.windows)}
-        return self.run(tokens, positions.to(tokens.device, non_blocking=True),
-                        [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
+        words, head = _TiedEmbedding.apply(self.head, tokens)
+        hidden = self._layers(words, positions.to(tokens.device, non_blocking=True),
+                              [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
+        return hidden if targets is None else linear_cross_entropy(hidden, head, targets, every_row=rows is not None)
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend], rows: Tensor | None = None) -> Tensor:
-        """The same with each layer's attention given: training packs documents, decoding keeps keys and values.
+        """The hidden states with each layer's attention given: training packs documents, decoding keeps keys and values.
 
         tokens and positions (T); attend: one for each layer. The last layer goes on with `rows` alone after its attention,
         for nothing looks at the others any more. Returns (T, D) or (M, D) in `compute_dtype`.
         """
+        return self._layers(F.embedding(tokens, self.head), positions, attend, rows)
+
+    def _layers(self, words: Tensor, positions: Tensor, attend: Sequence[Attend], rows: Tensor | None) -> Tensor:
         config, dtype = self.config, self.compute_dtype
-        x = F.embedding(tokens, self.head).to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
+        x = words.to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
         ropes = {"sliding_attention": rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype),
                  "full_attention": rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype)}
         again = None                                # no layer draws from a generator: nothing of its state has to be kept

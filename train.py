@@ -42,7 +42,6 @@ import token_cache
 from evaluate import evaluate, table
 from gradients import Sharded, Summed, highest, meet, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
-from loss_kernels import linear_cross_entropy
 from model import Gemma3
 from token_cache import Tokens
 from tokenizer import Tokenizer
@@ -84,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-rows", type=int, default=None, help="rows a step, over all processes (default 32)")
     add("--batch-tokens", type=int, default=None, help="size a step in tokens instead, over all processes, e.g. 16896")
     add("--micro-tokens", type=int, default=None, help="tokens in one forward pass; a larger step accumulates "
-        "(default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
+        "(default 16896 on a GPU; on a CPU 4096, 2048 with --full; changes memory and speed, not the result)")
 
     add("--checkpoint-activations", action="store_true", help="keep only what enters each layer and compute the layer again in the "
         "backward pass: half the memory or less, a third more arithmetic")
@@ -161,7 +160,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
     args.system = data.system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
-    args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
+    args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 2_048 if args.full else 4_096)
     return args
 
 
@@ -524,7 +523,7 @@ def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0) -> torch.Tensor:
     """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device.  seed: of dropout, in training."""
     tokens, positions, documents, rows, targets = batch.to(model.head.device)
     draw(model, batch.keys, seed, rows)
-    return linear_cross_entropy(model(tokens, positions, documents, rows), model.head, targets, every_row=True)
+    return model(tokens, positions, documents, rows, targets)
 
 
 def hash_seed(*numbers: int) -> int:
@@ -701,17 +700,23 @@ def peak_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def keep_memory() -> None:
-    """On Linux, start this program again with a malloc that keeps what is freed, in large pages.
+def malloc_settings(full: bool) -> str:
+    """GLIBC_TUNABLES for a CPU: keep what is freed, in large pages.
 
     A step on a CPU frees gigabytes and asks for them again. By default they go back to the system and return as pages of
-    4 KiB, each zeroed on its first use, which takes an eighth of the time and more in a long run (docs/log.md).
+    4 KiB, each zeroed on its first use, which takes an eighth of the time and more in a long run (docs/log.md). With `full`
+    pieces of 32 MiB and more do go back, lest those of the embedding's size, 0.67 GB, leave holes among the others.
     """
+    large = "mmap_threshold=0x2000000" if full else "mmap_max=0"
+    return f"glibc.malloc.hugetlb=1:glibc.malloc.{large}:glibc.malloc.trim_threshold=0x1000000000"
+
+
+def keep_memory(full: bool) -> None:
+    """On Linux, start this program again with `malloc_settings`."""
     ours = "__file__" in globals() and sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1:] == sys.argv[1:] \
         and Path(sys.argv[0]).resolve() == Path(__file__).resolve()          # not a notebook, nor another program that runs this file
     if ours and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x1000000000"
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": malloc_settings(full)})
 
 
 def fail(message: str) -> None:
@@ -727,7 +732,7 @@ if __name__ == "__main__":
     try:
         arguments = parse_args()
         if arguments.device == "cpu":
-            keep_memory()
+            keep_memory(arguments.full)
         sys.exit(main(arguments))
     except torch.OutOfMemoryError as error:
         fail(f"{str(error).partition('. ')[0]}; a lower --micro-tokens or --checkpoint-activations takes less; --resume goes on with it")

@@ -68,7 +68,8 @@ def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) ->
     command = [sys.executable, __file__, "--worker", mode, "--folder", str(folder), "--steps", str(steps), "--parity", str(args.parity),
                "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows),
                *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | ({"GLIBC_TUNABLES": train.malloc_settings(args.full)} if args.device == "cpu" else {})
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -184,8 +185,6 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        if args.device == "cpu":
-            train.keep_memory()
         return worker(args)
     if args.one_set and (args.parity or args.full):
         parser.error("--one-set takes steps of another size on each side, so that --parity means nothing; it is measured with adapters")

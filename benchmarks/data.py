@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
             for run in ("cold", "warm") if "peer" in sides else ():
                 made[f"times_peer_{run}"] = made[f"peer, {run}"]["seconds"] / made[f"ours, {run}"]["seconds"]
                 print(f"{name:9} {run}: {made[f'times_peer_{run}']:.1f} times as fast", flush=True)
-            result["load"] = os.getloadavg()[2]                         # programs that wanted a core, over the last quarter of an hour
+            made["load"] = os.getloadavg()[1]                           # programs that wanted a core, over five minutes
             if args.save:
                 (ROOT / "benchmarks" / "results" / "data.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -42,7 +42,7 @@ from tables import add_result_flags, keep_result  # noqa: E402
 
 import lora_kernels as kernels  # noqa: E402
 from checkpoint import device_name  # noqa: E402
-from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope  # noqa: E402
+from geglu_kernels import geglu, geglu_gradient, geglu_reference  # noqa: E402
 from lora_kernels import BY_PYTORCH, BY_TRITON, Adapted, Choice, lora_linear_reference, lora_linears, lora_mlp  # noqa: E402
 from triton_support import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
 
@@ -129,29 +129,10 @@ def shrink_expand(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return out, narrow
 
 
-@jit
-def _geglu_kernel(gate, up, dh, h, made, ROW: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, MADE: tl.constexpr):
-    """A row of h (N,) and of made = [dgate | dup] (2N,), each if asked for.  Rows of gate and up lie ROW apart."""
-    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = columns < N
-    g = tl.load(gate + row * ROW + columns, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + row * ROW + columns, mask=inside, other=0.0).to(tl.float32)
-    if H:
-        tl.store(h + row * N + columns, (gelu(g) * u).to(gate.dtype.element_ty), mask=inside)
-    if MADE:
-        d = tl.load(dh + row * N + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(made + row * (2 * N) + columns, (d * u * gelu_slope(g)).to(gate.dtype.element_ty), mask=inside)
-        tl.store(made + row * (2 * N) + N + columns, (d * gelu(g)).to(gate.dtype.element_ty), mask=inside)
-
-
 def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, again: bool = True) -> tuple[Tensor | None, Tensor | None]:
-    """h (M, N), unless not again, and of dh [dgate | dup] (M, 2N): one pass where Triton runs."""
-    if not can_run(gate.device):
-        return geglu(gate, up) if again else None, None if dh is None else geglu_gradient(dh, gate, up)
-    M, N = gate.shape
-    h, made = gate.new_empty(M, N) if again else None, None if dh is None else gate.new_empty(M, 2 * N)
-    _geglu_kernel[(M,)](gate, up, dh, h, made, ROW=gate.stride(0), N=N, BLOCK=triton.next_power_of_2(N), H=again, MADE=dh is not None)
-    return h, made
+    """h (M, N), unless not again, and of dh [dgate | dup] (M, 2N): a pass each where Triton runs."""
+    by_triton = can_run(gate.device)
+    return geglu(gate, up, by_triton) if again else None, None if dh is None else geglu_gradient(dh, gate, up, by_triton)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +142,7 @@ def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, again: bool =
 def each(group: Group, x: Tensor, linears: Sequence[Adapted], linear: Callable[..., Tensor]) -> list[Tensor]:
     """Linear by linear."""
     made = [linear(x, *of) for of in linears[:len(group.outputs)]]
-    made = [geglu(*made)] if group.gated else made
+    made = [geglu_reference(*made)] if group.gated else made
     return [linear(made[0], *linears[-1])] if group.down else made
 
 
@@ -171,7 +152,7 @@ def frozen(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
 
 def frozen_wide(group: Group, x: Tensor, linears: Sequence[Adapted]) -> Sequence[Tensor]:
     made = F.linear(x, kernels._below([of[0] for of in linears[:len(group.outputs)]])).split(group.outputs, dim=1)
-    made = [geglu(*made)] if group.gated else made
+    made = [geglu_reference(*made)] if group.gated else made
     return [F.linear(made[0], linears[-1][0])] if group.down else made
 
 
@@ -202,7 +183,7 @@ class OurGateUp(torch.autograd.Function):
     def backward(ctx, dh):
         x, weight, a, b, gate_up, s = ctx.saved_tensors
         halves = gate_up.chunk(2, dim=1)
-        dgate_up = geglu_pass(*halves, dh, again=False)[1] if ctx.choice == BY_TRITON else geglu_gradient(dh, *halves)
+        dgate_up = geglu_pass(*halves, dh, again=False)[1] if ctx.choice == BY_TRITON else geglu_gradient(dh, *halves, by_triton=False)
         dx, t = kernels._input_gradient(dgate_up, weight, a, b, ctx.group, ctx.choice.input_gradient)
         gradients = kernels._adapter_gradients(x, dgate_up, s, t, ctx.group, ctx.choice.sums)
         return dx, None, None, *(gradient.float() for gradient in gradients)

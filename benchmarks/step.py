@@ -30,6 +30,7 @@ from cpu_vs_peft import padded  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
 import attention_kernels  # noqa: E402
+import geglu_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
 import norm_kernels  # noqa: E402
 from checkpoint import device_name  # noqa: E402
@@ -39,10 +40,10 @@ from model import Gemma3, GemmaConfig  # noqa: E402
 from train import loss_sum, peak_gib  # noqa: E402
 
 # A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
-LADDER = {"PyTorch": ((), "torch"), "+ norms": ((norm_kernels,), "torch"), "+ attention": ((norm_kernels, attention_kernels), "torch"),
-          "+ loss": ((norm_kernels, attention_kernels, loss_kernels), "torch"),
-          "+ LoRA, whichever is faster": ((norm_kernels, attention_kernels, loss_kernels), "auto"),
-          "LoRA by Triton alone": ((norm_kernels, attention_kernels, loss_kernels), "triton")}
+SIMPLE = (norm_kernels, geglu_kernels)
+EVERY = (*SIMPLE, attention_kernels, loss_kernels)
+LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, attention_kernels), "torch"),
+          "+ loss": (EVERY, "torch"), "+ LoRA, whichever is faster": (EVERY, "auto"), "LoRA by Triton alone": (EVERY, "triton")}
 FLOPS_A_TOKEN = {"lora": 424e6 + 51.6e6, "full": 602e6 + 51.6e6}       # layers and attention, forward and backward; the head apart
 
 
@@ -75,7 +76,7 @@ def timed(step: Callable[[int], torch.Tensor], steps: int, device: torch.device)
 def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str) -> dict:
     device, dtype = torch.device(args.device), torch.bfloat16
     usual = norm_kernels.can_run
-    for module in (norm_kernels, attention_kernels, loss_kernels):
+    for module in EVERY:
         module.can_run = usual if module in kernels else lambda device: False
     try:
         torch.manual_seed(0)
@@ -99,7 +100,7 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
 
         made = timed(step, args.steps, device)
     finally:
-        for module in (norm_kernels, attention_kernels, loss_kernels):
+        for module in EVERY:
             module.can_run = usual
     return made | {"tokens_per_second": tokens / made["seconds"],
                    "tflops": FLOPS_A_TOKEN["full" if full else "lora"] * tokens / made["seconds"] / 1e12}
@@ -163,10 +164,9 @@ def main(args: argparse.Namespace) -> None:
 
     for name, (kernels, lora) in LADDER.items():
         keep("ladder", name, attempt(partial(ours, config, args, args.tokens, False, kernels, lora), device))
-    every = (norm_kernels, attention_kernels, loss_kernels)
-    keep("ladder", "every parameter", attempt(partial(ours, config, args, args.tokens, True, every, "auto"), device))
+    keep("ladder", "every parameter", attempt(partial(ours, config, args, args.tokens, True, EVERY, "auto"), device))
     for tokens in () if args.tiny else (1_024, 4_096, 8_192, 33_792, 65_536):
-        keep("sizes", str(tokens), attempt(partial(ours, config, args, tokens, False, every, "auto"), device))
+        keep("sizes", str(tokens), attempt(partial(ours, config, args, tokens, False, EVERY, "auto"), device))
     for attention, compiled in () if args.tiny else (("eager", False), ("sdpa", False), ("sdpa", True)):
         for batch_rows in (4, 16):
             name = f"transformers + PEFT, {attention}{', compiled' if compiled else ''}, {batch_rows} rows"

@@ -215,9 +215,11 @@ def data_table(r: dict) -> str:
         "| JSONL to packed batches | datasets + template, rows/s | ours, rows/s | second start | then, rows/s | memory, MiB | on disk |",
         "|---|---|---|---|---|---|---|", *lines, "",
         f"Real rows, and the same repeated with other values; steps of {r['batch_tokens']:,} tokens are {filled:.1%} full; memory: of the "
-        f"program and of each process that tokenizes, no file behind it; {r['machine']} shared with others (load "
-        f"{r['load']:.0f}), Python {r['python']}, datasets {r['versions']['datasets']}, transformers "
-        f"{r['versions']['transformers']}; `python benchmarks/data.py`"])
+        f"program and of each process that tokenizes, no file behind it; {r['machine']} (load up to "
+        f"{max(made['load'] for made in r['files'].values()):.0f}), Python {r['python']}, datasets {r['versions']['datasets']}, "
+        f"transformers {r['versions']['transformers']}; `python benchmarks/data.py`"])
+
+
 def scaling_table(r: dict) -> str:
     """Each way's speed by processes, against one process; and what sending during the backward pass hides."""
     lines, hidden = [], []

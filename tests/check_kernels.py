@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import attention_kernels
+import geglu_kernels
 import lora_kernels
 import loss_kernels
 import norm_kernels
@@ -34,7 +35,7 @@ from triton_support import fitting, triton
 SHARED_KIB = {80: 163, 90: 227}          # what one program may have on an A100 and an H100
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 SCALARS = {"scale": "fp32", "least": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
-           "stride_t": "i32", "rows_a_program": "i32", "factor": "fp32", "offset": "i32", "T": "i32"}
+           "stride_t": "i32", "gate_row": "i32", "up_row": "i32", "rows_a_program": "i32", "factor": "fp32", "offset": "i32", "T": "i32"}
 
 
 def launches() -> list[tuple[str, object, dict]]:
@@ -56,6 +57,10 @@ def launches() -> list[tuple[str, object, dict]]:
                 x = torch.empty(shape, dtype=dtype, requires_grad=True)
                 w = torch.empty(shape[-1], dtype=weight or torch.float32, requires_grad=weight is None)
                 norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, by_triton=True).sum().backward()
+        for dtype in (torch.bfloat16, torch.float32):
+            what = f"geglu {str(dtype).removeprefix('torch.')}"
+            gate, up = torch.empty(256, 4096, dtype=dtype, requires_grad=True).chunk(2, dim=1)
+            geglu_kernels.geglu(gate, up, by_triton=True).sum().backward()
         for (window, N, K), card in itertools.product(((512, 4, 1), (None, 4, 1), (512, 4, 4), (512, 8, 4)), SHARED_KIB):
             what = f"{'local' if window else 'global'} {N}/{K} bfloat16 sm_{card}"          # 8/4: Gemma 3 4B
             q, k, v = (torch.empty(256, heads, 256, dtype=torch.bfloat16, requires_grad=True) for heads in (N, K, K))
@@ -83,7 +88,7 @@ def jobs() -> list[tuple]:
     made = {}
     for what, kernel, arguments in launches():
         types = {key: TYPES[value.dtype] if isinstance(value, torch.Tensor) else SCALARS.get(key, value) for key, value in arguments.items()}
-        types |= {key: "i32:16" for key in ("stride_t",) if arguments.get(key, 1) % 16 == 0}          # as a launch finds out
+        types |= {key: "i32:16" for key in ("stride_t", "gate_row", "up_row") if arguments.get(key, 1) % 16 == 0}          # as a launch finds out
         for capability in SHARED_KIB:
             if "sm_" in what and f"sm_{capability}" not in what:
                 continue

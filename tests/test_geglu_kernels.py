@@ -1,18 +1,75 @@
-"""geglu_kernels.py: the gate's gradient, and the functions that kernels end in, against PyTorch."""
+"""geglu_kernels.py: the gate, its gradients, and the functions that other kernels end in, against PyTorch."""
+import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRETED
+from conftest import GPU, INTERPRETED, INTERPRETER
 
-from geglu_kernels import geglu, geglu_gradient, gelu, gelu_slope
+import geglu_kernels
+from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
 from triton_support import jit, tl
 
 
 def test_geglus_gradient_is_autograds(generator):
     dh, gate, up = (torch.randn(7, 12, generator=generator, dtype=torch.float64) for _ in range(3))
-    expected = torch.autograd.grad(geglu(gate.requires_grad_(), up.requires_grad_()), (gate, up), dh)
+    expected = torch.autograd.grad(geglu_reference(gate.requires_grad_(), up.requires_grad_()), (gate, up), dh)
     torch.testing.assert_close(geglu_gradient(dh, gate.detach(), up.detach()), torch.cat(expected, dim=1))
     both = torch.cat((gate.detach(), up.detach()), dim=1)                   # as lora_kernels.py keeps them
     torch.testing.assert_close(geglu_gradient(dh, *both.chunk(2, dim=1)), torch.cat(expected, dim=1))
+
+
+WAYS = [pytest.param("cpu", dtype, False, id=f"pytorch-{dtype}".replace("torch.", "")) for dtype in (torch.float32, torch.bfloat16)]
+WAYS += [pytest.param(*INTERPRETER.values, dtype, True, id=f"interpreted-{dtype}".replace("torch.", ""), marks=INTERPRETER.marks)
+         for dtype in (torch.float32, torch.float16)]
+WAYS += [pytest.param(*GPU.values, dtype, True, id=f"cuda-{dtype}".replace("torch.", ""), marks=GPU.marks)
+         for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+
+
+def faults(geglu, M, F, halves, dtype, device, generator):
+    """Of h, dgate, dup: those that are further from float64 than twice the definition's."""
+    both, dh = torch.randn(M, 2 * F, generator=generator).to(dtype).to(device), torch.randn(M, F, generator=generator).to(dtype).to(device)
+    gate, up = both.chunk(2, dim=1) if halves else (half.contiguous() for half in both.chunk(2, dim=1))
+
+    def all_of(geglu, *operands):
+        *operands, dh = (x.detach().requires_grad_() for x in operands)
+        h = geglu(*operands)
+        return h.detach(), *torch.autograd.grad(h, operands, dh)
+
+    exact = all_of(geglu_reference, *(x.double() for x in (gate, up, dh)))
+    plain, ours = all_of(geglu_reference, gate, up, dh), all_of(geglu, gate, up, dh)
+    assert all(x.dtype == dtype and x.shape == (M, F) for x in ours)
+    return [name for name, x, reference, true in zip(("h", "dgate", "dup"), ours, plain, exact, strict=True)
+            if not (x - true).norm() <= 2 * (reference - true).norm() + 1e-7 * true.norm()]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("device", "dtype", "by_triton"), WAYS)
+@pytest.mark.parametrize(("M", "F", "halves"), [(1, 64, False), (7, 90, False), (7, 90, True), (33, 2048, True)])
+def test_results_and_gradients_are_as_near_as_the_definitions(M, F, halves, device, dtype, by_triton, generator):
+    assert faults(lambda gate, up: geglu(gate, up, by_triton), M, F, halves, dtype, device, generator) == []
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("sound", "broken", "wrong"), [
+    ("d * u * gelu_slope(g)", "d * gelu_slope(g)", "dgate"), ("d * gelu(g)", "d * gelu(u)", "dup"), ("row * up_row", "row * gate_row", "h"),
+    ("inside = columns < N", "inside = columns < N - 1", "h"), ("out + row * (2 * N) + N +", "out + row * (2 * N) + N - 1 +", "dup")])
+def test_the_tests_see_a_broken_kernel(sound, broken, wrong, mutant, generator, poisoned):
+    made = mutant(geglu_kernels, sound, broken)
+    strided = lambda gate, up: made.geglu(gate.contiguous(), up, True)                                  # noqa: E731
+    assert wrong in faults(strided, 7, 90, True, torch.float32, "cpu", generator)
+
+
+def test_gate_and_up_alone_are_kept(generator):
+    kept = []
+    gate, up = (torch.randn(7, 12, generator=generator, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda _: None):
+        geglu(gate, up)
+    assert kept == [gate.data_ptr(), up.data_ptr()]
+
+
+def test_the_kernel_refuses_what_it_would_get_wrong(generator):
+    gate, up = (torch.randn(12, 7, generator=generator).T for _ in range(2))
+    with pytest.raises(ValueError, match=r"side by side; got torch\.float32, strides \(1, 7\)"):
+        geglu(gate, up, by_triton=True)
 
 
 @jit

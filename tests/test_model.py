@@ -1,13 +1,18 @@
 """model.py: transformers' logits on the real weights, and every branch on small random ones."""
+import copy
 import json
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from attention_kernels import attention, plan
 from checkpoint import load_model
 from data import read_rows
-from model import Gemma3, GemmaConfig
+from loss_kernels import linear_cross_entropy
+from model import Gemma3, GemmaConfig, _TiedEmbedding
 from norm_kernels import rms_norm, rotate
 from tokenizer import Tokenizer
 
@@ -75,7 +80,6 @@ def test_gradients_equal_transformers(real_model):
     """Of a packed batch's loss by every weight of two layers, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    from loss_kernels import linear_cross_entropy
     ours = load_model(real_model, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
     watched = ("model.layers.0.", "model.layers.17.", "model.norm", "model.embed_tokens")
@@ -94,6 +98,30 @@ def test_gradients_equal_transformers(real_model):
     for name, grad in got.items():
         assert want[name].norm() > 0
         assert (grad - want[name]).norm() <= 1e-3 * want[name].norm(), name
+
+
+def test_the_tied_embedding_gets_both_gradients_in_one_tensor(small):
+    """As autograd adds them up, words that stand there twice among them; either use may also be missing."""
+    small = copy.deepcopy(small).requires_grad_()
+    tokens, positions, documents = torch.tensor([3, 5, 3, 7, 7, 1]), torch.arange(3).repeat(2), torch.arange(2).repeat_interleave(3)
+    targets, rows = torch.tensor([5, -100, 2, -100, 9, 4]), torch.tensor([0, 2, 4, 5])
+    small.zero_grad()
+    attend = [partial(attention, plan=plan([3, 3], window, torch.float32, tokens.device, small.config.heads)) for window in small.config.windows]
+    apart = linear_cross_entropy(small.run(tokens, positions, attend), small.head, targets)
+    apart.backward()
+    wanted = {name: p.grad for name, p in small.named_parameters()}
+    for given in ({"targets": targets}, {"rows": rows, "targets": targets[rows]}):
+        small.zero_grad()
+        together = small(tokens, positions, documents, **given)
+        together.backward()
+        torch.testing.assert_close(together, apart)
+        for name, parameter in small.named_parameters():
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+    weight = torch.randn(10, 4, requires_grad=True)
+    for used in (0, 1):
+        made = torch.autograd.grad(_TiedEmbedding.apply(weight, tokens)[used].square().sum(), weight)[0]
+        plain = torch.autograd.grad((F.embedding(tokens, weight), weight)[used].square().sum(), weight)[0]
+        torch.testing.assert_close(made, plain)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])

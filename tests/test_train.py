@@ -392,7 +392,7 @@ def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, tmp_pat
     def poisoned(hidden, weight, targets, **more):
         return linear_cross_entropy(hidden, weight, targets, **more) * (math.nan if (targets == piece).any() else 1.0)
 
-    monkeypatch.setattr(train, "linear_cross_entropy", poisoned)
+    monkeypatch.setattr("model.linear_cross_entropy", poisoned)
     with pytest.raises(FloatingPointError, match=r"loss nan") as error:
         run(demo, tmp_path / "run", "--lora-rank", 4, "--steps", 200, "--save-every", 1, "--eval-fraction", 0)
     named = re.search(r"Its worst rows: (rows\.jsonl:\d+) \(loss nan\)", str(error.value)).group(1)
