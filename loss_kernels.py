@@ -98,9 +98,12 @@ def _logits_kernel(h, w, log_sums, dlogits, M, M_BUCKET, V: tl.constexpr, D: tl.
 
 
 @jit
-def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
                             BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dW += dlᵀ h.  dlogits (M, V), h (M, D) of one dtype, dw (V, D) fp32. A program owns BLOCK_V words and BLOCK_D columns."""
+    """dW = dlᵀ h, or with ADD dW += dlᵀ h.  dlogits (M, V), h (M, D) of one dtype, dw (V, D) fp32.
+
+    A program owns BLOCK_V words and BLOCK_D columns.
+    """
     tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     start = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_V
     rows, words, ins = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V), tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -117,7 +120,9 @@ def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr,
         h_tiles += BLOCK_M * D
     out = dw + start * D + words[:, None] * D + ins[None, :]
     mine = inside[:, None] & (ins < D)[None, :]
-    tl.store(out, tl.load(out, mask=mine, other=0.0) + sums, mask=mine)
+    if ADD:
+        sums += tl.load(out, mask=mine, other=0.0)
+    tl.store(out, sums, mask=mine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,16 +159,17 @@ def _chunk_by_pytorch(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: T
     return loss
 
 
-def _add_weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, by_triton: bool) -> None:
-    """dweight (V, D) fp32 += dlogitsᵀ hidden."""
+def _weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, add: bool, by_triton: bool) -> None:
+    """dweight (V, D) fp32 = dlogitsᵀ hidden, or += where `add`."""
     if not by_triton:
         for words in range(0, len(dweight), CHUNK_WORDS):                       # the product is in 16 bits at first
             part = slice(words, words + CHUNK_WORDS)
-            dweight[part] += dlogits[:, part].T @ hidden
+            made = dlogits[:, part].T @ hidden
+            dweight[part].add_(made) if add else dweight[part].copy_(made)
         return
     (V, D), (BLOCK_M, BLOCK_V, BLOCK_D) = dweight.shape, (32, 32, 32) if hidden.dtype == torch.float32 else (64, 64, 128)
     _weight_gradient_kernel[(triton.cdiv(V, BLOCK_V) * triton.cdiv(D, BLOCK_D),)](
-        dlogits, hidden, dweight, len(hidden), V=V, D=D, PRECISION=precision(hidden.dtype),
+        dlogits, hidden, dweight, len(hidden), V=V, D=D, ADD=add, PRECISION=precision(hidden.dtype),
         BLOCK_M=BLOCK_M, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D)
 
 
@@ -180,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_loss, chunk_rows = (_chunk_by_triton, KERNEL_ROWS) if by_triton else (_chunk_by_pytorch, CHUNK_ROWS)
         matrix = weight.to(hidden.dtype)
         dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        dweight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=torch.float32) if need_weight else None
         room = hidden.new_empty(min(len(hidden), chunk_rows), len(weight)) if need_hidden or need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk_rows):
@@ -190,7 +196,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
             if need_weight:
-                _add_weight_gradient(dweight, dlogits, hidden[rows], by_triton)
+                _weight_gradient(dweight, dlogits, hidden[rows], start > 0, by_triton)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-rows", type=int, default=None, help="rows a step, over all processes (default 32)")
     add("--batch-tokens", type=int, default=None, help="size a step in tokens instead, over all processes, e.g. 16896")
     add("--micro-tokens", type=int, default=None, help="tokens in one forward pass; a larger step accumulates "
-        "(default 16896 on a GPU; on a CPU 4096, 2048 with --full; changes memory and speed, not the result)")
+        "in passes of equal size (default 16896 on a GPU, 4096 on a CPU; changes memory and speed, not the result)")
 
     add("--checkpoint-activations", action="store_true", help="keep only what enters each layer and compute the layer again in the "
         "backward pass: half the memory or less, a third more arithmetic")
@@ -160,7 +160,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
     args.system = data.system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
-    args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 2_048 if args.full else 4_096)
+    args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
     return args
 
 

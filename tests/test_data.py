@@ -341,6 +341,17 @@ def test_packing_cuts_nothing_loses_nothing_and_keeps_the_bound():
     assert [source for batch in batches for source in batch.sources] == [e.source for e in made]
 
 
+def test_batches_are_equally_large_and_no_more_than_they_need_be():
+    made = examples(*np.random.default_rng(0).integers(5, 60, 200).tolist())
+    tokens = sum(map(len, made))
+    for most in (100, 1_000, 2_000, tokens - 1, tokens, 10 * tokens):
+        sizes = [len(batch.tokens) for batch in pack(made, most, share=False)]
+        assert sum(sizes) == tokens and len(sizes) <= tokens / (most - 60) + 1 and max(sizes) <= most
+        assert len(sizes) > 20 or max(sizes) - min(sizes) <= 2 * 60
+    alike = rows_that_begin((300, [320] * 20), (0, [200, 200]))                 # equal sizes would part the twenty, and compute 300 tokens again
+    assert [len(batch.tokens) for batch in pack(alike, 800)] == [700, 400]
+
+
 def test_targets_are_the_next_trained_ids_and_never_cross_a_document():
     made = examples(4, 3)
     batch = pack(made, 100)[0]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 import torch
 from conftest import INTERPRETED, ROOT, torchrun
 
+import attention_kernels
 import checkpoint
 import data
+import model as model_file
 import train
+from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from tokenizer import Tokenizer
 
@@ -508,6 +512,47 @@ def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_p
     for kernels in ("torch", "triton"):
         run(demo, tmp_path / kernels, *flags, "--steps", 4, "--batch-rows", 2, "--kernels", kernels)
     assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "torch"), rel=1e-5)
+
+
+def by_kernels(monkeypatch):
+    """From now on a model on a CPU computes by the kernels, all of them, interpreted."""
+    def tables(lengths, window, dtype, device, heads, starts=None, keys_only=0):
+        return attention_kernels.tables(lengths, window, device, starts, keys_only, 64 * heads[1] // heads[0], 32)
+
+    monkeypatch.setattr("model.plan", tables)
+    for function in (model_file.rms_norm, model_file.geglu, model_file.linear_cross_entropy):
+        monkeypatch.setattr(model_file, function.__name__, partial(function, by_triton=True))
+
+
+def losses_of(demo, steps, full, choice):
+    """Of plain steps in fp16 (the interpreter's bf16 products are wrong); choice: how adapters are computed."""
+    tuned = checkpoint.load_model(demo / "model", torch.float16, master_dtype=torch.float32 if full else torch.float16)
+    if not full:
+        wrap(tuned, LoRAConfig(rank=4), torch.Generator().manual_seed(0))
+        choose_kernels(tuned, choice, 64)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3, fused=True)
+    tokenizer = Tokenizer.load(demo / "model")
+    examples = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 100)]
+    lengths, seen = [len(example) for example in examples], []
+    for rows, _ in itertools.islice(data.steps(lengths, 0, batch_rows=1), steps):
+        [batch] = data.pack([examples[row] for row in rows], 4096)
+        loss = train.loss_sum(tuned, batch) / batch.trained_tokens
+        (64 * loss).backward()                                                  # small gradients would be 0 in fp16
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad /= 64
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    return seen
+
+
+@INTERPRETED
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_all_kernels_together_give_the_losses_of_pytorch(demo, monkeypatch, full):
+    plain = losses_of(demo, 3, full, "torch")
+    by_kernels(monkeypatch)
+    together = losses_of(demo, 3, full, "triton")
+    assert together != plain and together == pytest.approx(plain, rel=3e-3)
 
 
 def test_kernels_that_cannot_run_here_are_refused_with_the_remedy(demo, tmp_path, monkeypatch):
