@@ -32,8 +32,9 @@ from torch import Tensor
 from triton_support import can_run, jit, load_tile, precision, tile_sizes, tl, triton, tuned
 
 IGNORE = -100        # target of a token that carries no loss
-CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · (4 + 2 bytes) = 0.4 GB
-CHUNK_WORDS = 1 << 15        # words whose weight gradient PyTorch multiplies out at once: 32,768 · D · 2 bytes = 0.04 GB
+CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · 2 bytes = 0.13 GB
+CPU_ROWS = 4         # of these in fp32 on a CPU: 4 · V · 4 bytes = 4 MB
+CHUNK_WORDS = 1 << 14        # words whose weight gradient PyTorch multiplies out at once: 16,384 · D · 2 bytes = 0.02 GB
 KERNEL_ROWS = 512    # rows of logits' gradients alive at once by the kernels: 512 · V · 2 bytes = 0.27 GB
 SPAN = 1024          # words of the vocabulary that a program goes through; a multiple of every tile's
 
@@ -149,13 +150,16 @@ def _chunk_by_triton(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Te
 
 
 def _chunk_by_pytorch(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
-    """As `_chunk_by_triton`."""
-    target = target[:, None]
-    logits = F.linear(hidden, matrix).float()
-    log_sum = logits.logsumexp(dim=-1, keepdim=True)
-    loss = (log_sum - logits.gather(1, target)).sum()
-    if dlogits is not None:
-        dlogits.copy_(logits.sub_(log_sum).exp_().scatter_add_(1, target, -torch.ones_like(log_sum)))
+    """As `_chunk_by_triton`.  The logits are rounded to h's dtype, and then few rows at a time in fp32, which a CPU's cache holds."""
+    whole = torch.mm(hidden, matrix.T, out=dlogits)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    at_once = CPU_ROWS if hidden.device.type == "cpu" else len(hidden)
+    for rounded, wanted in zip(whole.split(at_once), target[:, None].split(at_once), strict=True):
+        logits = rounded.float()
+        log_sum = logits.logsumexp(dim=-1, keepdim=True)
+        loss += (log_sum - logits.gather(1, wanted)).sum()
+        if dlogits is not None:                                                 # in the logits' place
+            rounded.copy_(logits.sub_(log_sum).exp_().scatter_add_(1, wanted, -torch.ones_like(log_sum)))
     return loss
 
 
@@ -197,15 +201,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(dlogits, matrix, out=dhidden[rows])
             if need_weight:
                 _weight_gradient(dweight, dlogits, hidden[rows], start > 0, by_triton)
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(dhidden)
+        ctx.need_weight, ctx.dweight, ctx.weight_dtype = need_weight, dweight, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
+        [dhidden], dweight, ctx.dweight = ctx.saved_tensors, ctx.dweight, None
+        if ctx.need_weight and dweight is None:
+            raise RuntimeError("linear cross-entropy gives its weight's gradient away in the first backward pass, and so has no second one")
         return (None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),     # [None]: a scalar would be rounded to bf16 first
-                None if dweight is None else (dweight * grad).to(ctx.weight_dtype), None, None)
+                None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype), None, None)       # in place: 0.67 GB
 
 
 # ---------------------------------------------------------------------------------------------------------------------

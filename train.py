@@ -700,23 +700,17 @@ def peak_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def malloc_settings(full: bool) -> str:
-    """GLIBC_TUNABLES for a CPU: keep what is freed, in large pages.
+def keep_memory() -> None:
+    """On Linux, start this program again with a malloc that keeps what is freed, in large pages.
 
     A step on a CPU frees gigabytes and asks for them again. By default they go back to the system and return as pages of
-    4 KiB, each zeroed on its first use, which takes an eighth of the time and more in a long run (docs/log.md). With `full`
-    pieces of 32 MiB and more do go back, lest those of the embedding's size, 0.67 GB, leave holes among the others.
+    4 KiB, each zeroed on its first use, which takes an eighth of the time and more in a long run (docs/log.md).
     """
-    large = "mmap_threshold=0x2000000" if full else "mmap_max=0"
-    return f"glibc.malloc.hugetlb=1:glibc.malloc.{large}:glibc.malloc.trim_threshold=0x1000000000"
-
-
-def keep_memory(full: bool) -> None:
-    """On Linux, start this program again with `malloc_settings`."""
     ours = "__file__" in globals() and sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1:] == sys.argv[1:] \
         and Path(sys.argv[0]).resolve() == Path(__file__).resolve()          # not a notebook, nor another program that runs this file
     if ours and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": malloc_settings(full)})
+        tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x1000000000"
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
 
 
 def fail(message: str) -> None:
@@ -732,7 +726,7 @@ if __name__ == "__main__":
     try:
         arguments = parse_args()
         if arguments.device == "cpu":
-            keep_memory(arguments.full)
+            keep_memory()
         sys.exit(main(arguments))
     except torch.OutOfMemoryError as error:
         fail(f"{str(error).partition('. ')[0]}; a lower --micro-tokens or --checkpoint-activations takes less; --resume goes on with it")

@@ -8,7 +8,7 @@
 Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in bf16 with PEFT adapters (fp32, as
 PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
 take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
-gets the malloc settings that train.py gives itself with --full (with those of LoRA it does not fit into 24 GiB). Parity
+gets malloc settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Parity
 lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With --full theirs is
 trained in bf16 alone, ours with fp32 masters. With --one-set
 every row is given all of the file's tools in one order: ours takes 32 of them a step, with the shared beginning computed
@@ -69,7 +69,8 @@ def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) ->
     command = [sys.executable, __file__, "--worker", mode, "--folder", str(folder), "--steps", str(steps), "--parity", str(args.parity),
                "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows),
                *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
-    environment = os.environ | ({"GLIBC_TUNABLES": train.malloc_settings(full=True)} if args.device == "cpu" else {})
+    malloc = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x2000000:glibc.malloc.trim_threshold=0x1000000000"
+    environment = os.environ | ({"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
