@@ -136,7 +136,7 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
 def wrong(made: dict) -> str:
     return ", ".join(name for name, bad in (
         (f"{made['spilled']} bytes spilled", made["spilled"]), ("too much shared memory", made["too_large"]),
-        ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"] and not made["kernel"].startswith("norm")),
+        ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"] and not made["kernel"].startswith(("norm", "geglu"))),
         (f"{made['narrow_reads']} reads of {made['narrowest_read']} bytes", made["narrow_reads"] > 4)) if bad)
 
 
