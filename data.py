@@ -92,9 +92,9 @@ class RowError(ValueError):
         self.cause = cause
 
 
-def placed(error: RowError, source: str) -> RowError:
+def placed(source: str, cause: str, message: str) -> RowError:
     """The error of a row, with its place and the remedy."""
-    return RowError(error.cause, f"{source}: {error}; fix the row or pass --skip-invalid")
+    return RowError(cause, f"{source}: {message}; fix the row or pass --skip-invalid")
 
 
 class Skipped(Counter):
@@ -212,7 +212,7 @@ def read_rows(files: Sequence[str | Path], skipped: Skipped | None = None, syste
                 yield parse_row(row, source, system)
             except RowError as error:
                 if skipped is None:
-                    raise placed(error, source) from None
+                    raise placed(source, error.cause, str(error)) from None
                 skipped.note(error.cause, f"{source}: {error}")
 
 

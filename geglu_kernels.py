@@ -43,36 +43,38 @@ def gelu_slope(gate):
 
 
 @jit
-def _kernel(gate, up, dh, out, gate_row, up_row, N: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
-    """A row of h (N), or of [dgate | dup] (2N).  Rows of gate and up lie gate_row and up_row numbers apart."""
+def _kernel(gate, up, dh, h, made, gate_row, up_row, N: tl.constexpr, BLOCK: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr):
+    """A row of h (N) and of made = [dgate | dup] (2N), each if asked for.  Rows of gate and up lie gate_row and up_row numbers apart."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = columns < N
     g = tl.load(gate + row * gate_row + columns, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_row + columns, mask=inside, other=0.0).to(tl.float32)
+    if VALUE:
+        tl.store(h + row * N + columns, (gelu(g) * u).to(gate.dtype.element_ty), mask=inside)
     if GRADIENT:
         d = tl.load(dh + row * N + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * (2 * N) + columns, (d * u * gelu_slope(g)).to(gate.dtype.element_ty), mask=inside)
-        tl.store(out + row * (2 * N) + N + columns, (d * gelu(g)).to(gate.dtype.element_ty), mask=inside)
-    else:
-        tl.store(out + row * N + columns, (gelu(g) * u).to(gate.dtype.element_ty), mask=inside)
+        tl.store(made + row * (2 * N) + columns, (d * u * gelu_slope(g)).to(gate.dtype.element_ty), mask=inside)
+        tl.store(made + row * (2 * N) + N + columns, (d * gelu(g)).to(gate.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The functions
 
 
-def _by_triton(gate: Tensor, up: Tensor, dh: Tensor | None = None) -> Tensor:
+def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, value: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """The kernel's one pass: h (M, F), unless not `value`, and of dh (M, F), row-major, [dgate | dup] (M, 2F)."""
     M, N = gate.shape
-    out = gate.new_empty(M, N if dh is None else 2 * N)
+    h, made = gate.new_empty(M, N) if value else None, None if dh is None else gate.new_empty(M, 2 * N)
     if M:
-        _kernel[(M,)](gate, up, dh, out, gate.stride(0), up.stride(0), N=N, BLOCK=triton.next_power_of_2(N), GRADIENT=dh is not None)
-    return out
+        _kernel[(M,)](gate, up, dh, h, made, gate.stride(0), up.stride(0), N=N, BLOCK=triton.next_power_of_2(N), VALUE=value,
+                      GRADIENT=dh is not None)
+    return h, made
 
 
 def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor, by_triton: bool | None = None) -> Tensor:
     """[dgate | dup] = [dh · up · gelu'(gate) | dh · gelu(gate)], (M, 2F), of (M, F) each; arguments as for `geglu`."""
     if _use_triton(by_triton, gate, up):
-        return _by_triton(gate, up, dh.contiguous())
+        return geglu_pass(gate, up, dh.contiguous(), value=False)[1]
     made = dh.new_empty(len(dh), 2 * dh.shape[1])
     dgate, dup = made.chunk(2, dim=1)
     torch.mul(dh, F.gelu(gate, approximate="tanh"), out=dup)
@@ -86,7 +88,7 @@ class _GeGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, by_triton: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.by_triton = by_triton
-        return _by_triton(gate, up) if by_triton else F.gelu(gate, approximate="tanh").mul_(up)
+        return geglu_pass(gate, up)[0] if by_triton else F.gelu(gate, approximate="tanh").mul_(up)
 
     @staticmethod
     def backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:

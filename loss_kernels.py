@@ -202,13 +202,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_weight:
                 _weight_gradient(dweight, dlogits, hidden[rows], start > 0, by_triton)
         ctx.save_for_backward(dhidden)
-        ctx.need_weight, ctx.dweight, ctx.weight_dtype = need_weight, dweight, weight.dtype
+        ctx.dweight, ctx.weight_dtype = dweight, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         [dhidden], dweight, ctx.dweight = ctx.saved_tensors, ctx.dweight, None
-        if ctx.need_weight and dweight is None:
+        if ctx.needs_input_grad[1] and dweight is None:
             raise RuntimeError("linear cross-entropy gives its weight's gradient away in the first backward pass, and so has no second one")
         return (None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),     # [None]: a scalar would be rounded to bf16 first
                 None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype), None, None)       # in place: 0.67 GB

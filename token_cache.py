@@ -183,7 +183,7 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
                     files.append(TokenFile(Path(folder), name, weight))
             bad = files[-1].summary["first_bad"]
             if bad and not skip_invalid:
-                raise data.placed(RowError(bad["cause"], bad["message"]), f"{name}:{bad['place']}")
+                raise data.placed(f"{name}:{bad['place']}", bad["cause"], bad["message"])
     return Tokens(files)
 
 
@@ -298,7 +298,7 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
             for fault in bad.values():
                 summary["first_bad"] = summary["first_bad"] or fault
                 if not skip_invalid:
-                    raise data.placed(RowError(fault["cause"], fault["message"]), f"{name}:{fault['place']}")
+                    raise data.placed(f"{name}:{fault['place']}", fault["cause"], fault["message"])
                 summary["skipped"].setdefault(fault["cause"], {"rows": 0, **fault})["rows"] += 1
             if error:
                 raise error

@@ -10,9 +10,9 @@ PEFT makes them), padded batches of 4 rows and all logits, as their own loss doe
 take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
 gets malloc settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Parity
 lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With --full theirs is
-trained in bf16 alone, ours with fp32 masters. With --one-set
-every row is given all of the file's tools in one order: ours takes 32 of them a step, with the shared beginning computed
-once and without; theirs 2 of them, one by one, as all logits of four would not fit into 24 GiB.
+trained in bf16 alone, ours with fp32 masters. With --one-set every row is given all of the file's tools in one order:
+ours takes 32 of them a step, with the shared beginning computed once and without; theirs 2 of them, one by one, as all
+logits of four would not fit into 24 GiB.
 
 --save writes benchmarks/results/DEVICE_vs_peft.json or DEVICE_parity.json. Where the real weights and rows are not at
 hand, speed is measured on random weights of the same size and the demo's rows, and the report says so.

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from tables import add_result_flags, keep_result  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
@@ -86,9 +88,7 @@ def main(args: argparse.Namespace) -> None:
         "data": Path(args.data).name, "device": checkpoint.device_name(torch.device(args.device)), "machine": platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     print(json.dumps(result, indent=2))
-    if args.save:
-        name = "decode" if args.device == "cuda" else "cpu_decode"
-        (ROOT / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    keep_result(result, "decode", torch.device(args.device), args)
 
 
 if __name__ == "__main__":
@@ -100,5 +100,5 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=6, help="real prompts that each side answers, in turn")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--repeats", type=int, default=2, help="of sixteen prompts one by one and at once")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/*.json")
+    add_result_flags(parser)
     main(parser.parse_args())

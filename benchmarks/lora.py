@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from clock import Clock  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
+import geglu_kernels  # noqa: E402
 import lora_kernels as kernels  # noqa: E402
 from checkpoint import device_name  # noqa: E402
 from geglu_kernels import geglu, geglu_gradient, geglu_reference  # noqa: E402
@@ -130,9 +131,10 @@ def shrink_expand(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, again: bool = True) -> tuple[Tensor | None, Tensor | None]:
-    """h (M, N), unless not again, and of dh [dgate | dup] (M, 2N): a pass each where Triton runs."""
-    by_triton = can_run(gate.device)
-    return geglu(gate, up, by_triton) if again else None, None if dh is None else geglu_gradient(dh, gate, up, by_triton)
+    """h (M, N), unless not again, and of dh [dgate | dup] (M, 2N): in one pass where Triton runs."""
+    if can_run(gate.device):
+        return geglu_kernels.geglu_pass(gate, up, None if dh is None else dh.contiguous(), value=again)
+    return geglu(gate, up, False) if again else None, None if dh is None else geglu_gradient(dh, gate, up, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device")
 INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
-NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="SKIPPED: no CUDA device"))
-GPU = pytest.param("cuda", marks=NEEDS_GPU)
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="SKIPPED: no CUDA device")])
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
 
 

@@ -51,7 +51,7 @@ def test_results_and_gradients_are_as_near_as_the_definitions(M, F, halves, devi
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "wrong"), [
     ("d * u * gelu_slope(g)", "d * gelu_slope(g)", "dgate"), ("d * gelu(g)", "d * gelu(u)", "dup"), ("row * up_row", "row * gate_row", "h"),
-    ("inside = columns < N", "inside = columns < N - 1", "h"), ("out + row * (2 * N) + N +", "out + row * (2 * N) + N - 1 +", "dup")])
+    ("inside = columns < N", "inside = columns < N - 1", "h"), ("made + row * (2 * N) + N +", "made + row * (2 * N) + N - 1 +", "dup")])
 def test_the_tests_see_a_broken_kernel(sound, broken, wrong, mutant, generator, poisoned):
     made = mutant(geglu_kernels, sound, broken)
     strided = lambda gate, up: made.geglu(gate.contiguous(), up, True)                                  # noqa: E731
