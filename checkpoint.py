@@ -32,6 +32,7 @@ from tokenizer import Tokenizer
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 SYSTEM = "system.txt"            # beside the weights: what the model was told before its tools
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
@@ -438,12 +439,17 @@ def _fingerprint(file: Path) -> dict:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
+def moments(parameter: Tensor, step: int = 0, *kept: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter after so many steps: the first and second moments that are given, or zeros."""
+    kept = kept or (torch.zeros_like(parameter), torch.zeros_like(parameter))
+    return {"step": torch.tensor(float(step), device=parameter.device), **dict(zip(MOMENT_NAMES, kept, strict=True))}
+
+
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is trained, and the optimizer's moments, by name.  Where they are sharded, all processes must ask."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moments = {f"{key}.{name}": whole(optimizer.state[p][key]) for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")
-               if p in optimizer.state}
-    return {name: whole(p) for name, p in trained.items()}, moments
+    kept = {f"{key}.{name}": whole(optimizer.state[p][key]) for name, p in trained.items() for key in MOMENT_NAMES if p in optimizer.state}
+    return {name: whole(p) for name, p in trained.items()}, kept
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -492,15 +498,14 @@ def verify(path: Path) -> None:
 def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put a checkpoint back into model and optimizer, in place; returns its state: `step`, and what `save` was given."""
     state = {key: value for key, value in read_json(path / "state.json").items() if key not in ("files", "sha256")}
-    tensors, moments = _read_tensors(path / TRAINED), _read_tensors(path / MOMENTS)
+    tensors, kept = _read_tensors(path / TRAINED), _read_tensors(path / MOMENTS)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
         parameter.copy_(like(parameter, tensors.pop(name)))
-        optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device),
-                                      **{key: like(parameter, moments[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}}
+        optimizer.state[parameter] = moments(parameter, state["step"], *(like(parameter, kept[f"{key}.{name}"]) for key in MOMENT_NAMES))
     if tensors:
         raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
     return state

@@ -4,6 +4,7 @@ A process has some of a step's batches; the step's gradient is the sum over all 
 
     gradients.begin_pass(last=False); loss.backward(); …; gradients.begin_pass(last=True); loss.backward()
     extra = gradients.finish(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
+    optimizer.step(); gradients.clear()
 
 `Summed` keeps every parameter whole in every process. Adapters (15 MB) go through one all-reduce with `extra` at its end; where
 everything is trained (1.07 GB) a bucket of layers is sent as soon as the last backward pass has finished with it, while the
@@ -12,6 +13,7 @@ gradient and of the optimizer's moments, and gathers a layer's weights when it c
 """
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -29,10 +31,15 @@ BUCKET = 8_000_000          # numbers sent together at least: large enough that 
 
 
 class Summed:
-    """Gradients added up over `world` processes.  Between `begin_pass(last=True)` and `finish` parts of them are on their way."""
+    """Gradients added up over `world` processes.  Between `begin_pass(last=True)` and `finish` parts of them are on their way.
+
+    On a CPU they keep their memory from step to step: made anew in each they would lie among what a pass leaves again, and
+    large pieces would find no room between them (docs/log.md).
+    """
 
     def __init__(self, model: Gemma3, world: int) -> None:
-        self.world, self.sent, self.open = world, [], None
+        self.model, self.world, self.sent, self.open = model, world, [], None
+        self.kept = model.head.device.type == "cpu"
         layers = [list(block.parameters()) for block in reversed(model.model["layers"])]       # as a backward pass finishes them
         inside = {parameter for layer in layers for parameter in layer}
         self.buckets: list[list[nn.Parameter]] = [[]]
@@ -40,10 +47,16 @@ class Summed:
             if sum(p.numel() for p in self.buckets[-1]) >= BUCKET:
                 self.buckets.append([])
             self.buckets[-1] += [p for p in layer if p.requires_grad]
+        self.clear()
         if world > 1:
             for number, bucket in enumerate(self.buckets[:-1]):              # the last one waits for `extra`
                 for parameter in bucket:
                     parameter.register_post_accumulate_grad_hook(partial(self._finished, number))
+
+    @property
+    def into(self) -> Tensor | None:
+        """Where the tied embedding's gradient may be added to directly (Gemma3.forward), 0.67 GB less; None: nowhere."""
+        return self.model.head.grad if self.kept else None
 
     def begin_pass(self, last: bool) -> None:
         """Before each forward and backward pass; last: whether no other follows in this step."""
@@ -72,14 +85,27 @@ class Summed:
             sending.wait()
             sizes = [p.numel() for p in bucket]
             for parameter, grad in zip(bucket, flat[:sum(sizes)].split(sizes), strict=True):
-                parameter.grad = grad.view_as(parameter)
+                grad = grad.view_as(parameter)
+                parameter.grad = parameter.grad.copy_(grad) if self.kept else grad
         extra = self.sent[-1][0][-len(extra):]
         self.sent, self.open = [], None
         return extra
 
+    def clear(self) -> None:
+        """After the optimizer's step."""
+        for parameter in itertools.chain.from_iterable(self.buckets):
+            if not self.kept:
+                parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
 
 class Sharded:
     """Parameters, gradients and moments in `world` shards (FSDP2).  Every process must make equally many passes."""
+
+    into = None
 
     def __init__(self, model: Gemma3) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -95,6 +121,9 @@ class Sharded:
     def finish(self, extra: Tensor) -> Tensor:
         dist.all_reduce(extra)
         return extra
+
+    def clear(self) -> None:
+        self.model.zero_grad()
 
 
 def meet(kind: str) -> tuple[int, int, torch.device]:

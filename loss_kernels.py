@@ -181,17 +181,34 @@ def _weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, add: bool
 # The autograd function
 
 
+_rooms: dict[str, Tensor] = {}
+
+
+def _room(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory of (rows, columns) for one forward pass, of the dtype and on the device of `like`.
+
+    On a CPU it is the same for every pass: half a gigabyte of new pages takes longer than what is done with it (docs/log.md).
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    if name not in _rooms or _rooms[name].dtype != like.dtype or _rooms[name].numel() < rows * columns:
+        _rooms[name] = like.new_empty(rows * columns)
+    return _rooms[name][:rows * columns].view(rows, columns)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Saved are the finished gradients, of a loss of which one nat counts one."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool, into: Tensor | None) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         chunk_loss, chunk_rows = (_chunk_by_triton, KERNEL_ROWS) if by_triton else (_chunk_by_pytorch, CHUNK_ROWS)
-        matrix = weight.to(hidden.dtype)
+        matrix = weight if weight.dtype == hidden.dtype else _room("head", *weight.shape, like=hidden).copy_(weight)
         dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=torch.float32) if need_weight else None
-        room = hidden.new_empty(min(len(hidden), chunk_rows), len(weight)) if need_hidden or need_weight else None
+        dweight = into
+        if need_weight and into is None:
+            dweight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=torch.float32)
+        room = _room("logits", min(len(hidden), chunk_rows), len(weight), like=hidden) if need_hidden or need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -200,30 +217,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
             if need_weight:
-                _weight_gradient(dweight, dlogits, hidden[rows], start > 0, by_triton)
+                _weight_gradient(dweight, dlogits, hidden[rows], start > 0 or into is not None, by_triton)
         ctx.save_for_backward(dhidden)
-        ctx.dweight, ctx.weight_dtype = dweight, weight.dtype
+        ctx.dweight, ctx.weight_dtype, ctx.added = dweight, weight.dtype, into is not None
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         [dhidden], dweight, ctx.dweight = ctx.saved_tensors, ctx.dweight, None
+        if ctx.added:
+            if grad != 1:
+                raise RuntimeError(f"linear cross-entropy has added its weight's gradient already, and so cannot be scaled by {grad:.3g}")
+            return dhidden, None, None, None, None
         if ctx.needs_input_grad[1] and dweight is None:
             raise RuntimeError("linear cross-entropy gives its weight's gradient away in the first backward pass, and so has no second one")
         return (None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),     # [None]: a scalar would be rounded to bf16 first
-                None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype), None, None)       # in place: 0.67 GB
+                None if dweight is None else dweight.mul_(grad).to(ctx.weight_dtype), None, None, None)       # in place: 0.67 GB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The public function
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool | None = None, every_row: bool = False) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool | None = None, every_row: bool = False,
+                         into: Tensor | None = None) -> Tensor:
     """Cross-entropy of the next token, summed over the rows that carry loss, in nats.
 
     hidden (T, D); weight (V, D), the tied embedding; targets (T) int64, `IGNORE` where there is no loss. by_triton: whether
     kernels compute it (default: on a CUDA device). every_row: that each row carries loss is known; finding those that do makes
-    the host wait for the device. Returns an fp32 scalar, 0 where no row carries loss.
+    the host wait for the device. into (V, D) fp32: where weight's gradient is added at once instead of being given back by the
+    backward pass, which must begin at this very scalar; for sums over several passes. Returns an fp32 scalar, 0 where no row
+    carries loss.
     """
     takes = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.is_contiguous()
     if by_triton is None:
@@ -236,4 +260,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_tri
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     if not torch.is_grad_enabled():          # or the forward pass would work out a gradient that nobody takes
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, by_triton)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, by_triton, into)

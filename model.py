@@ -134,26 +134,28 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, factor: float, d
 class _TiedEmbedding(torch.autograd.Function):
     """The words' rows of the embedding, and the embedding itself for the head that is tied to it.
 
-    Both uses get one gradient of (V, D): autograd would make a second one for the rows, nearly all of it zeros.
+    Both uses get one gradient of (V, D): autograd would make a second one for the rows, nearly all of it zeros. With `into`
+    that of the rows is added there.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, weight: Tensor, tokens: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(tokens)
-        ctx.shape = weight.shape
+        ctx.shape, ctx.into = weight.shape, into
         ctx.set_materialize_grads(False)
         return F.embedding(tokens, weight), weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, dwords: Tensor | None, dhead: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx, dwords: Tensor | None, dhead: Tensor | None) -> tuple[Tensor | None, None, None]:
         [tokens] = ctx.saved_tensors
-        if dwords is None:
-            return dhead, None
-        if dhead is None:
-            dhead = dwords.new_zeros(ctx.shape)
-        if dhead.is_cuda:
-            return dhead.index_put_((tokens,), dwords, accumulate=True), None               # sorts the words; index_add_ there is a race
-        return dhead.index_add_(0, tokens, dwords), None
+        total = dhead if ctx.into is None else ctx.into
+        if dwords is not None:
+            total = dwords.new_zeros(ctx.shape) if total is None else total
+            if total.is_cuda:
+                total.index_put_((tokens,), dwords, accumulate=True)                        # sorts the words; index_add_ there is a race
+            else:
+                total.index_add_(0, tokens, dwords)
+        return total if ctx.into is None else None, None, None
 
 
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -252,23 +254,24 @@ class Gemma3(nn.Module):
         return self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor, rows: Tensor | None = None,
-                targets: Tensor | None = None) -> Tensor:
+                targets: Tensor | None = None, into: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm, of all tokens or of those that `rows` names; with `targets` their summed loss.
 
         tokens (T) int64; documents (T), one value for each document, its tokens side by side; positions (T), each document
         counting from 0. A document that counts from n > 0 continues the first n tokens of the last one that counts from 0,
         and is computed as if it held them. Positions and documents that are kept on the CPU cost no device
         synchronisation. rows (M) int64, each once. targets, (T) or (M): as for `linear_cross_entropy`, but each of those that
-        `rows` names carries loss. Returns (T, D), or (M, D), in `compute_dtype`; with targets an fp32 scalar in nats.
+        `rows` names carries loss. into (V, D): as for `linear_cross_entropy`, of the tied embedding. Returns (T, D), or (M, D), in
+        `compute_dtype`; with targets an fp32 scalar in nats.
         """
         lengths = torch.unique_consecutive(documents, return_counts=True)[1]
         starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
         plans = {window: plan(lengths.tolist(), window, self.compute_dtype, tokens.device, self.config.heads, starts)
                  for window in set(self.config.windows)}
-        words, head = _TiedEmbedding.apply(self.head, tokens)
+        words, head = _TiedEmbedding.apply(self.head, tokens, into)
         hidden = self._layers(words, positions.to(tokens.device, non_blocking=True),
                               [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
-        return hidden if targets is None else linear_cross_entropy(hidden, head, targets, every_row=rows is not None)
+        return hidden if targets is None else linear_cross_entropy(hidden, head, targets, every_row=rows is not None, into=into)
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend], rows: Tensor | None = None) -> Tensor:
         """The hidden states with each layer's attention given: training packs documents, decoding keeps keys and values.

@@ -219,6 +219,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     gradients = Sharded(model) if args.shard else Summed(model, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    for parameter in parameters if device.type == "cpu" else ():            # before the first pass, for the reason that gradients.py gives
+        optimizer.state[parameter] = checkpoint.moments(parameter)
     weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
     if (weights != 1).any():
@@ -366,22 +368,22 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         own_tokens, batches = sum(len(batch.tokens) for batch in batches), passes(batches)
         for i, batch in enumerate(batches):
             gradients.begin_pass(last=i == len(batches) - 1)
-            loss = loss_sum(model, batch, seed) / trained_tokens
+            loss = loss_sum(model, batch, seed, gradients.into)
             loss.backward()
             nats += loss.detach()
         work = sum(flops(model, batch) for batch in batches)
         shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
-        result = torch.stack([*shared, total_norm(parameters)])
+        result = torch.stack([shared[0] / trained_tokens, *shared[1:], total_norm(parameters) / trained_tokens])
         packing = time.perf_counter()
         upcoming = next(coming, None)                                      # made while a GPU still works on what was launched
         packing = time.perf_counter() - packing
         loss, stopping, computed_tokens, norm = result.tolist()            # now wait for it
         if not (math.isfinite(loss) and norm <= args.max_grad_norm):       # a NaN fails both
             raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, seed, loss, norm, out))
-        if args.clip and norm > args.clip:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], args.clip / norm)
+        clipped = max(1.0, norm / args.clip) if args.clip else 1.0
+        optimizer.grad_scale = torch.tensor(trained_tokens * clipped, device=device)         # what its kernel divides the gradients by
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        gradients.clear()
         step, state["position"] = step + 1, position
 
         now = time.perf_counter()
@@ -519,11 +521,14 @@ def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) 
     return args.min_lr + (args.lr - args.min_lr) * height
 
 
-def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0) -> torch.Tensor:
-    """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device.  seed: of dropout, in training."""
+def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0, into: torch.Tensor | None = None) -> torch.Tensor:
+    """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device.
+
+    seed: of dropout, in training. into: as for the model.
+    """
     tokens, positions, documents, rows, targets = batch.to(model.head.device)
     draw(model, batch.keys, seed, rows)
-    return model(tokens, positions, documents, rows, targets)
+    return model(tokens, positions, documents, rows, targets, into)
 
 
 def hash_seed(*numbers: int) -> int:

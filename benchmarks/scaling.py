@@ -128,7 +128,7 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
         sending.append(now() - computed)
         total_norm(parameters).item()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        gradients.clear()
         seconds.append(now() - began)
         busy.append(time.process_time() - began_busy)
     return {"seconds": seconds, "sending": sending, "busy": busy, "tokens": tokens, "bytes": sum(sent), "peak_gib": peak_gib(device)}

@@ -126,6 +126,32 @@ def test_the_weights_gradient_is_given_once_and_a_second_pass_is_told_so(generat
         loss.backward()
 
 
+@pytest.mark.parametrize("way", [False, pytest.param(True, marks=INTERPRETED)])
+@pytest.mark.parametrize("dtype", [torch.float32, FP16])
+def test_the_weights_gradient_is_added_where_it_is_wanted(way, dtype, generator):
+    """Over two passes, one of more rows than are taken at once, and to what is there already."""
+    passes = [draw(tokens, 32, 500, generator, dtype, share=1) for tokens in ((520, 7) if way else (3 * CHUNK_ROWS + 5, 7))]
+    weight = passes[0][1].float().requires_grad_()
+    into, wanted = torch.ones_like(weight), torch.ones_like(weight)
+    for hidden, _, targets in passes:
+        hidden.requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, targets, by_triton=way)
+        dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
+        wanted += dweight
+        again = linear_cross_entropy(hidden, weight, targets, by_triton=way, into=into)
+        again.backward()
+        assert torch.equal(again, loss) and torch.equal(hidden.grad, dhidden) and weight.grad is None
+    torch.testing.assert_close(into, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-3, atol=1e-5)
+    assert not torch.equal(into, torch.ones_like(into))
+
+
+def test_a_gradient_that_was_added_already_is_not_scaled_afterwards(generator):
+    hidden, weight, targets = draw(5, 4, 7, generator)
+    loss = linear_cross_entropy(hidden, weight.requires_grad_(), targets, into=torch.zeros_like(weight))
+    with pytest.raises(RuntimeError, match="cannot be scaled"):
+        (loss / 2).backward()
+
+
 # The kernels
 
 
@@ -237,7 +263,8 @@ def test_operands_that_the_kernels_do_not_take_are_named(generator):
     ("tl.store(out + v,", "tl.store(out,", {"dhidden", "dweight"}),
     ("torch.expm1(-losses)", "torch.exp(-losses)", {"dhidden", "dweight"}),
     ("matrix[target].float()).sum(1)", "matrix[target - 1].float()).sum(1)", {"loss", "dhidden"}),
-    ("sums += tl.load(out, mask=mine, other=0.0)", "pass", {"dweight"}), ("start > 0, by_triton", "False, by_triton", {"dweight"}),
+    ("sums += tl.load(out, mask=mine, other=0.0)", "pass", {"dweight"}),
+    ("start > 0 or into is not None, by_triton", "into is not None, by_triton", {"dweight"}),
     ("for m in range(0, M, BLOCK_M):", "for m in range(BLOCK_M, M, BLOCK_M):", {"dweight"}),
     ("h_tiles += BLOCK_M * D", "h_tiles += 0", {"dweight"}),
     ("tl.program_id(0) % tiles * BLOCK_D", "0 * BLOCK_D", {"dweight"}),
