@@ -4,8 +4,9 @@
     python benchmarks/step.py --device cpu --tiny --tokens 300 --steps 2
 
 The ladder starts with PyTorch for everything and exchanges one technique a rung; every rung takes the same rows and must
-reach the same losses. The peers are transformers + PEFT in padded batches of the same rows, all logits, each at several
-batch sizes; what is not installed is named. Rows are as long as xLAM's (400 tokens on average); a tenth is trained.
+reach the same losses. So must the peers: transformers with PEFT or alone on the same rows, weights and adapters, from the
+usual recipe to the strongest mixture of packages; what is not installed is named. Rows are as long as xLAM's (400 tokens
+on average); a tenth is trained.
 """
 from __future__ import annotations
 
@@ -13,15 +14,17 @@ import argparse
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -33,9 +36,9 @@ import attention_kernels  # noqa: E402
 import geglu_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
 import norm_kernels  # noqa: E402
-from checkpoint import device_name  # noqa: E402
+from checkpoint import device_name, save_adapter  # noqa: E402
 from data import Example, pack  # noqa: E402
-from lora import TARGETS, LoRAConfig, choose_kernels, wrap  # noqa: E402
+from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from train import loss_sum, peak_gib  # noqa: E402
 
@@ -58,31 +61,36 @@ def rows(tokens: int, vocabulary: int, seed: int) -> list[Example]:
     return made
 
 
-def timed(step: Callable[[int], torch.Tensor], steps: int, device: torch.device) -> dict:
-    """Losses of all steps, and seconds and memory of those after the warm-up."""
-    losses, seconds = [], []
+def timed(step: Callable[[int], tuple[Tensor, Tensor]], steps: int, device: torch.device) -> dict:
+    """Losses and gradients' norms of all steps, and seconds and memory of those after the warm-up."""
+    losses, norms, seconds = [], [], []
     for i in range(steps + min(10, steps)):
         if device.type == "cuda":
             if i == min(10, steps):
                 torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         began = time.perf_counter()
-        loss = step(i)
+        loss, norm = step(i)
         losses.append(loss.item())                                  # waits for the device
+        norms.append(norm.item())
         seconds.append(time.perf_counter() - began)
-    return {"losses": losses, "seconds": statistics.median(seconds[-steps:]), "peak_gib": peak_gib(device)}
+    return {"losses": losses, "grad_norms": norms, "seconds": statistics.median(seconds[-steps:]), "peak_gib": peak_gib(device)}
+
+
+def start(config: GemmaConfig, device: torch.device, full: bool) -> Gemma3:
+    """The model that all sides start from, in fp32 where every parameter is trained."""
+    model = Gemma3(config, torch.bfloat16)
+    model.init_weights(torch.Generator().manual_seed(0))
+    return model.to(device, torch.float32 if full else torch.bfloat16).train()
 
 
 def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str) -> dict:
-    device, dtype = torch.device(args.device), torch.bfloat16
+    device = torch.device(args.device)
     usual = norm_kernels.can_run
     for module in EVERY:
         module.can_run = usual if module in kernels else lambda device: False
     try:
-        torch.manual_seed(0)
-        model = Gemma3(config, dtype)
-        model.init_weights(torch.Generator().manual_seed(0))
-        model = model.to(device, torch.float32 if full else dtype).train()
+        model = start(config, device, full)
         if not full:
             wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
             choose_kernels(model, lora if device.type == "cuda" else "torch", tokens)
@@ -90,13 +98,14 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
         optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
         batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
 
-        def step(i: int) -> torch.Tensor:
+        def step(i: int) -> tuple[Tensor, Tensor]:
             batch = batches[i % len(batches)]
             loss = loss_sum(model, batch) / batch.trained_tokens
             loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            return loss.detach()
+            return loss.detach(), norm
 
         made = timed(step, args.steps, device)
     finally:
@@ -106,35 +115,102 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
                    "tflops": FLOPS_A_TOKEN["full" if full else "lora"] * tokens / made["seconds"] / 1e12}
 
 
-def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, attention: str, batch_rows: int, compiled: bool) -> dict:
-    """transformers + PEFT: padded batches of so many rows, all logits in fp32, until the step's rows are through."""
-    from peft import LoraConfig, get_peft_model
+@dataclass(frozen=True)
+class Peer:
+    """A way to train with transformers."""
+
+    attention: str = "sdpa"
+    rows: int = 4                           # of a padded batch; 0: all rows of the step side by side, without padding
+    loss: str = "logits"                    # of all tokens in fp32; "trained": of trained ones alone; or a package's fused loss
+    compiled: bool = False
+    liger: bool = False                     # norms, GeGLU and rotation by Liger's kernels
+    bf16_adapters: bool = False             # PEFT keeps them in fp32 unless asked
+    full: bool = False                      # every parameter, in bf16 alone
+
+
+PEERS = {
+    "transformers + PEFT, eager, 4 rows, as NeMo's recipe": Peer("eager", bf16_adapters=True),
+    "transformers + PEFT, 4 rows": Peer(),
+    "transformers + PEFT, 16 rows": Peer(rows=16),
+    "transformers + PEFT, 16 rows, bf16 adapters": Peer(rows=16, bf16_adapters=True),
+    "transformers + PEFT, 16 rows, compiled": Peer(rows=16, compiled=True),
+    "transformers + PEFT, 16 rows, logits of trained tokens": Peer(rows=16, loss="trained"),
+    "Liger + PEFT, 16 rows": Peer(rows=16, loss="liger_kernel", liger=True),
+    "packed, FlexAttention, logits of trained tokens, compiled": Peer("flex_attention", 0, "trained", compiled=True, bf16_adapters=True),
+    "packed, FlexAttention, Liger, CCE, compiled": Peer("flex_attention", 0, "cut_cross_entropy", True, liger=True, bf16_adapters=True),
+    "every parameter: transformers, 4 rows": Peer(full=True),
+    "every parameter: packed, FlexAttention, logits of trained tokens, compiled": Peer("flex_attention", 0, "trained", True, full=True),
+}
+SMALL_PEERS = {"padded": Peer("eager"), "packed": Peer(rows=0, loss="trained"), "full": Peer(loss="trained", full=True)}     # run anywhere
+
+
+def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) -> dict:
+    """transformers, with PEFT unless every parameter is trained, from the same weights and adapters as ours."""
+    from peft import PeftModel
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-    device = torch.device(args.device)
+    from transformers.models.gemma3 import modeling_gemma3
+    device, usual_rotation = torch.device(args.device), modeling_gemma3.apply_rotary_pos_emb
     shape = {key: value for key, value in asdict(config).items() if not key.startswith("rope")}
     shape |= {"layer_types": list(config.layer_types), "query_pre_attn_scalar": int(config.query_pre_attn_scalar)}
-    base = Gemma3ForCausalLM(Gemma3TextConfig(**shape, attn_implementation=attention)).to(device, torch.bfloat16)
-    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules=list(TARGETS))).train()
-    run = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    examples = [rows(tokens, config.vocab_size, seed) for seed in range(4)]
+    base = Gemma3ForCausalLM(Gemma3TextConfig(**shape, attn_implementation=way.attention))
+    mine = start(config, torch.device("cpu"), full=True)
+    base.load_state_dict(mine.state_dict(), strict=False)                               # but for lm_head, which is tied
+    base = base.to(device, torch.bfloat16).train()
+    try:
+        if way.liger:
+            from liger_kernel.transformers import apply_liger_kernel_to_gemma3_text
+            apply_liger_kernel_to_gemma3_text(fused_linear_cross_entropy=False, model=base)
+        if not way.full:
+            wrap(mine, LoRAConfig(), torch.Generator().manual_seed(0))
+            with tempfile.TemporaryDirectory() as folder:
+                save_adapter(mine, "base", Path(folder))
+                PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=not way.bf16_adapters)   # changes base
+        parameters = [p for p in base.parameters() if p.requires_grad]
+        run = torch.compile(base.model) if way.compiled else base.model
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5 if way.full else 1e-3, fused=True)
+        examples = [rows(tokens, config.vocab_size, seed) for seed in range(4)]
 
-    def step(i: int) -> torch.Tensor:
-        some, total = examples[i % len(examples)], torch.zeros((), device=device)
-        trained = sum(int(row.trained[1:].sum()) for row in some)
-        for start in range(0, len(some), batch_rows):
-            batch = padded(some[start:start + batch_rows], device)
-            labels = batch.pop("labels")
-            logits = run(**batch).logits
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / trained
-            loss.backward()
-            total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total
+        def step(i: int) -> tuple[Tensor, Tensor]:
+            some, total = examples[i % len(examples)], torch.zeros((), device=device)
+            trained = sum(int(row.trained[1:].sum()) for row in some)
+            for first in range(0, len(some), way.rows or len(some)):
+                batch = padded(some[first:first + way.rows], device) if way.rows else packed(some, device)
+                labels = batch.pop("labels")[:, 1:]
+                hidden = run(**batch).last_hidden_state[:, :-1]
+                loss = peer_loss(way.loss, hidden, base.lm_head.weight, labels) / trained
+                loss.backward()
+                total += loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return total, norm
 
-    made = timed(step, max(2, args.steps // 4), device)
+        made = timed(step, max(2, args.steps // 4), device)
+    finally:
+        modeling_gemma3.apply_rotary_pos_emb = usual_rotation                           # Liger puts its own there for all models
     return made | {"tokens_per_second": tokens / made["seconds"]}
+
+
+def packed(some: list[Example], device: torch.device) -> dict[str, Tensor]:
+    """Rows as transformers takes them without padding: (1, all their tokens); a row's first token is not to be foreseen."""
+    ids = torch.cat([torch.from_numpy(row.ids).long() for row in some])
+    labels = torch.cat([torch.where(torch.from_numpy(row.trained), torch.from_numpy(row.ids).long(), -100) for row in some])
+    positions = torch.cat([torch.arange(len(row.ids)) for row in some])
+    labels[positions == 0] = -100
+    return {name: x[None].to(device) for name, x in (("input_ids", ids), ("position_ids", positions), ("labels", labels))}
+
+
+def peer_loss(kind: str, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Σ of the losses of the labels (rows, T) that are not -100."""
+    if kind == "liger_kernel":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        return liger_fused_linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten(), reduction="sum")
+    if kind == "cut_cross_entropy":
+        from cut_cross_entropy import linear_cross_entropy
+        return linear_cross_entropy(hidden, head, labels, reduction="sum")
+    if kind == "trained":
+        hidden, labels = hidden[labels != -100], labels[labels != -100]
+    return F.cross_entropy(F.linear(hidden, head).float().flatten(0, -2), labels.flatten(), reduction="sum")
 
 
 def attempt(call: Callable[[], dict], device: torch.device) -> dict:
@@ -167,15 +243,8 @@ def main(args: argparse.Namespace) -> None:
     keep("ladder", "every parameter", attempt(partial(ours, config, args, args.tokens, True, EVERY, "auto"), device))
     for tokens in () if args.tiny else (1_024, 4_096, 8_192, 33_792, 65_536):
         keep("sizes", str(tokens), attempt(partial(ours, config, args, tokens, False, EVERY, "auto"), device))
-    for attention, compiled in () if args.tiny else (("eager", False), ("sdpa", False), ("sdpa", True)):
-        for batch_rows in (4, 16):
-            name = f"transformers + PEFT, {attention}{', compiled' if compiled else ''}, {batch_rows} rows"
-            keep("peers", name, attempt(partial(peer, config, args, args.tokens, attention, batch_rows, compiled), device))
-    for package in ("liger_kernel", "cut_cross_entropy", "nemo_automodel"):
-        try:
-            __import__(package)
-        except ImportError:
-            print(f"peers   {package}: not installed, left out")
+    for name, way in (SMALL_PEERS if args.tiny else PEERS).items():
+        keep("peers", name, attempt(partial(peer, config, args, args.tokens, way), device))
 
 
 if __name__ == "__main__":
@@ -183,6 +252,6 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=16_896, help="of a step")
     parser.add_argument("--steps", type=int, default=20, help="measured ones, after up to ten that warm up")
-    parser.add_argument("--tiny", action="store_true", help="a small model and no peers, to see that everything runs")
+    parser.add_argument("--tiny", action="store_true", help="a small model and few peers, to see that everything runs")
     add_result_flags(parser)
     main(parser.parse_args())
