@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_support import can_run, jit, tl, triton
+from triton_support import can_run, jit, one_pass, tl, triton
 
 PROGRAMS = 512          # of a backward pass: each adds up its rows' share of dw
 
@@ -123,11 +123,7 @@ class _RMSNorm(torch.autograd.Function):
         if by_triton:
             y, r = _forward_by_triton(x, weight, eps, residual, rope)
         else:
-            x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-            r = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
-            y = (x32 * r).mul_(1.0 + weight.to(x32.dtype))
-            y = y if rope is None else rotate(y, *rope)
-            y = (y if residual is None else y.add_(residual)).to(x.dtype)
+            y, r = _forward_by_pytorch(x, weight, eps, residual, rope)
         ctx.save_for_backward(x, weight, r, *(rope or ()))
         ctx.by_triton = by_triton
         return y
@@ -139,13 +135,28 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.by_triton:
             dx, dw = _backward_by_triton(x, weight, rope, dy.contiguous(), r, need_weight)
         else:
-            wide = r.dtype
-            dn = dy.to(wide) if not rope else rotate(dy.to(wide), rope[0], -rope[1])
-            unit = x.to(wide) * r
-            dw = (dn * unit).flatten(0, -2).sum(0) if need_weight else None
-            g = dn * (1.0 + weight.to(wide))
-            dx = g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r).to(x.dtype) if need_x else None
+            dx, dw = _backward_by_pytorch(x, weight, rope, dy, r, need_weight)
         return (dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None, dy if need_residual else None, None, None)
+
+
+@one_pass
+def _forward_by_pytorch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
+                        rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    r = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+    y = (x32 * r).mul_(1.0 + weight.to(x32.dtype))
+    y = y if rope is None else rotate(y, *rope)
+    return (y if residual is None else y.add_(residual)).to(x.dtype), r
+
+
+@one_pass
+def _backward_by_pytorch(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
+                         need_weight: bool) -> tuple[Tensor, Tensor | None]:
+    dn = dy.to(r.dtype) if not rope else rotate(dy.to(r.dtype), rope[0], -rope[1])
+    unit = x.to(r.dtype) * r
+    dw = (dn * unit).flatten(0, -2).sum(0) if need_weight else None
+    g = dn * (1.0 + weight.to(r.dtype))
+    return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r).to(x.dtype), dw
 
 
 def _shape(x: Tensor) -> dict:

@@ -1,10 +1,12 @@
 """What every kernel file needs of Triton: an import that may fail, where kernels can run, and tuning that is remembered.
+Where they cannot, `one_pass` is the next best: a function that torch.compile may make one loop of.
 
 Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before the first import), which is how
 the tests check them anywhere, and are compiled for GPUs that are not there by `make check-kernels`.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -88,6 +90,27 @@ def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
 def can_run(device: torch.device) -> bool:
     """Whether Triton kernels can run on tensors of `device`: they are launched on the current one (`torch.cuda.set_device`)."""
     return triton is not None and (INTERPRETED or (device.type == "cuda" and device.index in (None, torch.cuda.current_device())))
+
+
+_compiling = False
+
+
+def compile_passes() -> None:
+    """From now on torch.compile makes one loop of each `one_pass`: on a CPU a few per cent of a step, for a C++ compiler's work."""
+    global _compiling
+    _compiling = True
+
+
+def one_pass(function: Callable) -> Callable:
+    """A chain of element-wise operations and sums by row that would rather be one loop, for where no kernel runs."""
+    @functools.cache
+    def compiled() -> Callable:
+        return torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(*operands):
+        return compiled()(*operands) if _compiling else function(*operands)
+    return run
 
 
 def remembered(name: str, device: torch.device, key: Sequence, make: Callable[[], dict]) -> dict:

@@ -1,11 +1,13 @@
 """norm_kernels.py against autograd of its definition in float64, by the definition's own rounding."""
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import GPU, INTERPRETED
 
 import norm_kernels
+import triton_support
 from norm_kernels import rms_norm, rms_norm_reference, rotate
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -65,6 +67,15 @@ def by(way, module=norm_kernels):
 @pytest.mark.parametrize("kind", ["plain", "residual", "rotated", "one-head", "one-row"])
 def test_the_norm_and_its_gradients_are_as_accurate_as_the_definition(kind, device, dtype, way, generator):
     assert faults(by(way), operands(kind, generator, dtype, device)) == []
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="SKIPPED: no C++ compiler")
+@pytest.mark.parametrize("kind", ["plain", "residual", "rotated"])
+def test_one_loop_of_the_norm_is_as_accurate(kind, generator, monkeypatch):
+    """As train.py --compile has it."""
+    monkeypatch.setattr(triton_support, "_compiling", True)
+    for T in (33, 50):
+        assert faults(by(False), operands(kind, generator, torch.bfloat16, "cpu", T)) == []
 
 
 @INTERPRETED
