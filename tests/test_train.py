@@ -21,6 +21,7 @@ import checkpoint
 import data
 import model as model_file
 import train
+import triton_support
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from tokenizer import Tokenizer
@@ -462,6 +463,22 @@ def test_impossible_flags_are_refused(bad):
     with pytest.raises(SystemExit) as left:
         train.parse_args(["--model", "m", "--data", "d", *bad])
     assert left.value.code == 2
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="SKIPPED: no C++ compiler")
+def test_compiled_norms_give_the_same_losses(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_support, "_compiling", False)                    # and False again for the tests after this one
+    for way in ((), ("--compile",)):
+        run(demo, tmp_path / f"run{len(way)}", *LORA, "--steps", 3, *way)
+    assert triton_support._compiling
+    assert losses(tmp_path / "run1") == pytest.approx(losses(tmp_path / "run0"), rel=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "m", "--data", "d", "--compile"])
+    assert "install g++ or clang++, or name yours in CXX" in capsys.readouterr().err
 
 
 def test_every_flag_has_a_help_text():
