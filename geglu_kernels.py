@@ -62,8 +62,9 @@ def _kernel(gate, up, dh, h, made, gate_row, up_row, N: tl.constexpr, BLOCK: tl.
 
 
 def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, value: bool = True) -> tuple[Tensor | None, Tensor | None]:
-    """The kernel's one pass: h (M, F), unless not `value`, and of dh (M, F), row-major, [dgate | dup] (M, 2F)."""
+    """The kernel's one pass: h (M, F), unless not `value`, and of dh (M, F) [dgate | dup] (M, 2F)."""
     M, N = gate.shape
+    dh = None if dh is None else dh.contiguous()
     h, made = gate.new_empty(M, N) if value else None, None if dh is None else gate.new_empty(M, 2 * N)
     if M:
         _kernel[(M,)](gate, up, dh, h, made, gate.stride(0), up.stride(0), N=N, BLOCK=triton.next_power_of_2(N), VALUE=value,
@@ -74,7 +75,7 @@ def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, value: bool =
 def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor, by_triton: bool | None = None) -> Tensor:
     """[dgate | dup] = [dh · up · gelu'(gate) | dh · gelu(gate)], (M, 2F), of (M, F) each; arguments as for `geglu`."""
     if _use_triton(by_triton, gate, up):
-        return geglu_pass(gate, up, dh.contiguous(), value=False)[1]
+        return geglu_pass(gate, up, dh, value=False)[1]
     made = dh.new_empty(len(dh), 2 * dh.shape[1])
     dgate, dup = made.chunk(2, dim=1)
     torch.mul(dh, F.gelu(gate, approximate="tanh"), out=dup)

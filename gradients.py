@@ -13,7 +13,6 @@ gradient and of the optimizer's moments, and gathers a layer's weights when it c
 """
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -47,7 +46,8 @@ class Summed:
             if sum(p.numel() for p in self.buckets[-1]) >= BUCKET:
                 self.buckets.append([])
             self.buckets[-1] += [p for p in layer if p.requires_grad]
-        self.clear()
+        for parameter in filter(lambda p: self.kept and p.requires_grad, model.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
         if world > 1:
             for number, bucket in enumerate(self.buckets[:-1]):              # the last one waits for `extra`
                 for parameter in bucket:
@@ -93,13 +93,7 @@ class Summed:
 
     def clear(self) -> None:
         """After the optimizer's step."""
-        for parameter in itertools.chain.from_iterable(self.buckets):
-            if not self.kept:
-                parameter.grad = None
-            elif parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
+        self.model.zero_grad(set_to_none=not self.kept)
 
 
 class Sharded:

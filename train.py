@@ -45,7 +45,7 @@ from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from token_cache import Tokens
 from tokenizer import Tokenizer
-from triton_support import compile_passes
+from triton_support import compile_passes, has_compiler
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.full and args.kernels == "triton":
         parser.error("--kernels is about adapters' linears, and --full has none")
-    if args.compile and not any(map(shutil.which, [os.environ.get("CXX", "g++"), "clang++"])):
+    if args.compile and not has_compiler():
         parser.error("--compile needs a C++ compiler: install g++ or clang++, or name yours in CXX")
     if args.shard and not (args.full and int(os.environ.get("WORLD_SIZE", 1)) > 1):
         parser.error("--shard divides all that --full trains among several processes: use it with --full, under torchrun")
@@ -712,6 +712,10 @@ def peak_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+# Large pages, and what is freed is kept.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=0x1000000000"
+
+
 def keep_memory() -> None:
     """On Linux, start this program again with a malloc that keeps what is freed, in large pages.
 
@@ -721,8 +725,7 @@ def keep_memory() -> None:
     ours = "__file__" in globals() and sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1:] == sys.argv[1:] \
         and Path(sys.argv[0]).resolve() == Path(__file__).resolve()          # not a notebook, nor another program that runs this file
     if ours and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x1000000000"
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": tunables})
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": f"{MALLOC}:glibc.malloc.mmap_max=0"})
 
 
 def fail(message: str) -> None:

@@ -69,7 +69,7 @@ def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) ->
     command = [sys.executable, __file__, "--worker", mode, "--folder", str(folder), "--steps", str(steps), "--parity", str(args.parity),
                "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows),
                *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
-    malloc = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x2000000:glibc.malloc.trim_threshold=0x1000000000"
+    malloc = f"{train.MALLOC}:glibc.malloc.mmap_threshold=0x2000000"
     environment = os.environ | ({"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
@@ -124,7 +124,7 @@ def worker(args: argparse.Namespace) -> None:
         rows = [examples[i] for i in next(plan)[0]]
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, args.steps, warmup, ours)
-        trained = sum(int(row.trained[1:].sum()) for row in rows)
+        trained = sum(row.trained_tokens for row in rows)
         total = 0.0
         together = 1 if args.one_set else 4
         for start in range(0, len(rows), together):
@@ -146,7 +146,7 @@ def worker(args: argparse.Namespace) -> None:
         model.eval()
         with torch.no_grad():
             nats = sum(loss_sum(padded([row], args.device)).item() for row in held_out)
-        result["held_out"] = [nats / sum(int(row.trained[1:].sum()) for row in held_out)]
+        result["held_out"] = [nats / held_out.trained_tokens]
     print(json.dumps(result))
 
 

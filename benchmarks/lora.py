@@ -133,7 +133,7 @@ def shrink_expand(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, again: bool = True) -> tuple[Tensor | None, Tensor | None]:
     """h (M, N), unless not again, and of dh [dgate | dup] (M, 2N): in one pass where Triton runs."""
     if can_run(gate.device):
-        return geglu_kernels.geglu_pass(gate, up, None if dh is None else dh.contiguous(), value=again)
+        return geglu_kernels.geglu_pass(gate, up, dh, value=again)
     return geglu(gate, up, False) if again else None, None if dh is None else geglu_gradient(dh, gate, up, False)
 
 

@@ -172,7 +172,7 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
 
         def step(i: int) -> tuple[Tensor, Tensor]:
             some, total = examples[i % len(examples)], torch.zeros((), device=device)
-            trained = sum(int(row.trained[1:].sum()) for row in some)
+            trained = sum(row.trained_tokens for row in some)
             for first in range(0, len(some), way.rows or len(some)):
                 batch = padded(some[first:first + way.rows], device) if way.rows else packed(some, device)
                 labels = batch.pop("labels")[:, 1:]
@@ -193,11 +193,11 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
 
 def packed(some: list[Example], device: torch.device) -> dict[str, Tensor]:
     """Rows as transformers takes them without padding: (1, all their tokens); a row's first token is not to be foreseen."""
-    ids = torch.cat([torch.from_numpy(row.ids).long() for row in some])
-    labels = torch.cat([torch.where(torch.from_numpy(row.trained), torch.from_numpy(row.ids).long(), -100) for row in some])
-    positions = torch.cat([torch.arange(len(row.ids)) for row in some])
-    labels[positions == 0] = -100
-    return {name: x[None].to(device) for name, x in (("input_ids", ids), ("position_ids", positions), ("labels", labels))}
+    each = [padded([row], device) for row in some]
+    batch = {name: torch.cat([one[name] for one in each], dim=1) for name in ("input_ids", "labels")}
+    batch["position_ids"] = torch.cat([one["attention_mask"].cumsum(1) - 1 for one in each], dim=1)
+    batch["labels"][batch["position_ids"] == 0] = -100
+    return batch
 
 
 def peer_loss(kind: str, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:

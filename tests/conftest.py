@@ -15,11 +15,14 @@ os.environ.setdefault("GLIBC_TUNABLES", "")        # train.py need not start its
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
 
+from triton_support import has_compiler  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where there is no CUDA device")
 INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="SKIPPED: no CUDA device")])
+NEEDS_COMPILER = pytest.mark.skipif(not has_compiler(), reason="SKIPPED: no C++ compiler")
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
 
 

@@ -1,10 +1,9 @@
 """norm_kernels.py against autograd of its definition in float64, by the definition's own rounding."""
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import GPU, INTERPRETED
+from conftest import GPU, INTERPRETED, NEEDS_COMPILER
 
 import norm_kernels
 import triton_support
@@ -69,7 +68,7 @@ def test_the_norm_and_its_gradients_are_as_accurate_as_the_definition(kind, devi
     assert faults(by(way), operands(kind, generator, dtype, device)) == []
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="SKIPPED: no C++ compiler")
+@NEEDS_COMPILER
 @pytest.mark.parametrize("kind", ["plain", "residual", "rotated"])
 def test_one_loop_of_the_norm_is_as_accurate(kind, generator, monkeypatch):
     """As train.py --compile has it."""

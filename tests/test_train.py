@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import INTERPRETED, ROOT, torchrun
+from conftest import INTERPRETED, NEEDS_COMPILER, ROOT, torchrun
 
 import attention_kernels
 import checkpoint
@@ -465,7 +465,7 @@ def test_impossible_flags_are_refused(bad):
     assert left.value.code == 2
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="SKIPPED: no C++ compiler")
+@NEEDS_COMPILER
 def test_compiled_norms_give_the_same_losses(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(triton_support, "_compiling", False)                    # and False again for the tests after this one
     for way in ((), ("--compile",)):
