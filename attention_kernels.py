@@ -368,11 +368,11 @@ def _sizes(q: Tensor, k: Tensor, plan: Tables) -> dict:
 
 
 class _Attention(torch.autograd.Function):
-    """With P = softmax(s Q Kᵀ + mask):  dV = Pᵀ dO,  dS = s P ∘ (dO Vᵀ − rowsum(dO ∘ O)),  dQ = dS K,  dK = dSᵀ Q.
+    """With P = softmax(s Q Kᵀ + mask):  dV = Pᵀ dO,  dS = P ∘ (dP − rowsum(P ∘ dP)) of dP = dO Vᵀ,  dQ = s dS K,  dK = s dSᵀ Q.
 
     The N/K query heads of one kv head stand below each other as rows of one matrix, so that its keys and values are read
     once for all of them. Scores are fp32: as bf16 they would lose a few per cent of a large one's weight. Saved is P, in
-    the inputs' dtype.
+    the inputs' dtype. s is multiplied in where the matrices are narrow.
     """
 
     @staticmethod
@@ -381,31 +381,30 @@ class _Attention(torch.autograd.Function):
         out, weights = torch.empty_like(q), []
         for t in tiles:
             for head, heads in _kv_heads(q, k):
-                scores = _stack(q[t.queries, heads]).to(wide) @ t.seen(k[:, head]).to(wide).T     # (N/K · queries, keys)
-                scores.mul_(scale).view(-1, *t.mask.shape).add_(t.mask)
+                scores = (_stack(q[t.queries, heads]).to(wide) * scale) @ t.seen(k[:, head]).to(wide).T     # (N/K · queries, keys)
+                scores.view(-1, *t.mask.shape).add_(t.mask)
                 p = torch.softmax(scores, -1).to(q.dtype)
                 out[t.queries, heads] = _unstack(p @ t.seen(v[:, head]), heads)
                 if any(ctx.needs_input_grad):
                     weights.append(p)
-        ctx.save_for_backward(q, k, v, out, *weights)
+        ctx.save_for_backward(q, k, v, *weights)
         ctx.scale, ctx.tiles = scale, tiles
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, *weights = ctx.saved_tensors
+        q, k, v, *weights = ctx.saved_tensors
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)                              # (T, N, 1)
         saved = iter(weights)
         for t in ctx.tiles:
             for head, heads in _kv_heads(q, k):
                 p, do = next(saved), _stack(dout[t.queries, heads])
-                ds = (do @ t.seen(v[:, head]).T).to(wide).sub_(_stack(delta[t.queries, heads])).mul_(p).mul_(ctx.scale).to(q.dtype)
+                ds = torch.ops.aten._softmax_backward_data(do @ t.seen(v[:, head]).T, p, -1, p.dtype)
                 t.add_to(dv[:, head], p.T @ do)
                 t.add_to(dk[:, head], ds.T @ _stack(q[t.queries, heads]))
                 dq[t.queries, heads] = _unstack(ds @ t.seen(k[:, head]), heads)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _kv_heads(q: Tensor, k: Tensor) -> list[tuple[int, slice]]:

@@ -3,8 +3,9 @@
     gelu(g) = g σ(2z)    z = √(2/π) (g + 0.044715 g³)         as (1 + tanh z) / 2 = σ(2z)
     gelu'(g) = σ(2z) + 2 g z' σ(2z) (1 − σ(2z))
 
-One pass over memory each way, with gate and up alone saved: autograd's own formula writes and keeps gelu(gate) besides. Where
-adapters are trained, the linears' kernels end in the same functions and no pass is left (lora_kernels.py).
+One pass over memory each way, with gate and up alone saved and one σ for both gradients: autograd's own formula writes and
+keeps gelu(gate) besides. A CPU takes as many rows at a time as its cache holds. Where adapters are trained, the linears' kernels
+end in the same functions and no pass is left (lora_kernels.py).
 
     M tokens   F width of the MLP
 
@@ -16,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, tl, triton
+from triton_support import can_run, in_cache, jit, one_pass, tl, triton
+
+STEEP, CUBIC = 1.5957691216057308, 0.044715         # 2z = STEEP (g + CUBIC g³); the first is 2 √(2/π)
 
 
 def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 @jit
 def gelu(gate):
     """gelu(gate), fp32."""
-    return gate * tl.sigmoid(1.5957691216057308 * gate * (1 + 0.044715 * gate * gate))          # 2 √(2/π)
+    return gate * tl.sigmoid(1.5957691216057308 * gate * (1 + 0.044715 * gate * gate))          # STEEP and CUBIC
 
 
 @jit
@@ -58,6 +61,29 @@ def _kernel(gate, up, dh, h, made, gate_row, up_row, N: tl.constexpr, BLOCK: tl.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Where no kernel runs
+
+
+@one_pass
+def _value(gate: Tensor, up: Tensor, h: Tensor) -> None:
+    """Write h, all (M, F)."""
+    g = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    share = g.square().mul_(STEEP * CUBIC).add_(STEEP).mul_(g).sigmoid_()
+    h.copy_(share.mul_(g).mul_(up))
+
+
+@one_pass
+def _gradients(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """Write dgate and dup, all (M, F)."""
+    g, d = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (gate, dh))
+    steep = g.square().mul_(STEEP * CUBIC)
+    share = (steep + STEEP).mul_(g).sigmoid_()
+    dup.copy_((g * share).mul_(d))
+    slope = steep.mul_(3).add_(STEEP).mul_(g).mul_(torch.addcmul(share, share, share, value=-1)).add_(share)
+    dgate.copy_(slope.mul_(d).mul_(up))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The functions
 
 
@@ -78,9 +104,8 @@ def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor, by_triton: bool | None 
         return geglu_pass(gate, up, dh, value=False)[1]
     made = dh.new_empty(len(dh), 2 * dh.shape[1])
     dgate, dup = made.chunk(2, dim=1)
-    torch.mul(dh, F.gelu(gate, approximate="tanh"), out=dup)
-    torch.mul(dh, up, out=dgate)
-    torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate="tanh", grad_input=dgate)
+    for rows in in_cache(gate):
+        _gradients(dh[rows], gate[rows], up[rows], dgate[rows], dup[rows])
     return made
 
 
@@ -89,7 +114,12 @@ class _GeGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor, by_triton: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.by_triton = by_triton
-        return geglu_pass(gate, up)[0] if by_triton else F.gelu(gate, approximate="tanh").mul_(up)
+        if by_triton:
+            return geglu_pass(gate, up)[0]
+        h = gate.new_empty(gate.shape)
+        for rows in in_cache(gate):
+            _value(gate[rows], up[rows], h[rows])
+        return h
 
     @staticmethod
     def backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:

@@ -419,7 +419,7 @@ def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Grou
     if by_triton and len(x):
         da, db = _token_sums(x, t, (x.shape[1],), group, of_x=True), _token_sums(dy, s, parts, group, of_x=False).split(parts)
     else:
-        da, db = t.T @ group.seen(x), (y.T @ shrunk for y, shrunk in zip(dy.split(parts, dim=1), s.split(R, dim=1), strict=True))
+        da, db = t.T @ group.seen(x), ((shrunk.T @ y).T for y, shrunk in zip(dy.split(parts, dim=1), s.split(R, dim=1), strict=True))
     return list(itertools.chain(*zip(da.split(R), db, strict=True)))
 
 

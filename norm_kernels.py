@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_support import can_run, jit, one_pass, tl, triton
+from triton_support import can_run, in_cache, jit, one_pass, tl, triton
 
 PROGRAMS = 512          # of a backward pass: each adds up its rows' share of dw
 
@@ -123,7 +123,10 @@ class _RMSNorm(torch.autograd.Function):
         if by_triton:
             y, r = _forward_by_triton(x, weight, eps, residual, rope)
         else:
-            y, r = _forward_by_pytorch(x, weight, eps, residual, rope)
+            y, r = x.new_empty(x.shape), torch.empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            for rows in in_cache(x):
+                _forward_by_pytorch(x[rows], weight, eps, residual if residual is None else residual[rows],
+                                    rope and [table[rows] for table in rope], y[rows], r[rows])
         ctx.save_for_backward(x, weight, r, *(rope or ()))
         ctx.by_triton = by_triton
         return y
@@ -135,28 +138,32 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.by_triton:
             dx, dw = _backward_by_triton(x, weight, rope, dy.contiguous(), r, need_weight)
         else:
-            dx, dw = _backward_by_pytorch(x, weight, rope, dy, r, need_weight)
+            dx, dw = x.new_empty(x.shape), torch.zeros_like(weight, dtype=r.dtype) if need_weight else None
+            for rows in in_cache(x):
+                _backward_by_pytorch(x[rows], weight, [table[rows] for table in rope], dy[rows], r[rows], dx[rows], dw)
         return (dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None, dy if need_residual else None, None, None)
 
 
 @one_pass
-def _forward_by_pytorch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
-                        rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-    r = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
-    y = (x32 * r).mul_(1.0 + weight.to(x32.dtype))
-    y = y if rope is None else rotate(y, *rope)
-    return (y if residual is None else y.add_(residual)).to(x.dtype), r
+def _forward_by_pytorch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: list[Tensor] | None, y: Tensor,
+                        r: Tensor) -> None:
+    """Write y and r."""
+    x32 = x.to(r.dtype)
+    r.copy_(torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps)))
+    n = (x32 * r).mul_(1.0 + weight.to(r.dtype))
+    n = n if rope is None else rotate(n, *rope)
+    y.copy_(n if residual is None else n.add_(residual))
 
 
 @one_pass
-def _backward_by_pytorch(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
-                         need_weight: bool) -> tuple[Tensor, Tensor | None]:
+def _backward_by_pytorch(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor, dx: Tensor, dw: Tensor | None) -> None:
+    """Write dx and add to dw."""
     dn = dy.to(r.dtype) if not rope else rotate(dy.to(r.dtype), rope[0], -rope[1])
     unit = x.to(r.dtype) * r
-    dw = (dn * unit).flatten(0, -2).sum(0) if need_weight else None
+    if dw is not None:
+        dw.add_((dn * unit).flatten(0, -2).sum(0))
     g = dn * (1.0 + weight.to(r.dtype))
-    return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r).to(x.dtype), dw
+    dx.copy_(g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r))
 
 
 def _shape(x: Tensor) -> dict:

@@ -1,5 +1,5 @@
 """What every kernel file needs of Triton: an import that may fail, where kernels can run, and tuning that is remembered.
-Where they cannot, `one_pass` is the next best: a function that torch.compile may make one loop of.
+Where they cannot, `one_pass` is the next best: a function that torch.compile may make one loop of, or `in_cache` a piece at a time.
 
 Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before the first import), which is how
 the tests check them anywhere, and are compiled for GPUs that are not there by `make check-kernels`.
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ except ImportError:                     # no Triton for this platform: the kerne
     triton = tl = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PIECE = 1 << 18         # numbers that a CPU passes over at a time: 1 MB in fp32
 
 
 def jit(function: Callable) -> Callable:
@@ -117,6 +118,15 @@ def one_pass(function: Callable) -> Callable:
     def run(*operands):
         return compiled()(*operands) if _compiling else function(*operands)
     return run
+
+
+def in_cache(x: torch.Tensor) -> Iterator[slice]:
+    """x's rows (its first dimension), a few at a time on a CPU, so that what passes over them writes stays in its cache.
+
+    All at once where they need not: on a GPU, or where a pass is compiled.
+    """
+    rows = len(x) if _compiling or x.device.type != "cpu" else max(1, PIECE // max(1, x[:1].numel()))
+    return (slice(first, first + rows) for first in range(0, len(x), max(1, rows)))
 
 
 def remembered(name: str, device: torch.device, key: Sequence, make: Callable[[], dict]) -> dict:
