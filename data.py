@@ -30,7 +30,7 @@ import sys
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +41,7 @@ from torch import Tensor
 
 import hub
 from loss_kernels import IGNORE
-from tokenizer import Segment, Tokenizer, render_around_tools, render_segments, render_tool
+from tokenizer import Pairs, Segment, Tokenizer, render_around_tools, render_segments, render_tool
 from tokenizer.chat import SCHEMA_KEYS
 
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
@@ -112,7 +112,7 @@ class Skipped(Counter):
 class Tool(dict):
     """A tool in OpenAI's envelope. Rows with the same tool share one object: what is found out once holds for all of them."""
 
-    renders = False                                                     # the template takes it
+    rendered: Sequence[str] | None = None                               # its declaration, which the template took, until it is encoded
     encoded: tuple[Tokenizer, np.ndarray] | None = None                 # its declaration's ids, and whose they are
 
     @functools.cached_property
@@ -170,8 +170,8 @@ class Conversation:
         return [word for tool in self.tools for word in tool.unknown_types]
 
     @functools.cached_property
-    def around_tools(self) -> tuple[list[Segment], list[Segment]]:
-        """The segments before and after those of the tools."""
+    def around_tools(self) -> tuple[Pairs, Pairs]:
+        """What `segments` has before and after the tools."""
         return render_around_tools(self.messages, bool(self.tools))
 
     def segments(self) -> list[Segment]:
@@ -239,7 +239,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
     """(place, JSON) of every row in a file; of a row that is too long its beginning, which `parse_row` refuses."""
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as file:
+    with gzip.open(path) if packed else path.open("rb", buffering=1 << 20) as file:
         try:
             is_first = True
             for number, line in enumerate(_lines(file), start=1):
@@ -249,7 +249,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, bytes]]:
                     yield from _array_rows(path.name, number, itertools.chain([begin[1:]], iter(lambda: file.read(1 << 20), b"")))
                     return
                 line = line.rstrip(b"\r\n")
-                if len(line) > MAX_ROW_BYTES or line.strip():
+                if len(line) > MAX_ROW_BYTES or (line and not line.isspace()):
                     is_first = False
                     yield str(number), line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -445,21 +445,23 @@ def _parse_messages(row: dict, source: str, system: str) -> Conversation:
 
 def _checked(conversation: Conversation) -> Conversation:
     """Render once, so that what the template refuses is found here, with the row's name."""
-    def check(values: list, render: Callable[[], Iterable[Segment]]) -> None:
+    def check(values: list) -> None:
         depth = 0
         while values := [child for value in values if isinstance(value, (dict, list))
                          for child in (value.values() if isinstance(value, dict) else value)]:
             depth += 1
             if depth == MAX_NESTING:
                 raise RowError("nested too deeply", TOO_DEEP)
-        "".join(segment.text for segment in render()).encode()          # half a surrogate pair is no text
 
     try:
         for tool in conversation.tools:
-            if not tool.renders:
-                check([[tool]], lambda: render_tool(tool))              # noqa: B023
-                tool.renders = True
-        check([conversation.messages], lambda: itertools.chain.from_iterable(conversation.around_tools))
+            if tool.rendered is None:
+                check([[tool]])
+                texts = render_tool(tool)
+                "".join(texts).encode()                                 # half a surrogate pair is no text
+                tool.rendered = texts
+        check([conversation.messages])
+        "".join([text for part in conversation.around_tools for text, _ in part]).encode()
     except RowError:
         raise
     except (ValueError, TypeError, AttributeError) as error:
@@ -681,7 +683,9 @@ def tokenize(conversation: Conversation, tokenizer: Tokenizer) -> Example:
 
 def _encoded(tool: Tool, tokenizer: Tokenizer) -> np.ndarray:
     if tool.encoded is None or tool.encoded[0] is not tokenizer:
-        tool.encoded = tokenizer, np.array(tokenizer.encode_segments(render_tool(tool))[0], np.int32)
+        texts = tool.rendered or render_tool(tool)
+        tool.encoded = tokenizer, np.array(tokenizer.encode_segments(zip(texts, itertools.repeat(False)))[0], np.int32)
+        tool.rendered = ()
     return tool.encoded[1]
 
 
@@ -716,11 +720,14 @@ def hold_out(rows: Iterable[Conversation], fraction: float) -> tuple[list[Conver
 # Steps and batches
 
 
+# Of a batch's parts: (example, its tokens from, to).
+Parts = list[tuple[Example, int, int]]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents, keys.
+    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents.
 
-    A token's key is a hash of its row up to it, the same wherever the row stands: LoRA's dropout draws by it.
     A beginning that several rows share is there once, as a document of its own; each row then continues it, as a document
     whose positions go on from there (`Gemma3.forward`).
     """
@@ -729,9 +736,17 @@ class Batch:
     targets: Tensor
     positions: Tensor
     documents: Tensor
-    keys: Tensor
     trained_tokens: int
-    sources: tuple[str, ...]
+    parts: Parts
+
+    def keys(self) -> Tensor:
+        """(T) int32, of each token a hash of its row up to it, the same wherever the row stands: LoRA's dropout draws by it."""
+        return torch.from_numpy(np.concatenate([prefix_keys(example.ids)[start:stop] for example, start, stop in self.parts]))
+
+    @property
+    def sources(self) -> list[str]:
+        """Of each row."""
+        return [example.source for example, _, stop in self.parts if stop == len(example)]
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(tokens, positions, documents, rows, targets): the rows that carry loss (M), and their targets (M).
@@ -742,10 +757,6 @@ class Batch:
         tokens, rows, targets = ((tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
                                  for tensor in (self.tokens, rows, self.targets[rows]))
         return tokens, self.positions, self.documents, rows, targets
-
-
-# A token without loss: what a process computes that has to go along with others and has no batch left.
-IDLE = Batch(*(torch.full((1,), value) for value in (0, IGNORE, 0, 0)), torch.zeros(1, dtype=torch.int32), 0, ())
 
 
 def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -827,10 +838,6 @@ def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> li
     return pack_groups(deal(examples, 1, share)[0], max_tokens)
 
 
-# Of a batch's parts: (example, its tokens from, to).
-Parts = list[tuple[Example, int, int]]
-
-
 def pack_groups(groups: Sequence[Group], max_tokens: int) -> list[Batch]:
     """As `pack`, of groups that were found before.
 
@@ -879,9 +886,11 @@ def _batch(parts: Parts) -> Batch:
     trained = torch.from_numpy(np.concatenate([example.trained[start + 1:stop + 1] for example, start, stop in parts]))
     positions, documents = side_by_side([stop - start for _, start, stop in parts])
     firsts = torch.tensor([start for _, start, _ in parts])
-    keys = torch.from_numpy(np.concatenate([prefix_keys(example.ids)[start:stop] for example, start, stop in parts]))
-    return Batch(ids(0), torch.where(trained, ids(1), IGNORE), positions + firsts[documents], documents, keys, int(trained.sum()),
-                 tuple(example.source for example, _, stop in parts if stop == len(example)))
+    return Batch(ids(0), torch.where(trained, ids(1), IGNORE), positions + firsts[documents], documents, int(trained.sum()), parts)
+
+
+# A token without loss: what a process computes that has to go along with others and has no batch left.
+IDLE = _batch([(Example(np.zeros(2, np.int32), np.zeros(2, bool), ""), 0, 1)])
 
 
 def prefix_keys(ids: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,22 +153,22 @@ def odd_numbers(low: np.ndarray, high: int) -> Tensor:
     return torch.from_numpy((mixed >> 32 | 1).astype(np.uint32).view(np.int32))
 
 
-def draw(model: nn.Module, keys: Tensor, seed: int, rows: Tensor | None = None) -> None:
+def draw(model: nn.Module, keys: Callable[[], Tensor], seed: int, rows: Tensor | None = None) -> None:
     """Decide what dropout takes from the coming forward pass, and from its backward pass.
 
     It follows from the seed and each token's key alone: however rows are packed, shared or dealt among processes, a token
-    loses the same. keys (T) int32, as in `data.Batch`; seed: 32 bits; rows: the tokens that the last layer goes on with,
-    where they are not all.
+    loses the same. keys: as `data.Batch.keys`, (T) int32, asked for where there is dropout; seed: 32 bits; rows: the tokens
+    that the last layer goes on with, where they are not all.
     """
     adapter = next((adapter for _, adapter in adapters(model)), None)
     if adapter is None or not adapter.config.dropout:
         return
-    numbers, device = odd_numbers(keys.numpy().view(np.uint32), seed), adapter.weight.device
+    numbers, device = odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device
     numbers = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
     adapter.tokens.clear()
     if rows is not None:
         adapter.tokens[len(rows)] = numbers[rows]
-    adapter.tokens[len(keys)] = numbers
+    adapter.tokens[len(numbers)] = numbers
 
 
 def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:

@@ -113,7 +113,7 @@ def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator
     """Logits and every gradient."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = wrapped(demo, dropout=dropout).train().to(device), torch.randint(110, 1000, (1, 24), generator=generator).to(device)
-    draw(model, torch.arange(24, dtype=torch.int32), 0)
+    draw(model, lambda: torch.arange(24, dtype=torch.int32), 0)
     results = []
     for kernels in ("torch", "triton"):
         choose_kernels(model, kernels, 24)
@@ -139,7 +139,7 @@ def test_dropout_is_unbiased_and_uncorrelated_between_features_tokens_layers_and
     model = wrapped(demo, dropout=share).train()
     steps = []
     for step in range(3):
-        draw(model, torch.arange(1500, dtype=torch.int32), step)
+        draw(model, lambda: torch.arange(1500, dtype=torch.int32), step)
         steps.append(masks([layer.self_attn.q_proj for layer in model.model.layers], 1500))
     x = (torch.stack(steps) - share) / (share * (1 - share)) ** 0.5                 # (steps, layers, tokens, features)
     def sigmas(products):
@@ -169,7 +169,7 @@ def test_odd_numbers_are_odd_and_differ_and_do_not_change():
 
 def test_linears_that_share_their_input_lose_the_same_and_others_lose_something_else(demo):
     model = wrapped(demo, dropout=0.5).train()
-    draw(model, torch.arange(30, dtype=torch.int32), 0)
+    draw(model, lambda: torch.arange(30, dtype=torch.int32), 0)
     seen = {name.rpartition("layers.")[2]: adapter.dropout(30).features for name, adapter in adapters(model)}
     alike = {}
     for name, features in seen.items():
@@ -214,9 +214,9 @@ def test_a_layer_that_goes_on_with_some_tokens_drops_what_those_tokens_lose(demo
     model = wrapped(demo, dropout=0.5).train()
     x, rows = torch.randn(20, model.config.hidden_size, generator=generator), torch.tensor([3, 4, 11])
     mlp = model.model.layers[-1].mlp
-    draw(model, torch.arange(20, dtype=torch.int32), 0, rows)
+    draw(model, lambda: torch.arange(20, dtype=torch.int32), 0, rows)
     torch.testing.assert_close(mlp(x[rows]), mlp(x)[rows])
-    draw(model, torch.arange(20, dtype=torch.int32), 0, torch.arange(20).flip(0))                   # as many as there are: all of them
+    draw(model, lambda: torch.arange(20, dtype=torch.int32), 0, torch.arange(20).flip(0))                   # as many as there are: all of them
     torch.testing.assert_close(mlp(x[rows.new_tensor(range(20))])[rows], mlp(x)[rows])
 
 
@@ -226,7 +226,7 @@ def test_training_with_dropout_and_no_keys_or_others_is_refused_and_evaluation_n
     model.train()
     with pytest.raises(ValueError, match=r"an adapter saw 20 tokens, keys were given for none; call lora\.draw\(model, batch\.keys, seed\)"):
         model.logits(ids)
-    draw(model, torch.arange(19, dtype=torch.int32), 0, torch.arange(3))
+    draw(model, lambda: torch.arange(19, dtype=torch.int32), 0, torch.arange(3))
     with pytest.raises(ValueError, match="an adapter saw 20 tokens, keys were given for 3 and 19"):
         model.logits(ids)
     model.eval().logits(ids)

@@ -165,7 +165,7 @@ class Tokenizer:
             raise ValueError(f"character {at} of the text is {text[at]!r}, half a surrogate pair: UTF-8 cannot "
                              "hold it; repair the text where it was read") from None
 
-    def encode_segments(self, segments: Iterable[Segment]) -> tuple[list[int], list[bool]]:
+    def encode_segments(self, segments: Iterable[Segment | tuple[str, bool]]) -> tuple[list[int], list[bool]]:
         """The ids of a rendered conversation and, for each of them, whether it is trained.
 
         A `Control` becomes its id; all else is plain text, which runs on from one segment to the next. Where it turns
@@ -175,7 +175,7 @@ class Tokenizer:
         ids: list[int] = []
         trained: list[bool] = []
         run, run_trained = [], False            # texts that have not become ids yet
-        for text, is_trained in chain(segments, [Segment(Control(), False)]):
+        for text, is_trained in chain(segments, [(Control(), False)]):
             if run and (is_trained != run_trained or type(text) is Control):
                 ids += self.runs["".join(run)]
                 trained += [run_trained] * (len(ids) - len(trained))
