@@ -116,8 +116,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in")
     add("--kernels", choices=("auto", "triton", "torch"), default="auto", help="who computes the adapters' linears: Triton's "
         "kernels, PyTorch, or whichever is faster on this GPU, timed at the start (on a CPU PyTorch)")
-    add("--compile", action="store_true", help="let torch.compile make one loop of each norm that no kernel computes: some per cent faster "
-        "on a CPU; the first start takes half a minute more and needs a C++ compiler")
+    add("--compile", action="store_true", help="let torch.compile make one loop of each norm and gate that no kernel computes: some per "
+        "cent faster on a CPU; the first start takes half a minute more and needs a C++ compiler")
 
     add("--shard", action="store_true", help="with --full on several processes: keep parameters, gradients and moments in shards (FSDP2)")
     add("--profile", type=int, default=0, metavar="N", help="write a trace of steps 3 to N + 2 to OUT/trace.json (for chrome://tracing or "

@@ -8,9 +8,10 @@
 Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in bf16 with PEFT adapters (fp32, as
 PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
 take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
-gets malloc settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Parity
-lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With --full theirs is
-trained in bf16 alone, ours with fp32 masters. With --one-set every row is given all of the file's tools in one order:
+gets malloc settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Where there
+is a C++ compiler ours runs with --compile too, as a figure of its own. A run's speed is all its tokens by all its seconds, but
+for the first step. Parity lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With
+--full theirs is trained in bf16 alone, ours with fp32 masters. With --one-set every row is given all of the file's tools in one order:
 ours takes 32 of them a step, with the shared beginning computed once and without; theirs 2 of them, one by one, as all
 logits of four would not fit into 24 GiB.
 
@@ -39,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import Example  # noqa: E402
+from triton_support import has_compiler  # noqa: E402
 
 WARMUP_STEPS = 1
 
@@ -168,7 +170,8 @@ def with_one_set_of_tools(file: str, out: Path) -> None:
 
 
 def speed(result: dict) -> float:
-    return statistics.median(t / s for t, s in list(zip(result["tokens"], result["seconds"], strict=True))[WARMUP_STEPS:])
+    """Tokens a second of the steps after the first, which both sides take with the same rows."""
+    return sum(result["tokens"][WARMUP_STEPS:]) / sum(result["seconds"][WARMUP_STEPS:])
 
 
 def main() -> None:
@@ -216,9 +219,13 @@ def main() -> None:
                       "seconds": {"ours": sum(ours["seconds"]), "peft_selected": sum(theirs["seconds"])},
                       "peak_gib": {"ours": ours["peak_gib"], "peft_selected": theirs["peak_gib"]}}
         else:
-            runs: dict[str, list] = {"ours": [], "peft": []} | ({"ours, each alone": []} if args.one_set else {})
+            compiled = args.device == "cpu" and has_compiler() and not args.one_set
+            runs: dict[str, list] = {"ours": [], **({"ours, --compile": []} if compiled else {}), "peft": [],
+                                     **({"ours, each alone": []} if args.one_set else {})}
             for _ in range(args.repeats):
                 runs["ours"].append(run_ours(args, args.steps, folder))
+                if compiled:
+                    runs["ours, --compile"].append(run_ours(args, args.steps, folder, "--compile"))
                 if args.one_set:
                     runs["ours, each alone"].append(run_ours(args, 1 + WARMUP_STEPS, folder, "--no-share-beginnings", "--batch-rows", "8"))
                 runs["peft"].append(run_theirs(args, args.steps, folder, "peft"))
@@ -226,9 +233,12 @@ def main() -> None:
             for name, results in runs.items():
                 report[name] = {"tokens_per_second": [round(speed(r), 1) for r in results],
                                 "rows_per_second": [round(speed(r) / statistics.mean(r["row_tokens"]), 3) for r in results],
+                                "of_each_step": [[round(t / s, 1) for t, s in zip(r["tokens"], r["seconds"], strict=True)]
+                                                 for r in results],
                                 "peak_gib": round(max(r["peak_gib"] for r in results), 2)}
-            pairs = zip(report["ours"]["tokens_per_second"], report["peft"]["tokens_per_second"], strict=True)
-            report["speed_ratio"] = [round(ours / theirs, 2) for ours, theirs in pairs]
+            for name in runs.keys() & {"ours", "ours, --compile"}:
+                pairs = zip(report[name]["tokens_per_second"], report["peft"]["tokens_per_second"], strict=True)
+                report[name]["times_peft"] = [round(ours / theirs, 2) for ours, theirs in pairs]
             if args.one_set:
                 report["times_each_alone"] = [round(ours / alone, 2) for ours, alone in zip(
                     report["ours"]["rows_per_second"], report["ours, each alone"]["rows_per_second"], strict=True)]

@@ -131,10 +131,13 @@ def decode_table(r: dict) -> str:
 
 def peft_table(s: dict, full: dict | None, p: dict) -> str:
     def rows(s: dict, what: str) -> list[str]:
-        ours, peft = (statistics.median(s[side]["tokens_per_second"]) for side in ("ours", "peft"))
-        return [f"| {what}: real tokens/s (theirs: padded fours, all logits) | {peft:.0f} | **{ours:.0f}** | "
-                f"{statistics.median(s['speed_ratio']):.1f} × |",
-                f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |"]
+        peft = f"{statistics.median(s['peft']['tokens_per_second']):.0f}"
+        made, names = [], {"ours": f"{what}: real tokens/s (theirs: padded fours, all logits)", "ours, --compile": "… with `--compile`"}
+        for side, name in names.items():
+            if side in s:
+                times = f"{statistics.median(s[side]['times_peft']):.1f} × |"
+                made.append(f"| {name} | {peft} | **{statistics.median(s[side]['tokens_per_second']):.0f}** | {times}")
+        return [*made, f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |"]
 
     loss = f"held-out loss after {p['steps']} steps on the same rows (before: {p['ours']['held_out_before']:.2f})"
     return "\n".join([

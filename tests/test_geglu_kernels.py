@@ -2,9 +2,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU, INTERPRETED, INTERPRETER
+from conftest import GPU, INTERPRETED, INTERPRETER, NEEDS_COMPILER
 
 import geglu_kernels
+import triton_support
 from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
 from triton_support import jit, tl
 
@@ -46,6 +47,21 @@ def faults(geglu, M, F, halves, dtype, device, generator):
 @pytest.mark.parametrize(("M", "F", "halves"), [(1, 64, False), (7, 90, False), (7, 90, True), (33, 2048, True)])
 def test_results_and_gradients_are_as_near_as_the_definitions(M, F, halves, device, dtype, by_triton, generator):
     assert faults(lambda gate, up: geglu(gate, up, by_triton), M, F, halves, dtype, device, generator) == []
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("numbers", [1, 5 * 90])
+def test_rows_a_few_at_a_time_give_the_same(numbers, generator, monkeypatch):
+    monkeypatch.setattr(triton_support, "PIECE", numbers)
+    assert faults(geglu, 33, 90, True, torch.bfloat16, "cpu", generator) == []
+
+
+@NEEDS_COMPILER
+def test_one_loop_is_as_accurate(generator, monkeypatch):
+    """As train.py --compile has it."""
+    monkeypatch.setattr(triton_support, "_compiling", True)
+    for M in (7, 33):
+        assert faults(geglu, M, 90, True, torch.bfloat16, "cpu", generator) == []
 
 
 @INTERPRETED

@@ -77,6 +77,15 @@ def test_one_loop_of_the_norm_is_as_accurate(kind, generator, monkeypatch):
         assert faults(by(False), operands(kind, generator, torch.bfloat16, "cpu", T)) == []
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("kind", ["plain", "residual", "rotated"])
+def test_rows_a_few_at_a_time_give_the_same(kind, dtype, generator, monkeypatch):
+    given = operands(kind, generator, dtype, "cpu", T=50)
+    monkeypatch.setattr(triton_support, "PIECE", 7 * given[0][:1].numel())                          # 7 pieces and one row
+    assert [len(given[0][rows]) for rows in triton_support.in_cache(given[0])] == [7] * 7 + [1]
+    assert faults(by(False), given) == []
+
+
 @INTERPRETED
 def test_many_rows_are_shared_among_programs(generator, monkeypatch):
     monkeypatch.setattr(norm_kernels, "PROGRAMS", 3)
