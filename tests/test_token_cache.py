@@ -242,7 +242,8 @@ def test_of_processes_that_start_at_once_one_builds_and_all_read(demo, read, tmp
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path, number):
     (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 32)
-    code = ("import sys, token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
+    code = ("import signal, sys, token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); "                # which a shell's background job ignores
             "token_cache.read_sources([sys.argv[2]], model, Tokenizer.load(model), Path(sys.argv[3]), 9, False)")
     process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT,
                                stderr=subprocess.PIPE, start_new_session=True)
