@@ -36,7 +36,7 @@ def seen(row: Conversation, example: Example) -> tuple:
     calls = [data.called(message) for message in after if message["role"] == "assistant"]
     answer = sorted(map(dump, calls[0])) if len(after) == 1 and calls[0] else map(dump, after)         # parallel calls have no order
     text = not any(calls) and any(data.said(message).strip() for message in after)
-    return (len(example.ids), int(example.trained.sum()), hash_of(before), hash_of([*before, "answer", *answer]), len(row.tools),
+    return (len(example.ids), np.count_nonzero(example.trained), hash_of(before), hash_of([*before, "answer", *answer]), len(row.tools),
             sum(map(len, calls)), len(calls), text, not any(calls) and not text, row.hidden_parameters, bool(row.unknown_types))
 
 

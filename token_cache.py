@@ -375,7 +375,7 @@ def _begin_worker(tokenizer: Tokenizer, parent: int) -> None:
 
 def _tokenize(rows: list[tuple[str, Any]], system: str, tokenizer: Tokenizer | None = None) -> tuple[np.ndarray, np.ndarray, dict, Counter]:
     """ids with the trained bit (n), ROW (rows), {index: what is wrong} of the bad rows, unknown types and how often each stands there."""
-    parts, records, bad, types = [np.empty(0, np.uint32)], [], {}, Counter()
+    ids, trained, records, bad, types = [np.empty(0, np.int32)], [np.empty(0, bool)], [], {}, Counter()
     for i, (place, row) in enumerate(rows):
         try:
             conversation = data.parse_row(row, place, system)
@@ -383,7 +383,8 @@ def _tokenize(rows: list[tuple[str, Any]], system: str, tokenizer: Tokenizer | N
             bad[i] = {"place": place, "cause": error.cause, "message": str(error)}
             continue
         example = data.tokenize(conversation, tokenizer or _tokenizer)
-        parts.append(example.ids.astype(np.uint32) | example.trained * TRAINED)
+        ids.append(example.ids)
+        trained.append(example.trained)
         records.append((*survey.seen(conversation, example), data.query_hash(conversation.query), place.encode()))
         types.update(word[:60] for word in conversation.unknown_types)
-    return np.concatenate(parts), np.array(records, ROW), bad, types
+    return np.concatenate(ids).view(np.uint32) | np.concatenate(trained) * TRAINED, np.array(records, ROW), bad, types

@@ -219,15 +219,15 @@ def main() -> None:
                       "seconds": {"ours": sum(ours["seconds"]), "peft_selected": sum(theirs["seconds"])},
                       "peak_gib": {"ours": ours["peak_gib"], "peft_selected": theirs["peak_gib"]}}
         else:
-            compiled = args.device == "cpu" and has_compiler() and not args.one_set
-            runs: dict[str, list] = {"ours": [], **({"ours, --compile": []} if compiled else {}), "peft": [],
-                                     **({"ours, each alone": []} if args.one_set else {})}
+            ways = {"ours": (args.steps,)}
+            if args.one_set:
+                ways["ours, each alone"] = (1 + WARMUP_STEPS, "--no-share-beginnings", "--batch-rows", "8")
+            elif args.device == "cpu" and has_compiler():
+                ways["ours, --compile"] = (args.steps, "--compile")
+            runs: dict[str, list] = {name: [] for name in (*ways, "peft")}
             for _ in range(args.repeats):
-                runs["ours"].append(run_ours(args, args.steps, folder))
-                if compiled:
-                    runs["ours, --compile"].append(run_ours(args, args.steps, folder, "--compile"))
-                if args.one_set:
-                    runs["ours, each alone"].append(run_ours(args, 1 + WARMUP_STEPS, folder, "--no-share-beginnings", "--batch-rows", "8"))
+                for name, (steps, *more) in ways.items():
+                    runs[name].append(run_ours(args, steps, folder, *more))
                 runs["peft"].append(run_theirs(args, args.steps, folder, "peft"))
             report = {"what": f"{'every parameter' if args.full else 'LoRA rank 16'}, bf16: real tokens a second and peak memory"}
             for name, results in runs.items():
@@ -236,7 +236,7 @@ def main() -> None:
                                 "of_each_step": [[round(t / s, 1) for t, s in zip(r["tokens"], r["seconds"], strict=True)]
                                                  for r in results],
                                 "peak_gib": round(max(r["peak_gib"] for r in results), 2)}
-            for name in runs.keys() & {"ours", "ours, --compile"}:
+            for name in ways:
                 pairs = zip(report[name]["tokens_per_second"], report["peft"]["tokens_per_second"], strict=True)
                 report[name]["times_peft"] = [round(ours / theirs, 2) for ours, theirs in pairs]
             if args.one_set:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 
@@ -36,7 +37,7 @@ class Segment(NamedTuple):
     trained: bool
 
 
-Pairs = list[tuple[str, bool]]          # segments where there are many: a tuple is made in a fifth of the time
+Pairs = list[tuple[str, bool]]          # segments where there are many, as plain tuples, which are made faster
 
 BOS = Control("<bos>")
 TURN, END_TURN = Control("<start_of_turn>"), Control("<end_of_turn>")
@@ -77,12 +78,10 @@ def render_tool(tool: dict) -> list[str]:
 
 def render_around_tools(messages: list[dict], tools: bool, add_generation_prompt: bool = False) -> tuple[Pairs, Pairs]:
     """What `render_segments` has before the tools' declarations and after them.  tools: whether there are any"""
-    parts: list[str] = []            # everything that is rendered, in order
-    trained: list[bool] = []         # for each part, whether the model must produce it
+    parts: Pairs = []                # everything that is rendered, in order, and whether the model must produce it
 
     def emit(new: list[str], train: bool = False) -> None:
-        parts.extend(new)
-        trained.extend([train] * len(new))
+        parts.extend(zip(new, repeat(train)))
 
     system = messages[0] if messages and messages[0].get("role") in ("system", "developer") else None
     before = [BOS]
@@ -117,7 +116,7 @@ def render_around_tools(messages: list[dict], tools: bool, add_generation_prompt
         previous = role
     if add_generation_prompt and previous != "tool":
         emit([TURN, "model\n"])
-    return [(text, False) for text in before if text], [pair for pair in zip(parts, trained, strict=True) if pair[0]]
+    return [(text, False) for text in before if text], [pair for pair in parts if pair[0]]
 
 
 def _content(message: dict, i: int = 0) -> list[str]:
