@@ -759,11 +759,11 @@ class Batch:
         return tokens, self.positions, self.documents, rows, targets
 
 
-def side_by_side(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """positions and documents, (Σ lengths) each, of documents of these lengths one after another."""
-    each = torch.tensor(lengths)
-    documents = torch.arange(len(lengths)).repeat_interleave(each)
-    return torch.arange(len(documents)) - (each.cumsum(0) - each)[documents], documents
+def side_by_side(lengths: Sequence[int], firsts: Sequence[int] | int = 0) -> tuple[Tensor, Tensor]:
+    """positions and documents, (Σ lengths) each, of documents one after another.  firsts: the position each begins with"""
+    starts = np.cumsum(lengths) - lengths
+    documents = np.repeat(np.arange(len(lengths)), lengths)
+    return torch.from_numpy(np.arange(len(documents)) - np.repeat(starts - firsts, lengths)), torch.from_numpy(documents)
 
 
 def team_of(rank: int, processes: int) -> tuple[int, int, int]:
@@ -879,14 +879,13 @@ def _filled(groups: Iterable[Group], max_tokens: int) -> list[Parts]:
 
 def _batch(parts: Parts) -> Batch:
     """The parts side by side; one that does not begin at 0 continues the last that does."""
-    def ids(ahead: int) -> Tensor:
-        whole = np.concatenate([example.ids[start + ahead:stop + ahead] for example, start, stop in parts])
-        return torch.from_numpy(whole.astype(np.int64))
+    def ids(ahead: int) -> np.ndarray:
+        return np.concatenate([example.ids[start + ahead:stop + ahead] for example, start, stop in parts], dtype=np.int64)
 
-    trained = torch.from_numpy(np.concatenate([example.trained[start + 1:stop + 1] for example, start, stop in parts]))
-    positions, documents = side_by_side([stop - start for _, start, stop in parts])
-    firsts = torch.tensor([start for _, start, _ in parts])
-    return Batch(ids(0), torch.where(trained, ids(1), IGNORE), positions + firsts[documents], documents, int(trained.sum()), parts)
+    trained = np.concatenate([example.trained[start + 1:stop + 1] for example, start, stop in parts])
+    targets = np.where(trained, ids(1), IGNORE)
+    positions, documents = side_by_side([stop - start for _, start, stop in parts], [start for _, start, _ in parts])
+    return Batch(torch.from_numpy(ids(0)), torch.from_numpy(targets), positions, documents, np.count_nonzero(trained), parts)
 
 
 # A token without loss: what a process computes that has to go along with others and has no batch left.

@@ -59,8 +59,8 @@ class Prefix:
 def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[Prefix]:
     """Run the tokens `rows` that come after `prefix`, side by side; returns each row's own keys and values."""
     lengths = [len(row) for row in rows]
-    positions, _ = data.side_by_side(lengths)
     device, start = model.head.device, len(prefix.ids)
+    positions, _ = data.side_by_side(lengths, start)
     keys, values, windows = [], [], model.config.windows
     documents, starts, keys_only = ([start, *lengths], [0] + [start] * len(lengths), 1) if start else (lengths, None, 0)
     plans = {window: plan(documents, window, model.compute_dtype, device, model.config.heads, starts, keys_only) for window in set(windows)}
@@ -72,7 +72,7 @@ def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[P
         return attention(q, k, v, scale, plans[windows[layer]])
 
     tokens = torch.tensor(list(itertools.chain(*rows)), device=device)
-    model.run(tokens, positions.to(device) + start, [partial(attend, layer=layer) for layer in range(len(windows))])
+    model.run(tokens, positions.to(device), [partial(attend, layer=layer) for layer in range(len(windows))])
     return [Prefix(list(row), [k[i] for k in keys], [v[i] for v in values]) for i, row in enumerate(rows)]
 
 

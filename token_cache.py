@@ -78,7 +78,7 @@ class TokenFile:
     def example(self, row: int) -> Example:
         stop = int(self.ends[row])
         stored = self.ids[stop - int(self.rows["tokens"][row]):stop]
-        return Example((stored & ~TRAINED).astype(np.int32), stored >= TRAINED, self.source(row))
+        return Example((stored & ~TRAINED).view(np.int32), stored >= TRAINED, self.source(row))
 
     def conversation(self, row: int) -> Conversation:
         """Of one of the rows with the lowest hashes."""
