@@ -26,11 +26,11 @@ def case(bench, generator):
 
 
 @INTERPRETED
-def test_every_way_that_can_run_here_is_right_and_timed(bench, tmp_path):
+def test_every_way_that_can_run_here_is_right_and_timed(bench, tmp_path, monkeypatch):
     subprocess.run([sys.executable, PROGRAM, "--device", "cpu", "--tiny", "--out", tmp_path], env=os.environ | {"TRITON_INTERPRET": "1"},
                    check=True, capture_output=True)
     result = json.loads((tmp_path / "cpu_attention.json").read_text())
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from tables import attention_table
     table = attention_table(result).splitlines()
     assert table[0] == "| forward + backward, ms | window 8 | window full |" and "| varlen | failed | failed |" in table
