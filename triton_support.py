@@ -114,9 +114,16 @@ def one_pass(function: Callable) -> Callable:
     def compiled() -> Callable:
         return torch.compile(function, dynamic=True)
 
+    def detached(operand):
+        """It without its history: whether an operand requires gradients would make another variant of the same loop, of which
+        torch.compile makes eight and no more."""
+        if isinstance(operand, list):
+            return [detached(one) for one in operand]
+        return operand.detach() if isinstance(operand, torch.Tensor) else operand
+
     @functools.wraps(function)
     def run(*operands):
-        return compiled()(*operands) if _compiling else function(*operands)
+        return compiled()(*map(detached, operands)) if _compiling else function(*operands)
     return run
 
 
