@@ -9,7 +9,8 @@ Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausal
 PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
 take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
 gets malloc settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Where there
-is a C++ compiler ours runs with --compile too, as a figure of its own. A run's speed is all its tokens by all its seconds, but
+is a C++ compiler ours runs with --compile too, as a figure of its own; and, training adapters, as a process for each core
+(torchrun), its memory that of all of them: theirs would not fit into 24 GiB twice. A run's speed is all its tokens by all its seconds, but
 for the first step. Parity lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With
 --full theirs is trained in bf16 alone, ours with fp32 masters. With --one-set every row is given all of the file's tools in one order:
 ours takes 32 of them a step, with the shared beginning computed once and without; theirs 2 of them, one by one, as all
@@ -57,14 +58,17 @@ def flags(args: argparse.Namespace, steps: int, out: Path, side: str) -> list[st
             "--eval-every", "0", "--eval-calls", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
 
 
-def run_ours(args: argparse.Namespace, steps: int, folder: Path, *more: str) -> dict:
+def run_ours(args: argparse.Namespace, steps: int, folder: Path, *more: str, processes: int = 1) -> dict:
     out = folder / "ours"
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(args, steps, out, "ours"), *more], check=True, stdout=sys.stderr)
+    many = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if many else {})
+    subprocess.run([sys.executable, *many, str(ROOT / "train.py"), *flags(args, steps, out, "ours"), *more], check=True, stdout=sys.stderr,
+                   env=environment)
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     taken = [record for record in records if "loss" in record]
     return {"seconds": [r["seconds"] for r in taken], "tokens": [r["tokens"] for r in taken], "losses": [r["loss"] for r in taken],
             "row_tokens": [r["tokens"] / (records[0]["flags"]["batch_rows"]) for r in taken],
-            "peak_gib": max(r["peak_gib"] for r in taken), "held_out": [r["eval_loss"] for r in records if "eval_loss" in r]}
+            "peak_gib": processes * max(r["peak_gib"] for r in taken), "held_out": [r["eval_loss"] for r in records if "eval_loss" in r]}
 
 
 def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) -> dict:
@@ -219,15 +223,18 @@ def main() -> None:
                       "seconds": {"ours": sum(ours["seconds"]), "peft_selected": sum(theirs["seconds"])},
                       "peak_gib": {"ours": ours["peak_gib"], "peft_selected": theirs["peak_gib"]}}
         else:
-            ways = {"ours": (args.steps,)}
+            ways: dict[str, tuple[int, list[str], int]] = {"ours": (args.steps, [], 1)}                 # steps, flags, processes
             if args.one_set:
-                ways["ours, each alone"] = (1 + WARMUP_STEPS, "--no-share-beginnings", "--batch-rows", "8")
-            elif args.device == "cpu" and has_compiler():
-                ways["ours, --compile"] = (args.steps, "--compile")
+                ways["ours, each alone"] = (1 + WARMUP_STEPS, ["--no-share-beginnings", "--batch-rows", "8"], 1)
+            elif args.device == "cpu":
+                if (cores := torch.get_num_threads()) > 1 and not args.full:
+                    ways["ours, a process a core"] = (args.steps, [], cores)
+                if has_compiler():
+                    ways |= {f"{name}, --compile": (steps, ["--compile"], processes) for name, (steps, _, processes) in ways.items()}
             runs: dict[str, list] = {name: [] for name in (*ways, "peft")}
             for _ in range(args.repeats):
-                for name, (steps, *more) in ways.items():
-                    runs[name].append(run_ours(args, steps, folder, *more))
+                for name, (steps, more, processes) in ways.items():
+                    runs[name].append(run_ours(args, steps, folder, *more, processes=processes))
                 runs["peft"].append(run_theirs(args, args.steps, folder, "peft"))
             report = {"what": f"{'every parameter' if args.full else 'LoRA rank 16'}, bf16: real tokens a second and peak memory"}
             for name, results in runs.items():

@@ -132,12 +132,17 @@ def decode_table(r: dict) -> str:
 def peft_table(s: dict, full: dict | None, p: dict) -> str:
     def rows(s: dict, what: str) -> list[str]:
         peft = f"{statistics.median(s['peft']['tokens_per_second']):.0f}"
-        made, names = [], {"ours": f"{what}: real tokens/s (theirs: padded fours, all logits)", "ours, --compile": "… with `--compile`"}
+        made, names = [], {"ours": f"{what}: real tokens/s (theirs: padded fours, all logits)", "ours, --compile": "… with `--compile`",
+                           "ours, a process a core": "… a process a core", "ours, a process a core, --compile": "… both"}
         for side, name in names.items():
             if side in s:
                 times = f"{statistics.median(s[side]['times_peft']):.1f} × |"
                 made.append(f"| {name} | {peft} | **{statistics.median(s[side]['tokens_per_second']):.0f}** | {times}")
-        return [*made, f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |"]
+        made.append(f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |")
+        if many := s.get("ours, a process a core"):
+            made.append(f"| … of all processes | {s['peft']['peak_gib']:.1f} | {many['peak_gib']:.1f} | "
+                        f"{many['peak_gib'] / s['peft']['peak_gib']:.0%} |")
+        return made
 
     loss = f"held-out loss after {p['steps']} steps on the same rows (before: {p['ours']['held_out_before']:.2f})"
     return "\n".join([
