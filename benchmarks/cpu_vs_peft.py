@@ -8,7 +8,7 @@
 Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in bf16 with PEFT adapters (fp32, as
 PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
 take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
-gets malloc settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Where there
+gets memory settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Where there
 is a C++ compiler ours runs with --compile too, as a figure of its own; and, training adapters, as a process for each core
 (torchrun), its memory that of all of them: theirs would not fit into 24 GiB twice. A run's speed is all its tokens by all its seconds, but
 for the first step. Parity lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With
@@ -76,7 +76,7 @@ def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) ->
                "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows),
                *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
     malloc = f"{train.MALLOC}:glibc.malloc.mmap_threshold=0x2000000"
-    environment = os.environ | ({"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
+    environment = os.environ | (train.PLANS | {"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -511,13 +511,15 @@ def test_a_shared_beginning_is_computed_once_to_the_same_losses_and_gradients(de
 def test_on_a_cpu_the_program_starts_again_with_memory_it_keeps(demo, tmp_path):
     """Once, in the same process, with the same flags."""
     command = [sys.executable, str(ROOT / "train.py"), *flags(demo, tmp_path / "run", "--steps", 0)]
-    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", *train.PLANS)}
+    environment["LRU_CACHE_CAPACITY"] = "77"                                          # the user's own is left
+    wanted = {"glibc.malloc.hugetlb=1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY=256", "LRU_CACHE_CAPACITY=77"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         seen = ""
         while process.poll() is None and "glibc.malloc.hugetlb=1" not in seen:
-            seen = Path(f"/proc/{process.pid}/environ").read_text() if sys.platform == "linux" else "glibc.malloc.hugetlb=1"
+            seen = Path(f"/proc/{process.pid}/environ").read_text() if sys.platform == "linux" else str(wanted)
         assert "ready" in process.stdout.read() and process.wait() == 0
-    assert "glibc.malloc.hugetlb=1" in seen
+    assert all(setting in seen for setting in wanted)
 
 
 # Kernels
