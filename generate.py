@@ -34,6 +34,7 @@ import data
 from attention_kernels import attention, plan
 from model import Gemma3
 from tokenizer import Tokenizer, parse_calls, render_segments
+from triton_support import in_blocks
 
 STOP_IDS = (1, 50, 106)      # <eos>, <start_function_response>, <end_of_turn>
 READ_TOKENS = 8_192          # prompts are read side by side until they make this many
@@ -97,12 +98,8 @@ def projection(model: Gemma3) -> Callable[[Tensor], Tensor]:
     Most of a step's time on a CPU goes into reading the head. oneDNN reads it twice as fast once it is laid out in its own
     blocks, to the same scores; that takes 0.2 s and a second copy, for as long as the answers last.
     """
-    head, ops = model.head.to(model.compute_dtype), torch.ops.mkldnn
-    in_blocks = hasattr(ops, "_reorder_linear_weight") and ops._is_mkldnn_bf16_supported()
-    if in_blocks and head.device.type == "cpu" and head.dtype == torch.bfloat16:
-        packed = ops._reorder_linear_weight(head, 8)
-        return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
-    return lambda x: F.linear(x, head)
+    head = model.head.to(model.compute_dtype)
+    return in_blocks(head) or (lambda x: F.linear(x, head))
 
 
 class Cache:

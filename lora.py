@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import BY_PYTORCH, Adapted, Choice, Dropout, choose, lora_linears, lora_mlp
+from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -174,8 +174,11 @@ def draw(model: nn.Module, keys: Callable[[], Tensor], seed: int, rows: Tensor |
 def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
     """Decide, once, which operations of the adapters run by Triton kernels; a line about each shape that was compared.
 
-    kernels: "triton", "torch" or "auto", as for `lora_kernels.choose`; rows: tokens of a forward pass.
+    kernels: "triton", "torch" or "auto", as for `lora_kernels.choose`; rows: tokens of a forward pass. With "auto" on a CPU the
+    frozen weights are laid out anew as well (`lora_kernels.Blocks`), which takes twice their memory, unless the model saves memory
+    (`checkpoint_activations`); they must not change after that.
     """
+    in_blocks = kernels == "auto" and not getattr(model, "checkpoint_activations", False)
     chosen: dict[tuple, tuple[Choice, dict]] = {}
 
     def pick(linears: Sequence[LoRALinear], ends: str = "") -> Choice:
@@ -184,7 +187,9 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
         if key not in chosen:
             weight, config = linears[0].weight, linears[0].config
             chosen[key] = choose(kernels, rows, inputs, outputs, rank, weight.dtype, weight.device, ends, config.dropout)
-        return chosen[key][0]
+        choice = chosen[key][0]
+        blocks = Blocks.of([linear.weight for linear in linears]) if in_blocks and not choice.by_triton else None
+        return replace(choice, blocks=blocks)
 
     grouped = set()
     for module in model.modules():

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
-from triton_support import can_run, jit, load_tile, milliseconds, precision, remembered, tile_sizes, tl, triton, tuned
+from triton_support import can_run, in_blocks, jit, load_tile, milliseconds, precision, remembered, tile_sizes, tl, triton, tuned
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
 Adapted = tuple[Tensor, Tensor, Tensor]
@@ -316,6 +316,21 @@ def _token_sum_kernel(wide, narrow, partial, tokens, features, least, M, M_BUCKE
 # The operations, each by kernel or by PyTorch
 
 
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The products of a group's frozen weight (O, I) in oneDNN's own layout: two copies of it, made once, as it never changes."""
+
+    forward: Callable[[Tensor], Tensor]             # x (M, I) → x Wᵀ
+    input_gradient: Callable[[Tensor], Tensor]      # dY (M, O) → dY W
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor]) -> Blocks | None:
+        """Of the weights that share x; None where there is no such layout (`in_blocks`)."""
+        weight = _below(weights)
+        forward = in_blocks(weight)
+        return forward and cls(forward, in_blocks(weight.T))
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which operations of a group of linears run by Triton kernels; the others run by PyTorch."""
@@ -323,6 +338,11 @@ class Choice:
     forward: bool = False           # y and S
     input_gradient: bool = False    # dX and T
     sums: bool = False              # dA and dB
+    blocks: Blocks | None = None    # the group's own, where PyTorch multiplies by them
+
+    @property
+    def by_triton(self) -> bool:
+        return self.forward or self.input_gradient or self.sums
 
 
 BY_PYTORCH, BY_TRITON = Choice(), Choice(True, True, True)
@@ -358,7 +378,7 @@ def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
-             gated: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+             gated: bool = False, blocks: Blocks | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """y (M, O), S (M, P·R) and, where gated, h (M, O/2); a (P·R, I) and b (O, R) in x's dtype."""
     (M, I), O = x.shape, len(weight)  # noqa: E741
     if by_triton:
@@ -371,12 +391,15 @@ def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_
     diagonal = torch.block_diag(*b.split(group.outputs))                                # (O, P·R): each part's B at its place
     s = torch.addmm(x.new_empty(()), group.seen(x), a.T, beta=0, alpha=group.scale)
     # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x (and W) costs less than another pass over y.
-    y = _beside(x, s) @ _beside(weight, diagonal).T if I < O < M else (x @ weight.T).addmm_(s, diagonal.T)
+    if I < O < M and not blocks:
+        y = _beside(x, s) @ _beside(weight, diagonal).T
+    else:
+        y = (blocks.forward(x) if blocks else x @ weight.T).addmm_(s, diagonal.T)
     return y, s, geglu(*y.chunk(2, dim=1)) if gated else None
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
-                    gate_up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                    gate_up: Tensor | None = None, blocks: Blocks | None = None) -> tuple[Tensor, Tensor]:
     """dX (M, I), or [dgate | dup] (M, 2I) where the linear's input was gated, and T (M, P·R)."""
     M, (O, I) = len(dy), weight.shape  # noqa: E741
     if by_triton:
@@ -386,10 +409,11 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
                 dy, weight, a, b, dx, t, gate_up, group.scale, **group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
         return dx, t
     t = _narrow_gradient(dy, b, group)
-    if group.dropout:
-        dx = (dy @ weight).add_(group.seen(t @ a))
+    if O < I < M and not blocks and not group.dropout:
+        dx = _beside(dy, t) @ torch.cat((weight, a))
     else:
-        dx = _beside(dy, t) @ torch.cat((weight, a)) if O < I < M else (dy @ weight).addmm_(t, a)
+        dx = blocks.input_gradient(dy) if blocks else dy @ weight
+        dx = dx.add_(group.seen(t @ a)) if group.dropout else dx.addmm_(t, a)
     return dx if gate_up is None else geglu_gradient(dx, *gate_up.chunk(2, dim=1)), t
 
 
@@ -438,7 +462,7 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, group: _Group, choice: Choice, *adapters: Tensor) -> Tensor:
         a, b = _narrow(adapters, x.dtype)
-        y, s, _ = _forward(x, weight, a, b, group, choice.forward)
+        y, s, _ = _forward(x, weight, a, b, group, choice.forward, blocks=choice.blocks)
         ctx.save_for_backward(x, weight, a, b, s)
         ctx.group, ctx.choice, ctx.master_dtype = group, choice, adapters[0].dtype
         return y
@@ -448,7 +472,7 @@ class _LoRALinears(torch.autograd.Function):
         x, weight, a, b, s = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
-            dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient)
+            dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient, blocks=ctx.choice.blocks)
         else:
             dx, t = None, _narrow_gradient(dy, b, ctx.group)
         gradients = _adapter_gradients(x, dy, s, t, ctx.group, ctx.choice.sums)
@@ -462,8 +486,8 @@ class _LoRAMLP(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, groups: tuple[_Group, _Group], choices: tuple[Choice, Choice],
                 *adapters: Tensor) -> Tensor:
         narrow = (*_narrow(adapters[:4], x.dtype), *_narrow(adapters[4:], x.dtype))
-        gate_up, s, h = _forward(x, weight, *narrow[:2], groups[0], choices[0].forward, gated=True)
-        y, s_down, _ = _forward(h, down, *narrow[2:], groups[1], choices[1].forward)
+        gate_up, s, h = _forward(x, weight, *narrow[:2], groups[0], choices[0].forward, gated=True, blocks=choices[0].blocks)
+        y, s_down, _ = _forward(h, down, *narrow[2:], groups[1], choices[1].forward, blocks=choices[1].blocks)
         ctx.save_for_backward(x, weight, down, *narrow, gate_up, s, h, s_down)
         ctx.groups, ctx.choices, ctx.master_dtype = groups, choices, adapters[0].dtype
         return y
@@ -473,10 +497,10 @@ class _LoRAMLP(torch.autograd.Function):
         x, weight, down, a, b, a_down, b_down, gate_up, s, h, s_down = ctx.saved_tensors
         (group, group_down), (choice, choice_down) = ctx.groups, ctx.choices
         dy = dy.contiguous()
-        dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up)
+        dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up, choice_down.blocks)
         of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums)
         if ctx.needs_input_grad[0]:
-            dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient)
+            dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient, blocks=choice.blocks)
         else:
             dx, t = None, _narrow_gradient(dgate_up, b, group)
         gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums) + of_down
@@ -567,7 +591,7 @@ def _check(x: Tensor, linears: Sequence[Adapted], choice: Choice) -> None:
             fail(f"weight is {weight.dtype}, x {x.dtype}; convert one of them")
         if weight.requires_grad:
             fail("weight is frozen here; to train it, use a plain linear")
-    if choice != BY_PYTORCH:
+    if choice.by_triton:
         if not 1 <= R <= 128 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             fail(f"the kernels take ranks 1 to 128 and fp32, bf16, fp16; got rank {R}, {x.dtype}; use PyTorch's way (--kernels torch)")
         if not can_run(x.device):

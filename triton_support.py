@@ -136,6 +136,19 @@ def in_cache(x: torch.Tensor) -> Iterator[slice]:
     return (slice(first, first + rows) for first in range(0, len(x), max(1, rows)))
 
 
+def in_blocks(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """x (M, I) → x Wᵀ (M, O), W (O, I) laid out once in oneDNN's own blocks, a second copy: the same numbers, sooner.
+
+    None where there is no such product: but for bf16 on a CPU that can multiply it.
+    """
+    ops = torch.ops.mkldnn
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not hasattr(ops, "_reorder_linear_weight") \
+            or not ops._is_mkldnn_bf16_supported():
+        return None
+    packed = ops._reorder_linear_weight(weight.contiguous(), 8)
+    return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
+
+
 def remembered(name: str, device: torch.device, key: Sequence, make: Callable[[], dict]) -> dict:
     """A JSON object that depends on the device, the versions and `key`: from the disk, or else made and kept there.
 

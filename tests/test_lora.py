@@ -12,6 +12,7 @@ from data import Example, pack
 from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, draw, merge, odd_numbers, wrap
 from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear
+from triton_support import in_blocks
 
 
 def test_wrapping_trains_adapters_alone_and_starts_at_the_base_model(demo, generator):
@@ -106,6 +107,17 @@ def test_a_cpu_computes_by_pytorch_unless_told_otherwise(demo, monkeypatch):
     monkeypatch.setattr("triton_support.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"--kernels triton: .* need a CUDA device .* this is cpu; use --kernels auto"):
         choose_kernels(model, "triton", 64)
+
+
+@pytest.mark.skipif(in_blocks(torch.zeros(1, 1, dtype=torch.bfloat16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks")
+def test_a_cpu_multiplies_by_weights_in_blocks_unless_told_otherwise_or_to_save_memory(demo):
+    model = wrapped(demo).to(torch.bfloat16)
+    block = model.model.layers[0]
+    for kernels, checkpoint_activations, wanted in (("auto", False, True), ("torch", False, False), ("auto", True, False)):
+        model.checkpoint_activations = checkpoint_activations
+        choose_kernels(model, kernels, 64)
+        choices = block.self_attn.choice, block.self_attn.o_proj.choice, *block.mlp.choices
+        assert [choice.blocks is not None for choice in choices] == [wanted] * 4 and not any(choice.by_triton for choice in choices)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

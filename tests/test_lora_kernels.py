@@ -10,6 +10,7 @@ import lora_kernels
 from lora_kernels import (
     BY_PYTORCH,
     BY_TRITON,
+    Blocks,
     Dropout,
     lora_linear,
     lora_linear_reference,
@@ -17,12 +18,15 @@ from lora_kernels import (
     lora_mlp,
     lora_mlp_reference,
 )
+from triton_support import in_blocks
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 # Where, in what dtype, by what: bf16 products are garbage under the interpreter, so there the kernels take fp16.
 WAYS = [pytest.param("cpu", dtype, BY_PYTORCH, id=f"pytorch-{name}") for name, dtype in (("fp32", FP32), ("bf16", BF16))]
+WAYS += [pytest.param("cpu", BF16, "blocks", id="pytorch-in-blocks-bf16", marks=pytest.mark.skipif(
+    in_blocks(torch.zeros(1, 1, dtype=BF16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks"))]
 WAYS += [pytest.param(*INTERPRETER.values, dtype, BY_TRITON, id=f"interpreted-{name}", marks=INTERPRETER.marks)
          for name, dtype in (("fp32", FP32), ("fp16", FP16))]
 WAYS += [pytest.param(*GPU.values, dtype, choice, id=f"cuda-{way}-{name}", marks=GPU.marks) for way, choice in
@@ -79,10 +83,13 @@ def reference_mlp(x, linears, dropouts=(None, None)):
 
 
 def by(choice, module=lora_kernels):
-    """(our linears, our MLP) with one choice for all."""
+    """(our linears, our MLP) with one choice for all; "blocks": by PyTorch, each group's weights in oneDNN's layout."""
+    def chosen(linears):
+        return replace(BY_PYTORCH, blocks=Blocks.of([weight for weight, *_ in linears])) if choice == "blocks" else choice
+
     def mlp(x, linears, dropouts=(None, None)):
-        return [module.lora_mlp(x, *linears, 1.5, dropouts, (choice, choice))]
-    return lambda x, linears, dropout=None: module.lora_linears(x, linears, 1.5, dropout, choice), mlp
+        return [module.lora_mlp(x, *linears, 1.5, dropouts, (chosen(linears[:2]), chosen(linears[2:])))]
+    return lambda x, linears, dropout=None: module.lora_linears(x, linears, 1.5, dropout, chosen(linears)), mlp
 
 
 def drawn(share, M, features, generator, device="cpu"):
@@ -239,8 +246,8 @@ def test_an_element_is_dropped_where_the_product_of_its_numbers_is_among_the_low
     M, I = 40, 16  # noqa: E741
     [dropout], eye = drawn(share, M, (I,), generator, device), torch.eye(I, device=device)
     kept = [[(t * f + 2**31) % 2**32 >= round(share * 2**32) for f in dropout.features.tolist()] for t in dropout.tokens.tolist()]
-    copy = torch.zeros(I, I, dtype=dtype, device=device), eye, eye * (1 - share)
-    for y in lora_linears(torch.ones(M, I, dtype=dtype, device=device), [copy, copy], 1.0, dropout, choice):
+    copy = torch.zeros(I, I, dtype=dtype, device=device), eye, eye * (1 - share) / 1.5
+    for y in by(choice)[0](torch.ones(M, I, dtype=dtype, device=device), [copy, copy], dropout):
         assert y.gt(0.5).tolist() == kept
         torch.testing.assert_close(y, y.gt(0.5).to(dtype), rtol=1e-2, atol=0)
 
