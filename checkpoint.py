@@ -29,7 +29,9 @@ from gradients import like, whole
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
 from tokenizer import Tokenizer
+from triton_support import multiplies_bf16
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
@@ -138,6 +140,11 @@ def check_device(name: str) -> None:
     """Raises ValueError for a `--device` that is not here."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+
+
+def choose_dtype(name: str, device: str) -> str:
+    """What to compute in, by `--dtype`: "auto" is bf16, or fp32 on a device that cannot multiply bf16."""
+    return name if name != "auto" else "bf16" if multiplies_bf16(torch.device(device)) else "fp32"
 
 
 def device_name(device: torch.device) -> str:
@@ -340,12 +347,12 @@ def base_of(model: str | None, adapter: str | None) -> str:
     return f"{base}@{revision}" if revision and hub.parse(base) else base
 
 
-def load_tuned(model: str | None, adapter: str | None, dtype: str = "bf16",
+def load_tuned(model: str | None, adapter: str | None, dtype: str = "auto",
                device: str | torch.device = "cpu") -> tuple[Gemma3, Path]:
-    """What `--model` and `--adapter` name, merged into one model, and the folder with its tokenizer.  dtype: "bf16" or "fp32"."""
+    """What `--model` and `--adapter` name, merged into one model, and the folder with its tokenizer.  dtype: as for `choose_dtype`."""
     check_device(str(device))
     folder = fetch_model(base_of(model, adapter))
-    made = load_model(folder, torch.bfloat16 if dtype == "bf16" else torch.float32, device)
+    made = load_model(folder, DTYPES[choose_dtype(dtype, str(device))], device)
     if adapter:
         load_adapter(made, adapter)
         merge(made)

@@ -406,7 +406,8 @@ def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device:
         print(f"{name:<26}{low:>9.1%} to {high:.1%} (95 % of bootstrap samples)")
     print(f"{result['generated_tokens']} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tok/s")
     return result | {"model": args.model, "adapter": args.adapter, "data": args.data, "held_out": args.held_out, "system": system,
-                     "dtype": args.dtype, "device": checkpoint.device_name(torch.device(args.device)), "torch": torch.__version__}
+                     "dtype": checkpoint.choose_dtype(args.dtype, args.device), "device": checkpoint.device_name(torch.device(args.device)),
+                     "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -353,7 +353,8 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that runs one; with the model's, what `checkpoint.load_tuned` takes."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in (default: %(default)s)")
+    add("--dtype", choices=("auto", *checkpoint.DTYPES), default="auto", help="what the model computes in (default: bf16, or fp32 on a "
+        "device that has no instructions for bf16 products)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -45,7 +45,7 @@ from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from token_cache import Tokens
 from tokenizer import Tokenizer
-from triton_support import compile_passes, has_compiler
+from triton_support import compile_passes, has_compiler, multiplies_bf16
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -113,7 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("machine (several processes: torchrun --nproc-per-node N train.py …)").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="what the model computes in")
+    add("--dtype", choices=("auto", *checkpoint.DTYPES), default="auto", help="what the model computes in (default: bf16, or fp32 on a "
+        "device that has no instructions for bf16 products, such as a CPU without AVX-512)")
     add("--kernels", choices=("auto", "triton", "torch"), default="auto", help="who computes the adapters' linears: Triton's "
         "kernels, PyTorch, or whichever is faster on this GPU, timed at the start (on a CPU PyTorch; auto lays the frozen bf16 weights out "
         "in oneDNN's blocks first, some per cent faster for twice their memory, unless activations are checkpointed)")
@@ -166,6 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
     args.system = data.system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
+    args.dtype = checkpoint.choose_dtype(args.dtype, args.device)
     args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
     return args
 
@@ -217,7 +219,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     held_out = pack(list(eval_examples)[team::teams])
 
     # Model, optimizer, schedule.
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = checkpoint.DTYPES[args.dtype]
     model = checkpoint.load_model(model_folder, dtype, device, master_dtype=torch.float32 if args.full else dtype)
     if not args.full:
         lora = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets.split(",")), args.rslora)
@@ -237,6 +239,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
         f"{args.dtype} on {checkpoint.device_name(device)}")
+    if args.dtype == "bf16" and not multiplies_bf16(device):
+        say("model  this device has no instructions for bf16 products and takes very long for them; --dtype fp32 does not")
     chosen: list[str] = []
     if not args.full:
         began, on_gpu = time.perf_counter(), args.device == "cuda" and args.kernels != "torch"

@@ -136,6 +136,17 @@ def in_cache(x: torch.Tensor) -> Iterator[slice]:
     return (slice(first, first + rows) for first in range(0, len(x), max(1, rows)))
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products, or fast ones that serve for them.
+
+    A GPU before Ampere has none. A CPU needs AVX-512 or ARM's bf16; on another, PyTorch multiplies bf16 number by number, tens to
+    hundreds of times slower than fp32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def in_blocks(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """x (M, I) → x Wᵀ (M, O), W (O, I) laid out once in oneDNN's own blocks, a second copy: the same numbers, sooner.
 
@@ -143,7 +154,7 @@ def in_blocks(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | 
     """
     ops = torch.ops.mkldnn
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not hasattr(ops, "_reorder_linear_weight") \
-            or not ops._is_mkldnn_bf16_supported():
+            or not multiplies_bf16(weight.device):
         return None
     packed = ops._reorder_linear_weight(weight.contiguous(), 8)
     return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")

@@ -5,19 +5,20 @@
     python benchmarks/cpu_vs_peft.py --parity 60 --save     # held-out loss after 60 steps on both sides (long)
     python benchmarks/cpu_vs_peft.py --one-set --save       # rows that all have the same tools, as an application's have
 
-Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in bf16 with PEFT adapters (fp32, as
-PEFT makes them), padded batches of 4 rows and all logits, as their own loss does it. Both start from the same adapter,
-take the same rows, count the same real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also
-gets memory settings: train.py's own, but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Where there
-is a C++ compiler ours runs with --compile too, as a figure of its own; and, training adapters, as a process for each core
-(torchrun), its memory that of all of them: theirs would not fit into 24 GiB twice. A run's speed is all its tokens by all its seconds, but
-for the first step. Parity lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With
---full theirs is trained in bf16 alone, ours with fp32 masters. With --one-set every row is given all of the file's tools in one order:
-ours takes 32 of them a step, with the shared beginning computed once and without; theirs 2 of them, one by one, as all
-logits of four would not fit into 24 GiB.
+Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in the same dtype (bf16, but for a CPU that
+cannot multiply it) with PEFT adapters (fp32, as PEFT makes them), padded batches of 4 rows and all logits, as their own loss
+does it (in fp32 of 2: four do not fit into 24 GiB). Both start from the same adapter, take the same rows, count the same real tokens (no padding), and use the same AdamW,
+schedule and clipping; theirs also gets memory settings: train.py's own, but that pieces of 32 MiB and more go back (else it
+does not fit into 24 GiB). Where there is a C++ compiler ours runs with --compile too, as a figure of its own; and, training
+adapters, as a process for each core (torchrun), its memory that of all of them: theirs would not fit into 24 GiB twice. A run's
+speed is all its tokens by all its seconds, but for the first step. Parity lets theirs project trained rows alone (`selected`),
+which changes its speed and not its result. With --full theirs is trained in one dtype alone, ours with fp32 masters. With
+--one-set every row is given all of the file's tools in one order: ours takes 32 of them a step, with the shared beginning
+computed once and without; theirs 2 of them, one by one, as all logits of four would not fit into 24 GiB.
 
---save writes benchmarks/results/DEVICE_vs_peft.json or DEVICE_parity.json. Where the real weights and rows are not at
-hand, speed is measured on random weights of the same size and the demo's rows, and the report says so.
+--save writes benchmarks/results/DEVICE_vs_peft.json or DEVICE_parity.json, with _fp32 after it where that is the dtype. Where the
+real weights and rows are not at hand, speed is measured on random weights of the same size and the demo's rows, and the report
+says so.
 """
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoint  # noqa: E402
 import train  # noqa: E402
 from data import Example  # noqa: E402
 from triton_support import has_compiler  # noqa: E402
@@ -54,7 +56,7 @@ def flags(args: argparse.Namespace, steps: int, out: Path, side: str) -> list[st
     """The flags of train.py that both sides follow."""
     trained = ["--full", "--lr", "2e-5"] if args.full else ["--lora-rank", "16", "--lr", "3e-4"]
     return ["--model", args.model, "--data", args.data, "--out", str(out), "--overwrite", *trained, "--steps", str(steps),
-            "--batch-rows", str(batch_rows(args, side)), "--dtype", "bf16", "--device", args.device, "--save-every", "0",
+            "--batch-rows", str(batch_rows(args, side)), "--dtype", args.dtype, "--device", args.device, "--save-every", "0",
             "--eval-every", "0", "--eval-calls", "0", "--eval-rows", str(args.eval_rows if args.parity else 1), "--seed", "0"]
 
 
@@ -73,7 +75,8 @@ def run_ours(args: argparse.Namespace, steps: int, folder: Path, *more: str, pro
 
 def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) -> dict:
     command = [sys.executable, __file__, "--worker", mode, "--folder", str(folder), "--steps", str(steps), "--parity", str(args.parity),
-               "--model", args.model, "--data", args.data, "--device", args.device, "--eval-rows", str(args.eval_rows),
+               "--model", args.model, "--data", args.data, "--device", args.device, "--dtype", args.dtype, "--eval-rows",
+               str(args.eval_rows),
                *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
     malloc = f"{train.MALLOC}:glibc.malloc.mmap_threshold=0x2000000"
     environment = os.environ | (train.PLANS | {"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
@@ -99,14 +102,14 @@ def worker(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     import data
-    from checkpoint import fetch_model
+    from checkpoint import DTYPES, fetch_model
     from tokenizer import Tokenizer
 
     ours = train.parse_args(flags(args, args.steps, Path(args.folder), "theirs"))
     folder = fetch_model(args.model)
     examples, held_out, _ = train.read_examples(ours, folder, Tokenizer.load(folder), lambda *_: None)
 
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
     model = base if args.full else PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=ours.lr, betas=(0.9, ours.beta2), weight_decay=0.0)
@@ -124,6 +127,7 @@ def worker(args: argparse.Namespace) -> None:
     lengths = [len(example) for example in examples]
     plan = data.steps(lengths, ours.seed, batch_rows=ours.batch_rows)
     warmup = min(50, args.steps // 10)
+    together = 1 if args.one_set else 2 if args.dtype == "fp32" else 4
     model.train()
     for step in range(args.steps):
         began = time.perf_counter()
@@ -132,7 +136,6 @@ def worker(args: argparse.Namespace) -> None:
             group["lr"] = train.learning_rate(step, args.steps, warmup, ours)
         trained = sum(row.trained_tokens for row in rows)
         total = 0.0
-        together = 1 if args.one_set else 4
         for start in range(0, len(rows), together):
             loss = loss_sum(padded(rows[start:start + together], args.device)) / trained
             loss.backward()
@@ -158,7 +161,6 @@ def worker(args: argparse.Namespace) -> None:
 
 def write_start(args: argparse.Namespace, folder: Path) -> None:
     """The adapter that both sides start from, as train.py draws it for seed 0."""
-    import checkpoint
     from lora import LoRAConfig, wrap
     model = checkpoint.load_model(args.model)
     wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--model", default=os.environ.get("REAL_MODEL", str(Path.home() / ".cache/nano-functiongemma/gemma-3-270m")))
     parser.add_argument("--data", default=",".join(str(ROOT.parent / "shared/data" / f) for f in ("seal.jsonl", "toolrl.jsonl")))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", *checkpoint.DTYPES), help="of both sides (default: train.py's)")
     parser.add_argument("--steps", type=int, default=3, help="steps of each run; the first warms up")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, in turn")
     parser.add_argument("--parity", type=int, default=0, metavar="STEPS", help="compare held-out losses after so many steps instead")
@@ -193,6 +196,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=("peft", "selected"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.dtype = checkpoint.choose_dtype(args.dtype, args.device)
     if args.worker:
         return worker(args)
     if args.one_set and (args.parity or args.full):
@@ -236,7 +240,7 @@ def main() -> None:
                 for name, (steps, more, processes) in ways.items():
                     runs[name].append(run_ours(args, steps, folder, *more, processes=processes))
                 runs["peft"].append(run_theirs(args, args.steps, folder, "peft"))
-            report = {"what": f"{'every parameter' if args.full else 'LoRA rank 16'}, bf16: real tokens a second and peak memory"}
+            report = {"what": f"{'every parameter' if args.full else 'LoRA rank 16'}, {args.dtype}: real tokens a second and peak memory"}
             for name, results in runs.items():
                 report[name] = {"tokens_per_second": [round(speed(r), 1) for r in results],
                                 "rows_per_second": [round(speed(r) / statistics.mean(r["row_tokens"]), 3) for r in results],
@@ -253,17 +257,15 @@ def main() -> None:
 
     import peft
     import transformers
-
-    import checkpoint
     report |= {"batch_rows": {side: batch_rows(args, side) for side in ("ours", "theirs")},
-               "data": [Path(f).name for f in args.data.split(",")], "device": args.device,
+               "data": [Path(f).name for f in args.data.split(",")], "device": args.device, "dtype": args.dtype,
                "weights": "random, of full size" if missing else "real",
                "machine": checkpoint.device_name(torch.device(args.device)) + f", {platform.machine()}",
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
     print(json.dumps(report, indent=2))
     if args.save:
         kind = "parity" if args.parity else "one_set" if args.one_set else "full" if args.full else "vs_peft"
-        path = ROOT / f"benchmarks/results/{args.device}_{kind}.json"
+        path = ROOT / f"benchmarks/results/{args.device}_{kind}{'_fp32' if args.dtype == 'fp32' else ''}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -465,6 +465,19 @@ def test_impossible_flags_are_refused(bad):
     assert left.value.code == 2
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_a_device_that_cannot_multiply_bf16_computes_in_fp32(demo, tmp_path, monkeypatch, capsys, can):
+    for file in (checkpoint, train):
+        monkeypatch.setattr(file, "multiplies_bf16", lambda device: can)
+    unasked = train.parse_args(flags(demo, tmp_path, "--dtype", "auto", "--steps", 0))
+    assert unasked.dtype == ("bf16" if can else "fp32")
+    assert checkpoint.load_tuned(str(demo / "model"), None)[0].compute_dtype == (torch.bfloat16 if can else torch.float32)
+    for dtype, warned in (("fp32", False), ("bf16", not can)):
+        run(demo, tmp_path, "--dtype", dtype, "--steps", 0)
+        said = capsys.readouterr().out
+        assert f"{dtype} on CPU" in said and ("--dtype fp32 does not" in said) == warned
+
+
 @NEEDS_COMPILER
 def test_compiled_norms_give_the_same_losses(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(triton_support, "_compiling", False)                    # and False again for the tests after this one
