@@ -16,6 +16,7 @@ FLOPs are of the scores that a query may see, two products forward and five back
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import platform
 import sys
@@ -87,7 +88,8 @@ def varlen(case: Case) -> Way:
     borders = torch.tensor(np.cumsum([0, *case.lengths]), dtype=torch.int32, device=case.device)
     of = borders, borders, max(case.lengths), max(case.lengths)
     window = (case.window - 1 if case.window else -1, 0)
-    return Way(lambda q, k, v: varlen_attn(q, k, v, *of, scale=case.scale, window_size=window, enable_gqa=True))
+    shared = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}       # before torch 2.12 unasked
+    return Way(lambda q, k, v: varlen_attn(q, k, v, *of, scale=case.scale, window_size=window, **shared))
 
 
 def flex(case: Case) -> Way:

@@ -7,14 +7,15 @@
 
 Ours is `train.py` itself, read from its log.jsonl. Theirs is AutoModelForCausalLM in the same dtype (bf16, but for a CPU that
 cannot multiply it) with PEFT adapters (fp32, as PEFT makes them), padded batches of 4 rows and all logits, as their own loss
-does it (in fp32 of 2: four do not fit into 24 GiB). Both start from the same adapter, take the same rows, count the same real tokens (no padding), and use the same AdamW,
-schedule and clipping; theirs also gets memory settings: train.py's own, but that pieces of 32 MiB and more go back (else it
-does not fit into 24 GiB). Where there is a C++ compiler ours runs with --compile too, as a figure of its own; and, training
-adapters, as a process for each core (torchrun), its memory that of all of them: theirs would not fit into 24 GiB twice. A run's
-speed is all its tokens by all its seconds, but for the first step. Parity lets theirs project trained rows alone (`selected`),
-which changes its speed and not its result. With --full theirs is trained in one dtype alone, ours with fp32 masters. With
---one-set every row is given all of the file's tools in one order: ours takes 32 of them a step, with the shared beginning
-computed once and without; theirs 2 of them, one by one, as all logits of four would not fit into 24 GiB.
+does it (in fp32 of 2: four do not fit into 24 GiB). Both start from the same adapter, take the same rows, count the same
+real tokens (no padding), and use the same AdamW, schedule and clipping; theirs also gets memory settings: train.py's own,
+but that pieces of 32 MiB and more go back (else it does not fit into 24 GiB). Where there is a C++ compiler ours runs with
+--compile too, as a figure of its own; and, training adapters, as a process for each core (torchrun), its memory that of all
+of them: theirs would not fit into 24 GiB twice. A run's speed is all its tokens by all its seconds, but for the first step.
+Parity lets theirs project trained rows alone (`selected`), which changes its speed and not its result. With --full theirs
+is trained in one dtype alone, ours with fp32 masters. With --one-set every row is given all of the file's tools in one
+order: ours takes 32 of them a step, with the shared beginning computed once and without; theirs 2 of them, one by one, as
+all logits of four would not fit into 24 GiB.
 
 --save writes benchmarks/results/DEVICE_vs_peft.json or DEVICE_parity.json, with _fp32 after it where that is the dtype. Where the
 real weights and rows are not at hand, speed is measured on random weights of the same size and the demo's rows, and the report

@@ -62,7 +62,7 @@ def tables() -> dict[str, str]:
     if decode := found.get("decode", found.get("cpu_decode")):
         made["decode"] = decode_table(decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
-        made["peft"] = peft_table(found["cpu_vs_peft"], found.get("cpu_full"), found["cpu_parity"])
+        made["peft"] = peft_table(found["cpu_vs_peft"], found.get("cpu_full"), found.get("cpu_vs_peft_fp32"), found["cpu_parity"])
     if "cpu_one_set" in found:
         made["one_set"] = one_set_table(found["cpu_one_set"])
     if "step" in found:
@@ -129,10 +129,10 @@ def decode_table(r: dict) -> str:
         f"{r['versions']['transformers']}; `python benchmarks/decode.py`"])
 
 
-def peft_table(s: dict, full: dict | None, p: dict) -> str:
-    def rows(s: dict, what: str) -> list[str]:
+def peft_table(s: dict, full: dict | None, fp32: dict | None, p: dict) -> str:
+    def rows(s: dict, what: str, padded: str = "fours") -> list[str]:
         peft = f"{statistics.median(s['peft']['tokens_per_second']):.0f}"
-        made, names = [], {"ours": f"{what}: real tokens/s (theirs: padded fours, all logits)", "ours, --compile": "… with `--compile`",
+        made, names = [], {"ours": f"{what}: real tokens/s (theirs: padded {padded}, all logits)", "ours, --compile": "… with `--compile`",
                            "ours, a process a core": "… a process a core", "ours, a process a core, --compile": "… both"}
         for side, name in names.items():
             if side in s:
@@ -148,6 +148,7 @@ def peft_table(s: dict, full: dict | None, p: dict) -> str:
     return "\n".join([
         "| Gemma 3 270M, bf16, 8 rows a step | transformers + PEFT | ours | |", "|---|---|---|---|",
         *rows(s, "LoRA rank 16"), *(rows(full, "every parameter (theirs in bf16 alone)") if full else []),
+        *(rows(fp32, "LoRA rank 16 in fp32, on a CPU that cannot multiply bf16", "twos, as fours do not fit into 24 GiB") if fp32 else []),
         f"| LoRA, {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
         f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers {s['versions']['transformers']}, "
         f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` for the loss"])
