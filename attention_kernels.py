@@ -12,7 +12,7 @@ a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, precision, tl, triton, tuned
+from triton_support import can_run, jit, precision, sent, tl, triton, tuned
 
 QUERIES = 256           # of a tile on a CPU: its scores stay in the cache
 ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
@@ -91,25 +91,6 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
     return tiles
 
 
-def _runs(starts: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """(the document that is continued, the documents that continue it from one position), or a whole document and itself.
-
-    Raises ValueError for one that continues nothing.
-    """
-    document = root = 0
-    while document < len(starts):
-        if starts[document] > (lengths[root] if document else 0):
-            raise ValueError(f"document {document} starts at position {starts[document]}, but the last one that starts at 0 has "
-                             f"{lengths[root] if document else 0} tokens to continue")
-        if starts[document] == 0:
-            root, run = document, [document]
-        else:
-            others = (i for i in range(document, len(starts)) if starts[i] != starts[document])
-            run = list(range(document, next(others, len(starts))))
-        yield root, run
-        document = run[-1] + 1
-
-
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: Sequence[Tile]) -> Tensor:
     """O = softmax(s Q Kᵀ + mask) V, tile by tile.  The definition, by PyTorch's fused attention; shapes as for `attention`."""
     groups = q.shape[1] // k.shape[1]
@@ -154,31 +135,42 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
     documents at the beginning have keys but no queries.
     """
     lengths, starts = np.array(lengths, dtype=np.int64), np.array(starts or [0] * len(lengths), dtype=np.int64)
-    firsts = np.concatenate(([0], np.cumsum(lengths)))
-    ends = np.append(firsts[:-1][starts == 0], firsts[-1])          # where a whole document ends, with all that continue it
-    reach = window or EVERYTHING
-    queries, keys, roots = [np.zeros((0, 6))], [np.zeros((0, 4))], [np.zeros(0)]
-    for root, run in _runs(starts.tolist(), lengths):
-        base, end, start = firsts[run[0]], firsts[run[-1] + 1], starts[run[0]]
-        begins, stops = (x[run].repeat(lengths[run]) - base for x in (firsts[:-1], firsts[1:]))               # of each token's document
-        if run[0] >= keys_only:
-            first = np.arange(0, end - base, block_q)
-            stop = np.minimum(first + block_q, end - base)
-            lowest = np.minimum.reduceat(np.arange(end - base) - begins + start, first)                       # position in each block
-            queries.append(np.stack((
-                base + first - firsts[keys_only], stop - first, base + np.maximum(begins[first], first - reach + 1), base + stop,
-                firsts[root] + np.clip(lowest - reach + 1, 0, start), np.full_like(first, firsts[root] + start)), axis=1))
-        first = np.arange(0, end - base, block_k)
-        stop = np.minimum(first + block_k, end - base)
-        whole = ends[np.searchsorted(ends, base, side="right")] if start == 0 else end
-        following = starts[run[-1] + 1:np.searchsorted(firsts, whole)].min(initial=2 * EVERYTHING)            # where others go on
-        last = np.where(following - (stop - 1) < reach, whole, base + np.minimum(stops[stop - 1], stop - 1 + reach))
-        keys.append(np.stack((base + first, stop - first, np.maximum(base + first, firsts[keys_only]), last), axis=1))
-        roots.append(np.full(end - base, root))
-    documents = np.arange(len(lengths)).repeat(lengths)
-    tokens = np.stack((np.arange(firsts[-1]) - firsts[documents] + starts[documents], documents, starts[documents], np.concatenate(roots)))
-    on_device = [torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)).to(device, non_blocking=True)
-                 for x in (np.concatenate(queries), np.concatenate(keys), tokens)]
+    firsts, reach = np.concatenate(([0], np.cumsum(lengths))), window or EVERYTHING
+    documents, whole = np.arange(len(lengths)).repeat(lengths), starts == 0
+    positions = np.arange(firsts[-1]) - firsts[documents] + starts[documents]
+    roots = np.maximum.accumulate(np.where(whole, np.arange(len(lengths)), 0))                  # the document that each continues, or is
+    there = np.where(whole[roots], lengths[roots], 0)
+    if len(wrong := np.flatnonzero(starts > there)):
+        raise ValueError(f"document {wrong[0]} starts at position {starts[wrong[0]]}, but the last one that starts at 0 has "
+                         f"{there[wrong[0]]} tokens to continue")
+
+    # A run: a whole document, or documents side by side that continue one from the same position.
+    runs = np.flatnonzero(whole | (np.diff(starts, prepend=-1) != 0))
+    base, end, start, root = firsts[runs], firsts[np.append(runs[1:], len(lengths))], starts[runs], firsts[roots[runs]]
+    families = np.flatnonzero(whole)                # of a whole document and all that continue it: where they end, and first go on
+    family_ends = firsts[np.append(families[1:], len(lengths))]
+    family_goes_on = np.minimum.reduceat(np.where(whole, 2 * EVERYTHING, starts), families) if len(families) else families
+    family = np.cumsum(whole)[runs] - 1
+    ends, goes_on = np.where(start == 0, family_ends[family], end), np.where(start == 0, family_goes_on[family], 2 * EVERYTHING)
+
+    def blocks(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The run of each block of so many tokens, its first token and its end."""
+        counts = -(-(end - base) // size)
+        of = np.arange(len(runs)).repeat(counts)
+        first = base[of] + size * (np.arange(len(of)) - (counts.cumsum() - counts)[of])
+        return of, first, np.minimum(first + size, end[of])
+
+    of, first, stop = blocks(block_q)
+    asking = base[of] >= firsts[keys_only]
+    of, first, stop = of[asking], first[asking], stop[asking]
+    lowest = np.minimum.reduceat(positions, first) if len(first) else first
+    queries = np.stack((first - firsts[keys_only], stop - first, np.maximum(firsts[documents[first]], first - reach + 1), stop,
+                        root[of] + np.clip(lowest - reach + 1, 0, start[of]), root[of] + start[of]), axis=1)
+    of, first, stop = blocks(block_k)
+    last = np.where(goes_on[of] - positions[stop - 1] < reach, ends[of], np.minimum(firsts[documents[stop - 1] + 1], stop - 1 + reach))
+    keys = np.stack((first, stop - first, np.maximum(first, firsts[keys_only]), last), axis=1)
+    tokens = np.stack((positions, documents, starts[documents], roots[documents]))
+    on_device = [sent(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device) for x in (queries, keys, tokens)]
     return Tables(*on_device, reach, int(firsts[keys_only]), block_q, block_k)
 
 
@@ -258,7 +250,8 @@ def _forward_kernel(q, k, v, out, lse, table, info, scale, offset, T, M_BUCKET, 
     tl.store(lse + places, top + tl.log2(total), mask=there)
 
 
-@tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY, fits=lambda **_: True)
+@tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}, {"BLOCK_K": 32, "num_warps": 8, "num_stages": 1}], key=_ATTENTION_KEY,
+       fits=lambda **_: True)
 @jit
 def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
                            WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,

@@ -43,6 +43,7 @@ import hub
 from loss_kernels import IGNORE
 from tokenizer import Pairs, Segment, Tokenizer, render_around_tools, render_segments, render_tool
 from tokenizer.chat import SCHEMA_KEYS
+from triton_support import sent
 
 # Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
@@ -754,8 +755,7 @@ class Batch:
         Positions and documents stay on the CPU, where borders are read; nothing waits for the device.
         """
         rows = (self.targets != IGNORE).nonzero().squeeze(1)
-        tokens, rows, targets = ((tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-                                 for tensor in (self.tokens, rows, self.targets[rows]))
+        tokens, rows, targets = (sent(tensor, device) for tensor in (self.tokens, rows, self.targets[rows]))
         return tokens, self.positions, self.documents, rows, targets
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
+from triton_support import sent
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -163,8 +164,7 @@ def draw(model: nn.Module, keys: Callable[[], Tensor], seed: int, rows: Tensor |
     adapter = next((adapter for _, adapter in adapters(model)), None)
     if adapter is None or not adapter.config.dropout:
         return
-    numbers, device = odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device
-    numbers = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+    numbers = sent(odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device)
     adapter.tokens.clear()
     if rows is not None:
         adapter.tokens[len(rows)] = numbers[rows]

@@ -28,6 +28,7 @@ from attention_kernels import attention, plan
 from geglu_kernels import geglu
 from loss_kernels import linear_cross_entropy
 from norm_kernels import rms_norm
+from triton_support import sent
 
 # What a published config.json means by leaving a size out (the 4B and larger do).
 DEFAULTS = {"vocab_size": 262_208, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26, "num_attention_heads": 8,
@@ -269,7 +270,7 @@ class Gemma3(nn.Module):
         plans = {window: plan(lengths.tolist(), window, self.compute_dtype, tokens.device, self.config.heads, starts)
                  for window in set(self.config.windows)}
         words, head = _TiedEmbedding.apply(self.head, tokens, into)
-        hidden = self._layers(words, positions.to(tokens.device, non_blocking=True),
+        hidden = self._layers(words, sent(positions, tokens.device),
                               [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
         return hidden if targets is None else linear_cross_entropy(hidden, head, targets, every_row=rows is not None, into=into)
 

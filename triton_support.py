@@ -136,6 +136,11 @@ def in_cache(x: torch.Tensor) -> Iterator[slice]:
     return (slice(first, first + rows) for first in range(0, len(x), max(1, rows)))
 
 
+def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device; to a GPU it goes out of pinned memory, so that the host does not wait for what is queued there."""
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products, or fast ones that serve for them.
 

@@ -161,6 +161,8 @@ def test_a_window_may_be_one_token_or_end_with_the_shared_beginning(window, devi
 @pytest.mark.parametrize(("device", "dtype"), MACHINES)
 @pytest.mark.parametrize("heads", [(2, 2, 32), (4, 2, 16), (8, 1, 16), (4, 1, 256)], ids=str)
 def test_heads_are_grouped_as_the_model_has_them(heads, device, dtype, generator, poisoned):
+    if device == "cuda" and dtype == torch.float32 and heads[2] == 256:
+        pytest.skip("no card has the shared memory for it, and `plan` gives the kernels no fp32")
     assert kernel_faults([40, 33, 5], [0, 40, 0], 20, device, dtype, generator, heads) == []
 
 
@@ -197,8 +199,8 @@ def test_a_plan_for_other_documents_is_refused(queries, keys, values):
     ("== document_k) & (position_k <= position)", ">= document_k) & (position_k <= position)", {"out"}), ("(position_k < start)", "(position_k <= start)", {"dk", "dv"}),
     ("total = total * fade", "total = total", {"out"}), ("sums * fade[:, None]", "sums", {"out"}), ("top + tl.log2(total)", "top", {"dq", "dk"}),
     ("- delta_tile[:, None])", ")", {"dq"}), ("- delta_tile[None, :])", ")", {"dk"}), ("(dk_sums * factor)", "dk_sums", {"dk"}),
-    ("np.where(following - (stop - 1) < reach, whole, base", "np.where(False, whole, base", {"dk", "dv"}),
-    ("np.clip(lowest - reach + 1, 0, start)", "np.clip(lowest - reach + 2, 0, start)", {"out"})])
+    ("np.where(goes_on[of] - positions[stop - 1] < reach, ", "np.where(False, ", {"dk", "dv"}),
+    ("np.clip(lowest - reach + 1, 0, start[of])", "np.clip(lowest - reach + 2, 0, start[of])", {"out"})])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, poisoned, mutant):
     broken_module = mutant(module, sound, broken)
     found = {name for layout in ("shared", "long", "many") for name in
