@@ -385,17 +385,17 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             nats += loss.detach()
         work = sum(flops(model, batch) for batch in batches)
         shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
-        result = torch.stack([shared[0] / trained_tokens, *shared[1:], total_norm(parameters) / trained_tokens])
+        loss, norm = shared[0] / trained_tokens, total_norm(parameters) / trained_tokens
+        optimizer.grad_scale = trained_tokens * ((norm / args.clip).clamp(min=1) if args.clip else torch.ones_like(norm))      # a divisor
+        optimizer.found_inf = 1 - (loss.isfinite() & (norm <= args.max_grad_norm)).float()       # 1 leaves the step out; a NaN fails both
+        optimizer.step()
+        gradients.clear()
         packing = time.perf_counter()
         upcoming = next(coming, None)                                      # made while a GPU still works on what was launched
         packing = time.perf_counter() - packing
-        loss, stopping, computed_tokens, norm = result.tolist()            # now wait for it
-        if not (math.isfinite(loss) and norm <= args.max_grad_norm):       # a NaN fails both
+        left_out, loss, norm, stopping, computed_tokens = torch.stack([optimizer.found_inf, loss, norm, *shared[1:]]).tolist()    # waits
+        if left_out:
             raise FloatingPointError(describe_failure(model, [train[row] for row in rows], step, seed, loss, norm, out))
-        clipped = max(1.0, norm / args.clip) if args.clip else 1.0
-        optimizer.grad_scale = torch.tensor(trained_tokens * clipped, device=device)         # what its kernel divides the gradients by
-        optimizer.step()
-        gradients.clear()
         step, state["position"] = step + 1, position
 
         now = time.perf_counter()

@@ -408,10 +408,14 @@ def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, tmp_pat
         assert all(tensor.isfinite().all() for tensor in checkpoint._read_tensors(path / "trained.safetensors").values())
 
 
-def test_an_exploding_gradient_stops_the_run(demo, tmp_path):
+def test_an_exploding_gradient_stops_the_run_and_leaves_the_model_as_it_was(demo, tmp_path, monkeypatch):
+    models, describe = [], train.describe_failure
+    monkeypatch.setattr(train, "describe_failure", lambda model, *more: models.append(model.state_dict()) or describe(model, *more))
     with pytest.raises(FloatingPointError, match=r"gradient norm .*worst rows: rows\.jsonl:\d+"):
         run(demo, tmp_path / "run", *FULL, "--steps", 3, "--max-grad-norm", 1e-3)
     assert checkpoint.find_checkpoints(tmp_path / "run") == [] and losses(tmp_path / "run") == []
+    before = checkpoint.load_model(demo / "model", torch.float32).state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models[0].items())
 
 
 def test_errors_are_one_line_with_the_place_and_no_traceback(demo, tmp_path):
