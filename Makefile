@@ -43,8 +43,8 @@ report: setup            ## a run's report.html: make report OUT=runs/mine; or r
 test: setup-dev real-model lint check-kernels     ## all tests that this machine can run
 	$(PYTHON) -m pytest
 
-test-gpu: setup-dev      ## the tests that need a CUDA device
-	$(PYTHON) -m pytest -m gpu
+test-gpu: setup-dev      ## the tests that need a CUDA device; most of the time goes into compiling, by 12 processes where pytest-xdist is there
+	$(PYTHON) -m pytest -m gpu $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 12 --dist worksteal')
 
 check-kernels: setup-dev ## compile every kernel for sm_80 and sm_90, no GPU needed: registers, spills, tensor cores
 	$(PYTHON) tests/check_kernels.py

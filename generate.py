@@ -313,7 +313,7 @@ class CapturedStep:
                     cache.step(model, self.tokens, self.positions, longest)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):           # other threads, such as NCCL's, may ask on
                 self.logits = cache.step(model, self.tokens, self.positions, longest)
         for tensor, before in zip((*cache.keys, *cache.values), kept, strict=True):
             tensor.copy_(before)

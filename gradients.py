@@ -21,6 +21,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import Gemma3
@@ -103,9 +104,9 @@ class Sharded:
 
     def __init__(self, model: Gemma3) -> None:
         from torch.distributed.fsdp import fully_shard
-        self.model = model
+        self.model, mesh = model, init_device_mesh(model.head.device.type, (dist.get_world_size(),))
         for module in [*model.model["layers"], model]:
-            fully_shard(module)
+            fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)              # a sum, not a mean
 

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import GPU, INTERPRETED, INTERPRETER
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import lora
@@ -120,10 +120,10 @@ def test_a_cpu_multiplies_by_weights_in_blocks_unless_told_otherwise_or_to_save_
         assert [choice.blocks is not None for choice in choices] == [wanted] * 4 and not any(choice.by_triton for choice in choices)
 
 
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator, dropout):
+def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator, dropout, device):
     """Logits and every gradient."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, ids = wrapped(demo, dropout=dropout).train().to(device), torch.randint(110, 1000, (1, 24), generator=generator).to(device)
     draw(model, lambda: torch.arange(24, dtype=torch.int32), 0)
     results = []

@@ -312,7 +312,7 @@ def test_nothing_but_finding_the_trained_rows_waits_for_the_gpu(device):
     for mode in ("default", "error"):                                  # at first it compiles and tunes
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            loss_kernels._LinearCrossEntropy.apply(hidden, weight, targets, True).backward()
+            loss_kernels._LinearCrossEntropy.apply(hidden, weight, targets, True, None).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
