@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, precision, sent, tl, triton, tuned
+from triton_support import can_run, jit, next_power_of_2, precision, sent, tl, tuned
 
 QUERIES = 256           # of a tile on a CPU: its scores stay in the cache
 ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
@@ -352,7 +352,7 @@ class _AttentionByTriton(torch.autograd.Function):
 
 
 def _sizes(q: Tensor, k: Tensor, plan: Tables) -> dict:
-    return {"numbers": (len(k), triton.next_power_of_2(len(k))), "WINDOW": plan.window, "N": q.shape[1], "K": k.shape[1], "H": q.shape[2],
+    return {"numbers": (len(k), next_power_of_2(len(k))), "WINDOW": plan.window, "N": q.shape[1], "K": k.shape[1], "H": q.shape[2],
             "PRECISION": precision(q.dtype)}
 
 

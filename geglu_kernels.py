@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, in_cache, jit, one_pass, tl, triton
+from triton_support import can_run, in_cache, jit, next_power_of_2, one_pass, tl
 
 STEEP, CUBIC = 1.5957691216057308, 0.044715         # 2z = STEEP (g + CUBIC g³); the first is 2 √(2/π)
 
@@ -93,7 +93,7 @@ def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, value: bool =
     dh = None if dh is None else dh.contiguous()
     h, made = gate.new_empty(M, N) if value else None, None if dh is None else gate.new_empty(M, 2 * N)
     if M:
-        _kernel[(M,)](gate, up, dh, h, made, gate.stride(0), up.stride(0), N=N, BLOCK=triton.next_power_of_2(N), VALUE=value,
+        _kernel[(M,)](gate, up, dh, h, made, gate.stride(0), up.stride(0), N=N, BLOCK=next_power_of_2(N), VALUE=value,
                       GRADIENT=dh is not None)
     return h, made
 

@@ -31,7 +31,20 @@ import torch
 from torch import Tensor
 
 from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
-from triton_support import can_run, in_blocks, jit, load_tile, milliseconds, precision, remembered, tile_sizes, tl, triton, tuned
+from triton_support import (
+    can_run,
+    cdiv,
+    in_blocks,
+    jit,
+    load_tile,
+    milliseconds,
+    next_power_of_2,
+    precision,
+    remembered,
+    tile_sizes,
+    tl,
+    tuned,
+)
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
 Adapted = tuple[Tensor, Tensor, Tensor]
@@ -364,13 +377,13 @@ class _Group:
     def constants(self, x: Tensor) -> dict:
         """The kernels' constants."""
         O0, O1, O2 = (*self.outputs, 0, 0)[:3]
-        return {"O0": O0, "O1": O1, "O2": O2, "R": self.rank, "P": len(self.outputs), "BLOCK_R": max(16, triton.next_power_of_2(self.rank)),
+        return {"O0": O0, "O1": O1, "O2": O2, "R": self.rank, "P": len(self.outputs), "BLOCK_R": max(16, next_power_of_2(self.rank)),
                 "DROPOUT": self.dropout is not None, "PRECISION": precision(x.dtype)}
 
     def numbers(self, M: int) -> dict:
         """The kernels' other arguments; timings are compared anew only where the rows double."""
         tokens, features, least = (self.dropout.tokens, self.dropout.features, self.dropout.least) if self.dropout else (None, None, 0)
-        return {"tokens": tokens, "features": features, "least": least, "M": M, "M_BUCKET": triton.next_power_of_2(M)}
+        return {"tokens": tokens, "features": features, "least": least, "M": M, "M_BUCKET": next_power_of_2(M)}
 
 
 def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -385,7 +398,7 @@ def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_
         y, s, h = x.new_empty(M, O), x.new_empty(M, len(a)), x.new_empty(M, O // 2) if gated else None
         if M:
             parts = group.outputs[:1] if gated else group.outputs
-            _forward_kernel[lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]) * sum(triton.cdiv(part, sizes["BLOCK_O"]) for part in parts),)](
+            _forward_kernel[lambda sizes: (cdiv(M, sizes["BLOCK_M"]) * sum(cdiv(part, sizes["BLOCK_O"]) for part in parts),)](
                 x, weight, a, b, y, s, h, group.scale, **group.numbers(M), I=I, GEGLU=gated, **group.constants(x))
         return y, s, h
     diagonal = torch.block_diag(*b.split(group.outputs))                                # (O, P·R): each part's B at its place
@@ -405,7 +418,7 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
     if by_triton:
         dx, t = torch.empty_like(gate_up) if gate_up is not None else dy.new_empty(M, I), dy.new_empty(M, len(a))
         if M:
-            _input_gradient_kernel[lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(I, sizes["BLOCK_I"]),)](
+            _input_gradient_kernel[lambda sizes: (cdiv(M, sizes["BLOCK_M"]) * cdiv(I, sizes["BLOCK_I"]),)](
                 dy, weight, a, b, dx, t, gate_up, group.scale, **group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
         return dx, t
     t = _narrow_gradient(dy, b, group)
@@ -425,13 +438,13 @@ def _narrow_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
 def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], group: _Group, of_x: bool) -> Tensor:
     """Σ over tokens of wide[m, n] narrow[m, c], fp32, part by part: (N, columns of a part), or where wide is x (columns, I)."""
     (M, N), columns = wide.shape, narrow.shape[1] // len(parts)
-    blocks = sum(triton.cdiv(part, 128) for part in parts) * triton.cdiv(columns, 64)
-    splits = max(1, min(triton.cdiv(M, 256), 512 // blocks))               # enough programs for any GPU, the same on each
+    blocks = sum(cdiv(part, 128) for part in parts) * cdiv(columns, 64)
+    splits = max(1, min(cdiv(M, 256), 512 // blocks))               # enough programs for any GPU, the same on each
     partial = torch.empty(splits, N * columns, dtype=torch.float32, device=wide.device)
     N0, N1, N2 = (*parts, 0, 0)[:3]
-    BLOCK_C = min(64, max(16, triton.next_power_of_2(columns)))
-    _token_sum_kernel[lambda sizes: (sum(triton.cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, triton.cdiv(columns, BLOCK_C))](
-        wide, narrow, partial, **group.numbers(M), rows_a_split=triton.cdiv(M, splits), N0=N0, N1=N1, N2=N2,
+    BLOCK_C = min(64, max(16, next_power_of_2(columns)))
+    _token_sum_kernel[lambda sizes: (sum(cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, cdiv(columns, BLOCK_C))](
+        wide, narrow, partial, **group.numbers(M), rows_a_split=cdiv(M, splits), N0=N0, N1=N1, N2=N2,
         NARROW=narrow.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None, BLOCK_C=BLOCK_C,
         PRECISION=precision(wide.dtype))
     return partial.sum(0).view((columns, N) if of_x else (N, columns))

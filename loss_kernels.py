@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, load_tile, precision, tile_sizes, tl, triton, tuned
+from triton_support import can_run, cdiv, jit, load_tile, next_power_of_2, precision, tile_sizes, tl, tuned
 
 IGNORE = -100        # target of a token that carries no loss
 CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · 2 bytes = 0.13 GB
@@ -133,11 +133,11 @@ def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr,
 def _chunk_by_triton(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
     """Loss of a chunk's rows, fp32 (); fills dlogits (rows, V) where it is given."""
     M, (V, D) = len(hidden), matrix.shape
-    spans = triton.cdiv(V, SPAN)
-    sizes = {"M": M, "M_BUCKET": max(64, triton.next_power_of_2(M)), "V": V, "D": D, "SPAN": SPAN, "PRECISION": precision(hidden.dtype)}
+    spans = cdiv(V, SPAN)
+    sizes = {"M": M, "M_BUCKET": max(64, next_power_of_2(M)), "V": V, "D": D, "SPAN": SPAN, "PRECISION": precision(hidden.dtype)}
 
     def grid(tile: dict) -> tuple[int]:
-        return (triton.cdiv(M, tile["BLOCK_M"]) * spans,)
+        return (cdiv(M, tile["BLOCK_M"]) * spans,)
 
     log_sums = torch.empty(spans, M, dtype=torch.float32, device=hidden.device)
     _logits_kernel[grid](hidden, matrix, log_sums, None, **sizes, GRADIENT=False)
@@ -172,7 +172,7 @@ def _weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, add: bool
             dweight[part].add_(made) if add else dweight[part].copy_(made)
         return
     (V, D), (BLOCK_M, BLOCK_V, BLOCK_D) = dweight.shape, (32, 32, 32) if hidden.dtype == torch.float32 else (64, 64, 128)
-    _weight_gradient_kernel[(triton.cdiv(V, BLOCK_V) * triton.cdiv(D, BLOCK_D),)](
+    _weight_gradient_kernel[(cdiv(V, BLOCK_V) * cdiv(D, BLOCK_D),)](
         dlogits, hidden, dweight, len(hidden), V=V, D=D, ADD=add, PRECISION=precision(hidden.dtype),
         BLOCK_M=BLOCK_M, BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_support import can_run, in_cache, jit, one_pass, tl, triton
+from triton_support import can_run, cdiv, in_cache, jit, next_power_of_2, one_pass, tl
 
 PROGRAMS = 512          # of a backward pass: each adds up its rows' share of dw
 
@@ -168,7 +168,7 @@ def _backward_by_pytorch(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tens
 
 def _shape(x: Tensor) -> dict:
     """Where the rows of x (M, D) or (T, heads, D) lie."""
-    BLOCK_H = triton.next_power_of_2(x.shape[-1] // 2)
+    BLOCK_H = next_power_of_2(x.shape[-1] // 2)
     return {"HEADS": x.shape[1] if x.dim() == 3 else 1, "D": x.shape[-1], "BLOCK_H": BLOCK_H, "BLOCK_M": max(1, 1024 // BLOCK_H)}
 
 
@@ -178,7 +178,7 @@ def _forward_by_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
     y, r = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     if M:
         cos, sin = rope or (None, None)
-        _forward_kernel[(triton.cdiv(M, shape["BLOCK_M"]),)](x, weight, residual, cos, sin, y, r, eps, x.stride(0), M, **shape,
+        _forward_kernel[(cdiv(M, shape["BLOCK_M"]),)](x, weight, residual, cos, sin, y, r, eps, x.stride(0), M, **shape,
                                                            ADD=residual is not None, ROTATE=rope is not None)
     return y, r
 
@@ -187,8 +187,8 @@ def _backward_by_triton(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tenso
                         need_weight: bool) -> tuple[Tensor, Tensor | None]:
     shape, M = _shape(x), x.numel() // x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = triton.cdiv(triton.cdiv(M, PROGRAMS), shape["BLOCK_M"]) * shape["BLOCK_M"]
-    programs = triton.cdiv(M, rows) if M else 0
+    rows = cdiv(cdiv(M, PROGRAMS), shape["BLOCK_M"]) * shape["BLOCK_M"]
+    programs = cdiv(M, rows) if M else 0
     dw = torch.empty(programs, shape["D"], dtype=torch.float32, device=x.device) if need_weight else None
     if M:
         cos, sin = rope or (None, None)
