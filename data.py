@@ -749,6 +749,11 @@ class Batch:
         """Of each row."""
         return [example.source for example, _, stop in self.parts if stop == len(example)]
 
+    def filled(self, tokens: int) -> Batch:
+        """The batch, and after it a document without loss that makes it as large as that."""
+        idle = tokens - len(self.tokens)
+        return _batch([*self.parts, (Example(np.zeros(idle + 1, np.int32), np.zeros(idle + 1, bool), ""), 0, idle)])
+
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(tokens, positions, documents, rows, targets): the rows that carry loss (M), and their targets (M).
 

@@ -32,6 +32,7 @@ from torch import Tensor
 import checkpoint
 import data
 from attention_kernels import attention, plan
+from cuda_graph import record
 from model import Gemma3
 from tokenizer import Tokenizer, parse_calls, render_segments
 from triton_support import in_blocks
@@ -305,23 +306,14 @@ class CapturedStep:
         self.positions = torch.zeros_like(self.tokens) + torch.arange(width, device=cache.device)
         longest = max(keys.shape[2] for keys in cache.keys)
         kept = [tensor.clone() for tensor in (*cache.keys, *cache.values)]          # a recording's trial runs write to the cache
-        with torch.cuda.device(cache.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    cache.step(model, self.tokens, self.positions, longest)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):           # other threads, such as NCCL's, may ask on
-                self.logits = cache.step(model, self.tokens, self.positions, longest)
+        self.replay = record(lambda: vars(self).update(logits=cache.step(model, self.tokens, self.positions, longest)), cache.device)
         for tensor, before in zip((*cache.keys, *cache.values), kept, strict=True):
             tensor.copy_(before)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         self.tokens.copy_(tokens)
         self.positions.copy_(positions)
-        self.graph.replay()
+        self.replay()
         return self.logits
 
 

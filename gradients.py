@@ -34,12 +34,13 @@ class Summed:
     """Gradients added up over `world` processes.  Between `begin_pass(last=True)` and `finish` parts of them are on their way.
 
     On a CPU they keep their memory from step to step: made anew in each they would lie among what a pass leaves again, and
-    large pieces would find no room between them (docs/log.md).
+    large pieces would find no room between them (docs/log.md). So they must where passes are recorded, which always add to the
+    same memory (cuda_graph.py); what is replayed asks no hook, and so nothing is sent before the last pass has ended.
     """
 
-    def __init__(self, model: Gemma3, world: int) -> None:
+    def __init__(self, model: Gemma3, world: int, recorded: bool = False) -> None:
         self.model, self.world, self.sent, self.open = model, world, [], None
-        self.kept = model.head.device.type == "cpu"
+        self.kept = recorded or model.head.device.type == "cpu"
         layers = [list(block.parameters()) for block in reversed(model.model["layers"])]       # as a backward pass finishes them
         inside = {parameter for layer in layers for parameter in layer}
         self.buckets: list[list[nn.Parameter]] = [[]]
@@ -49,7 +50,7 @@ class Summed:
             self.buckets[-1] += [p for p in layer if p.requires_grad]
         for parameter in filter(lambda p: self.kept and p.requires_grad, model.parameters()):
             parameter.grad = torch.zeros_like(parameter)
-        if world > 1:
+        if world > 1 and not recorded:
             for number, bucket in enumerate(self.buckets[:-1]):              # the last one waits for `extra`
                 for parameter in bucket:
                     parameter.register_post_accumulate_grad_hook(partial(self._finished, number))
@@ -57,7 +58,7 @@ class Summed:
     @property
     def into(self) -> Tensor | None:
         """Where the tied embedding's gradient may be added to directly (Gemma3.forward), 0.67 GB less; None: nowhere."""
-        return self.model.head.grad if self.kept else None
+        return self.model.head.grad if self.model.head.device.type == "cpu" else None
 
     def begin_pass(self, last: bool) -> None:
         """Before each forward and backward pass; last: whether no other follows in this step."""

@@ -161,14 +161,26 @@ def draw(model: nn.Module, keys: Callable[[], Tensor], seed: int, rows: Tensor |
     loses the same. keys: as `data.Batch.keys`, (T) int32, asked for where there is dropout; seed: 32 bits; rows: the tokens
     that the last layer goes on with, where they are not all.
     """
+    hand_out(model, token_numbers(model, keys, seed), rows)
+
+
+def token_numbers(model: nn.Module, keys: Callable[[], Tensor], seed: int) -> Tensor | None:
+    """(T) int32 on the model's device: what dropout goes by; None where there is no dropout. Arguments as for `draw`."""
     adapter = next((adapter for _, adapter in adapters(model)), None)
     if adapter is None or not adapter.config.dropout:
+        return None
+    return sent(odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device)
+
+
+def hand_out(model: nn.Module, numbers: Tensor | None, rows: Tensor | None) -> None:
+    """Give the adapters the numbers of the coming pass's tokens, and of `rows` of them."""
+    if numbers is None:
         return
-    numbers = sent(odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device)
-    adapter.tokens.clear()
+    held = next(adapter for _, adapter in adapters(model)).tokens               # one for all
+    held.clear()
     if rows is not None:
-        adapter.tokens[len(rows)] = numbers[rows]
-    adapter.tokens[len(numbers)] = numbers
+        held[len(rows)] = numbers[rows]
+    held[len(numbers)] = numbers
 
 
 def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:

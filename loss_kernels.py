@@ -25,6 +25,8 @@ In this order: definition, Triton kernels, the chunks (by kernel or by PyTorch),
 """
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,7 +133,7 @@ def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr,
 
 
 def _chunk_by_triton(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
-    """Loss of a chunk's rows, fp32 (); fills dlogits (rows, V) where it is given."""
+    """Loss of a chunk's rows, fp32 (); fills dlogits (rows, V) where it is given. Rows of `IGNORE` give zeros."""
     M, (V, D) = len(hidden), matrix.shape
     spans = cdiv(V, SPAN)
     sizes = {"M": M, "M_BUCKET": max(64, next_power_of_2(M)), "V": V, "D": D, "SPAN": SPAN, "PRECISION": precision(hidden.dtype)}
@@ -141,11 +143,11 @@ def _chunk_by_triton(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Te
 
     log_sums = torch.empty(spans, M, dtype=torch.float32, device=hidden.device)
     _logits_kernel[grid](hidden, matrix, log_sums, None, **sizes, GRADIENT=False)
-    log_sum = log_sums.logsumexp(dim=0)
-    losses = (log_sum - (hidden.float() * matrix[target].float()).sum(1)).clamp_min(0)         # never below 0, however large the logits
+    log_sum, nothing, word = log_sums.logsumexp(dim=0), target < 0, target.clamp_min(0)
+    losses = (log_sum - (hidden.float() * matrix[word].float()).sum(1)).clamp_min(0).masked_fill_(nothing, 0)     # never below 0
     if dlogits is not None:
-        _logits_kernel[grid](hidden, matrix, log_sum, dlogits, **sizes, GRADIENT=True)
-        dlogits.scatter_(1, target[:, None], torch.expm1(-losses)[:, None].to(dlogits.dtype))     # p − 1, exact where p is nearly 1
+        _logits_kernel[grid](hidden, matrix, log_sum.masked_fill_(nothing, math.inf), dlogits, **sizes, GRADIENT=True)
+        dlogits.scatter_(1, word[:, None], torch.expm1(-losses)[:, None].to(dlogits.dtype))     # p − 1, exact where p is nearly 1
     return losses.sum()
 
 
@@ -156,10 +158,11 @@ def _chunk_by_pytorch(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: T
     at_once = CPU_ROWS if hidden.device.type == "cpu" else len(hidden)
     for rounded, wanted in zip(whole.split(at_once), target[:, None].split(at_once), strict=True):
         logits = rounded.float()
-        log_sum = logits.logsumexp(dim=-1, keepdim=True)
-        loss += (log_sum - logits.gather(1, wanted)).sum()
+        log_sum, nothing, word = logits.logsumexp(dim=-1, keepdim=True), wanted < 0, wanted.clamp_min(0)
+        loss += (log_sum - logits.gather(1, word)).masked_fill_(nothing, 0).sum()
         if dlogits is not None:                                                 # in the logits' place
-            rounded.copy_(logits.sub_(log_sum).exp_().scatter_add_(1, wanted, -torch.ones_like(log_sum)))
+            log_sum.masked_fill_(nothing, math.inf)
+            rounded.copy_(logits.sub_(log_sum).exp_().scatter_add_(1, word, nothing.float() - 1))
     return loss
 
 
@@ -244,10 +247,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, by_tri
     """Cross-entropy of the next token, summed over the rows that carry loss, in nats.
 
     hidden (T, D); weight (V, D), the tied embedding; targets (T) int64, `IGNORE` where there is no loss. by_triton: whether
-    kernels compute it (default: on a CUDA device). every_row: that each row carries loss is known; finding those that do makes
-    the host wait for the device. into (V, D) fp32: where weight's gradient is added at once instead of being given back by the
-    backward pass, which must begin at this very scalar; for sums over several passes. Returns an fp32 scalar, 0 where no row
-    carries loss.
+    kernels compute it (default: on a CUDA device). every_row: all rows are computed, for it is known that they carry loss (one
+    of `IGNORE` still carries none); finding those that do makes the host wait for the device. into (V, D) fp32: where weight's
+    gradient is added at once instead of being given back by the backward pass, which must begin at this very scalar; for sums
+    over several passes. Returns an fp32 scalar, 0 where no row carries loss.
     """
     takes = hidden.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.is_contiguous()
     if by_triton is None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention_kernels import attention, plan
+from attention_kernels import Tables, Tile, attention, plan
 from geglu_kernels import geglu
 from loss_kernels import linear_cross_entropy
 from norm_kernels import rms_norm
@@ -163,6 +163,9 @@ def select(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
+# What `attention` needs to know, by the window of a layer.
+Plans = dict[int | None, Sequence[Tile] | Tables]
+
 # What a layer asks for its attention: (q (T, N, H), k (T, K, H), v (T, K, H), scale of the scores) -> (T, N, H).
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -255,24 +258,28 @@ class Gemma3(nn.Module):
         return self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor, rows: Tensor | None = None,
-                targets: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+                targets: Tensor | None = None, into: Tensor | None = None, plans: Plans | None = None) -> Tensor:
         """Hidden states after the last norm, of all tokens or of those that `rows` names; with `targets` their summed loss.
 
         tokens (T) int64; documents (T), one value for each document, its tokens side by side; positions (T), each document
         counting from 0. A document that counts from n > 0 continues the first n tokens of the last one that counts from 0,
         and is computed as if it held them. Positions and documents that are kept on the CPU cost no device
         synchronisation. rows (M) int64, each once. targets, (T) or (M): as for `linear_cross_entropy`, but each of those that
-        `rows` names carries loss. into (V, D): as for `linear_cross_entropy`, of the tied embedding. Returns (T, D), or (M, D), in
-        `compute_dtype`; with targets an fp32 scalar in nats.
+        `rows` names carries loss. into (V, D): as for `linear_cross_entropy`, of the tied embedding. plans: of `plans` for these
+        documents. Returns (T, D), or (M, D), in `compute_dtype`; with targets an fp32 scalar in nats.
         """
-        lengths = torch.unique_consecutive(documents, return_counts=True)[1]
-        starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
-        plans = {window: plan(lengths.tolist(), window, self.compute_dtype, tokens.device, self.config.heads, starts)
-                 for window in set(self.config.windows)}
+        plans = self.plans(positions, documents, tokens.device) if plans is None else plans
         words, head = _TiedEmbedding.apply(self.head, tokens, into)
         hidden = self._layers(words, sent(positions, tokens.device),
                               [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
         return hidden if targets is None else linear_cross_entropy(hidden, head, targets, every_row=rows is not None, into=into)
+
+    def plans(self, positions: Tensor, documents: Tensor, device: torch.device) -> Plans:
+        """What attention needs to know of documents, for each window; arguments as for `forward`."""
+        lengths = torch.unique_consecutive(documents, return_counts=True)[1]
+        starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
+        return {window: plan(lengths.tolist(), window, self.compute_dtype, device, self.config.heads, starts)
+                for window in set(self.config.windows)}
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend], rows: Tensor | None = None) -> Tensor:
         """The hidden states with each layer's attention given: training packs documents, decoding keeps keys and values.

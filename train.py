@@ -39,6 +39,7 @@ import hub
 import report
 import survey
 import token_cache
+from cuda_graph import RecordedPasses
 from evaluate import evaluate, table
 from gradients import Sharded, Summed, highest, meet, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
@@ -121,6 +122,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="let torch.compile make one loop of each norm and gate that no kernel computes: some per "
         "cent faster on a CPU; the first start takes half a minute more and needs a C++ compiler")
 
+    add("--cuda-graph", action="store_true", help="record passes as CUDA graphs and launch each as one, for steps so small that the GPU "
+        "waits for the host; the first pass of each size takes seconds, and all are filled up to one, by a sixteenth at most")
     add("--shard", action="store_true", help="with --full on several processes: keep parameters, gradients and moments in shards (FSDP2)")
     add("--profile", type=int, default=0, metavar="N", help="write a trace of steps 3 to N + 2 to OUT/trace.json (for chrome://tracing or "
         "ui.perfetto.dev) and print the ten kernels that took longest")
@@ -161,6 +164,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--kernels is about adapters' linears, and --full has none")
     if args.compile and not has_compiler():
         parser.error("--compile needs a C++ compiler: install g++ or clang++, or name yours in CXX")
+    if args.cuda_graph and (args.device != "cuda" or args.shard):
+        parser.error("--cuda-graph records what a CUDA device does, in one piece: it goes with neither --device cpu nor --shard")
     if args.shard and not (args.full and int(os.environ.get("WORLD_SIZE", 1)) > 1):
         parser.error("--shard divides all that --full trains among several processes: use it with --full, under torchrun")
     if args.batch_tokens:
@@ -174,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # Flags that may differ between a run and its resumption; all others decide the losses.
 FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm", "keep",
-              "profile", "shard", "checkpoint_activations", "micro_tokens", "share_beginnings", "data_cache"}
+              "profile", "shard", "checkpoint_activations", "micro_tokens", "share_beginnings", "data_cache", "cuda_graph"}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -226,7 +231,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
     model.checkpoint_activations = args.checkpoint_activations
     size, trained_size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False))
-    gradients = Sharded(model) if args.shard else Summed(model, world)
+    gradients = Sharded(model) if args.shard else Summed(model, world, recorded=args.cuda_graph)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     for parameter in parameters if device.type == "cpu" else ():            # before the first pass, for the reason that gradients.py gives
@@ -280,6 +285,14 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     if folder:
         log = closing.enter_context(open_log(out, step, flags, device, {"kernels": chosen, "processes": world}))
         checkpoint.write_json(out / "data.json", surveyed)
+
+    def forward_and_backward(batch: data.Batch, seed: int) -> torch.Tensor:
+        """Add a batch's gradients; returns its loss."""
+        loss = loss_sum(model, batch, seed, gradients.into)
+        loss.backward()
+        return loss.detach()
+
+    add_gradients = RecordedPasses(model) if args.cuda_graph else forward_and_backward
 
     def passes(batches: list[data.Batch]) -> list[data.Batch]:
         """The batches, and with --shard so many idle ones that all processes go through the layers together."""
@@ -380,9 +393,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         own_tokens, batches = sum(len(batch.tokens) for batch in batches), passes(batches)
         for i, batch in enumerate(batches):
             gradients.begin_pass(last=i == len(batches) - 1)
-            loss = loss_sum(model, batch, seed, gradients.into)
-            loss.backward()
-            nats += loss.detach()
+            nats += add_gradients(batch, seed)
         work = sum(flops(model, batch) for batch in batches)
         shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
         loss, norm = shared[0] / trained_tokens, total_norm(parameters) / trained_tokens

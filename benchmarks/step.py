@@ -37,6 +37,7 @@ import geglu_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
 import norm_kernels  # noqa: E402
 from checkpoint import device_name, save_adapter  # noqa: E402
+from cuda_graph import RecordedPasses  # noqa: E402
 from data import Example, pack  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
@@ -84,7 +85,7 @@ def start(config: GemmaConfig, device: torch.device, full: bool) -> Gemma3:
     return model.to(device, torch.float32 if full else torch.bfloat16).train()
 
 
-def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str) -> dict:
+def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str, recorded: bool = False) -> dict:
     device = torch.device(args.device)
     usual = norm_kernels.can_run
     for module in EVERY:
@@ -97,14 +98,21 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
         batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
+        for parameter in parameters if recorded else ():
+            parameter.grad = torch.zeros_like(parameter)
+        passes = RecordedPasses(model) if recorded else None
 
         def step(i: int) -> tuple[Tensor, Tensor]:
             batch = batches[i % len(batches)]
-            loss = loss_sum(model, batch) / batch.trained_tokens
-            loss.backward()
+            if passes:
+                loss = passes(batch) / batch.trained_tokens
+                torch._foreach_div_([p.grad for p in parameters], batch.trained_tokens)
+            else:
+                loss = loss_sum(model, batch) / batch.trained_tokens
+                loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not recorded)
             return loss.detach(), norm
 
         made = timed(step, args.steps, device)
@@ -240,6 +248,8 @@ def main(args: argparse.Namespace) -> None:
 
     for name, (kernels, lora) in LADDER.items():
         keep("ladder", name, attempt(partial(ours, config, args, args.tokens, False, kernels, lora), device))
+    if device.type == "cuda":
+        keep("ladder", "+ CUDA graph", attempt(partial(ours, config, args, args.tokens, False, EVERY, "auto", True), device))
     keep("ladder", "every parameter", attempt(partial(ours, config, args, args.tokens, True, EVERY, "auto"), device))
     for tokens in () if args.tiny else (1_024, 4_096, 8_192, 33_792, 65_536):
         keep("sizes", str(tokens), attempt(partial(ours, config, args, tokens, False, EVERY, "auto"), device))

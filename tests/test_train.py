@@ -610,3 +610,5 @@ def test_a_gpu_trains_to_the_losses_of_a_cpu(demo, tmp_path, mode):
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
     run(demo, tmp_path / "bf16", *mode, "--steps", 10, "--device", "cuda", "--dtype", "bf16")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "cpu"), rel=3e-2)
+    run(demo, tmp_path / "graph", *mode, "--steps", 10, "--device", "cuda", "--dtype", "bf16", "--cuda-graph")
+    assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "bf16"), rel=1e-2)

@@ -1,0 +1,124 @@
+"""CUDA graphs: kernels that were launched once are launched again all at once, for where the host is slower than the GPU.
+
+A training pass launches some 2,000 kernels, and launching one takes the host as long as a GPU takes for a small one. Recorded,
+they are one launch; but then they read and write always the same memory. So what goes into a pass is copied there, and
+each pass is filled up to a size that others have too: its tokens with a document that carries no loss, its rows that carry loss
+with some of target `IGNORE`, attention's tables with blocks of no tokens. None of that changes a loss or a gradient.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention_kernels import Tables
+from data import IGNORE, Batch
+from lora import hand_out, token_numbers
+from model import Gemma3
+from triton_support import cdiv, next_power_of_2, sent
+
+MOST = 32           # recorded sizes that are kept, the last ones used; each takes some MB
+
+
+def record(run: Callable[[], object], device: torch.device, pool: tuple[int, int] | None = None) -> Callable[[], object]:
+    """A function that does what `run` does, its kernels launched as one.  `run` must read and write tensors that stay where they are.
+
+    It is run twice first, in which kernels are compiled and tuned. pool: memory that recordings share whose calls never overlap.
+    On a CPU, which has nothing to record, it is `run` itself.
+    """
+    if device.type != "cuda":
+        return run
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):             # other threads, such as NCCL's, go on
+            run()
+    return graph.replay
+
+
+def size_for(count: int) -> int:
+    """The next of the sizes that are recorded: at most a sixteenth more, or 64."""
+    step = max(64, next_power_of_2(count) // 32)
+    return cdiv(count, step) * step
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    inputs: list[Tensor]
+    loss: Tensor
+    replay: Callable[[], object]
+
+
+class RecordedPasses:
+    """Forward and backward passes of a model, each size of them recorded once.  Each `.grad`, which they add to, must stay in its place."""
+
+    def __init__(self, model: Gemma3) -> None:
+        self.model, self.device, self.recorded = model, model.head.device, dict[tuple, _Recorded]()
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def __call__(self, batch: Batch, seed: int = 0) -> Tensor:
+        """Add the gradients of a batch's summed loss, and return that loss, in nats, a scalar.  seed: of dropout.
+
+        Raises ValueError where attention is not computed by kernels.
+        """
+        batch = batch.filled(size_for(len(batch.tokens) + 1))
+        tokens, positions, documents, rows, targets = batch.to(self.device)
+        plans = self.model.plans(positions, documents, self.device)
+        if not all(isinstance(plan, Tables) for plan in plans.values()):
+            raise ValueError("--cuda-graph needs attention by kernels: bf16, a GPU of Ampere or newer, the triton package; leave it out")
+        carrying = size_for(len(rows))
+        more = carrying + 64 * (carrying == len(tokens)) - len(rows)                     # dropout knows the two by their number
+        rows, targets = F.pad(rows, (0, more), value=len(tokens) - 1), F.pad(targets, (0, more), value=IGNORE)
+        tables = [table for plan in plans.values() for table in _filled(plan, len(tokens))]
+        numbers = token_numbers(self.model, batch.keys, seed)
+        inputs = [tokens, sent(positions, self.device), rows, targets, *tables, *([] if numbers is None else [numbers])]
+
+        key = tuple(len(x) for x in inputs)
+        made = self.recorded.pop(key, None)
+        if made is None:
+            made = self._record([x.clone() for x in inputs], plans)
+            if len(self.recorded) == MOST:
+                del self.recorded[next(iter(self.recorded))]
+        self.recorded[key] = made                                                       # the last one used is the last one
+        for place, x in zip(made.inputs, inputs, strict=True):
+            place.copy_(x)
+        made.replay()
+        return made.loss.clone()
+
+    def _record(self, inputs: list[Tensor], like: dict[int | None, Tables]) -> _Recorded:
+        tokens, positions, rows, targets, *more = inputs
+        plans = {}
+        for number, (window, plan) in enumerate(like.items()):
+            queries, keys, about = more[3 * number:3 * number + 3]
+            plans[window] = replace(plan, queries=queries, keys=keys, tokens=about)
+        numbers = more[3 * len(like)] if len(more) > 3 * len(like) else None
+        loss = torch.zeros((), device=self.device)
+
+        def run() -> None:
+            hand_out(self.model, numbers, rows)
+            nats = self.model(tokens, positions, None, rows, targets, plans=plans)
+            nats.backward()
+            loss.copy_(nats.detach())
+
+        grads = [p.grad for p in self.model.parameters() if p.requires_grad]
+        before = [grad.clone() for grad in grads] if self.device.type == "cuda" else []            # its trial runs add to them
+        replay = record(run, self.device, self.pool)
+        for grad, kept in zip(grads, before, strict=False):
+            grad.copy_(kept)
+        return _Recorded(inputs, loss, replay)
+
+
+def _filled(plan: Tables, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Its tables, filled up with blocks of no tokens: there are as many blocks as such tokens make, and some for each document's end."""
+    queries, keys = cdiv(tokens, plan.block_q), cdiv(tokens, plan.block_k)
+    ends = size_for(max(len(plan.queries) - queries, len(plan.keys) - keys))
+    return (F.pad(plan.queries, (0, 0, 0, queries + ends - len(plan.queries))), F.pad(plan.keys, (0, 0, 0, keys + ends - len(plan.keys))),
+            plan.tokens)

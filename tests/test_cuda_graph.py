@@ -1,0 +1,122 @@
+"""cuda_graph.py: passes that are filled up and computed in memory that stays give the losses and gradients of plain ones."""
+import numpy as np
+import pytest
+import torch
+from conftest import GPU, INTERPRETER
+from test_train import by_kernels
+
+import checkpoint
+import data
+import train
+from cuda_graph import RecordedPasses, size_for
+from gradients import Summed
+from lora import LoRAConfig, choose_kernels, wrap
+from loss_kernels import IGNORE, linear_cross_entropy
+
+MODES = {"lora": {"rank": 4, "dropout": 0.3}, "full": None}
+
+
+@pytest.fixture
+def batches():
+    """Two of two short rows each, the one a little longer than the other."""
+    generator = np.random.default_rng(0)
+
+    def row(length):
+        return data.Example(generator.integers(110, 1000, length + 1).astype(np.int32), np.arange(length + 1) > 0.7 * length, "a row")
+    return [data.pack([row(18), row(first)], 4096)[0] for first in (11, 12)]
+
+
+def made(demo, mode, dtype, device, choice):
+    model = checkpoint.load_model(demo / "model", dtype, device, master_dtype=torch.float32 if mode is None else dtype).train()
+    if mode is not None:
+        wrap(model, LoRAConfig(**mode), torch.Generator().manual_seed(0))
+        choose_kernels(model, choice, 64)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():            # at its start an adapter's A has no gradient
+            if name.endswith("lora_b"):
+                parameter.data = torch.randn(parameter.shape, generator=generator).to(device) / 100
+    return model
+
+
+def test_sizes_are_few_and_little_larger():
+    sizes = [size_for(count) for count in range(1, 40_000)]
+    assert all(count <= size <= max(count + 64, count * 17 / 16) for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 160 and sizes == sorted(sizes)
+
+
+def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches):
+    model, seen = made(demo, None, torch.float32, "cpu", "torch"), []
+    for batch in (batches[0], batches[0].filled(len(batches[0].tokens) + 50)):
+        model.zero_grad()
+        loss = train.loss_sum(model, batch)
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert len(batch.tokens) == len(batches[0].tokens) + 50 and batch.trained_tokens == batches[0].trained_tokens
+    for filled, plain in zip(*seen, strict=True):
+        torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("device", ["cpu", INTERPRETER, GPU], ids=["torch", "interpreted", "cuda"])
+def test_rows_that_carry_no_loss_give_none_and_no_gradient(device, generator, request):
+    by_triton = "torch" not in request.node.callspec.id
+    hidden, weight = torch.randn(9, 32, generator=generator).to(device), torch.randn(1100, 32, generator=generator).to(device)
+    targets, carries = torch.randint(1100, (9,), generator=generator).to(device), torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 0], dtype=torch.bool, device=device)
+    seen = []
+    for rows, every in ((torch.arange(9, device=device), True), (carries.nonzero().squeeze(1), False)):
+        h, w = hidden[rows].requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(h, w, targets.masked_fill(~carries, IGNORE)[rows], by_triton=by_triton, every_row=every)
+        loss.backward()
+        dh = torch.zeros_like(hidden).index_copy(0, rows, h.grad)
+        seen.append((loss.detach(), dh, w.grad))
+    assert not seen[0][1][~carries].any()
+    for every, those in zip(*seen, strict=True):
+        torch.testing.assert_close(every, those, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+@pytest.mark.parametrize("mode", MODES)
+def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypatch, mode, device):
+    """Batches of one size share a recording; on a CPU "recorded" is called again on memory that stays."""
+    dtype, near = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 0.03)      # the interpreter's bf16 products are wrong
+    if device == "cpu":
+        by_kernels(monkeypatch)
+    model = made(demo, MODES[mode], dtype, device, "triton")
+    gradients = Summed(model, 1, recorded=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    recorded = RecordedPasses(model)
+    monkeypatch.setattr("cuda_graph.size_for", lambda count: -(-count // 16) * 16)
+
+    def of_each(add):
+        seen = []
+        for seed, batch in enumerate([*batches, batches[0]]):
+            loss = add(batch, seed)
+            seen += [loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+            if seed == 1:                                                                   # a step ends
+                gradients.clear()
+        gradients.clear()
+        return seen
+
+    def plain(batch, seed):
+        loss = train.loss_sum(model, batch, seed)
+        loss.backward()
+        return loss.detach()
+
+    for mine, theirs in zip(of_each(recorded), of_each(plain), strict=True):
+        scale = theirs.abs().max().item()
+        assert scale > 0 and (mine.float() - theirs.float()).abs().max().item() <= near * scale
+    assert len(recorded.recorded) == 1
+
+
+def test_attention_without_kernels_is_refused(demo, batches):
+    with pytest.raises(ValueError, match="--cuda-graph needs attention by kernels"):
+        RecordedPasses(made(demo, None, torch.float32, "cpu", "torch"))(batches[0])
+
+
+@pytest.mark.parametrize("more", [["--device", "cpu"], ["--device", "cuda", "--full", "--shard"]])
+def test_what_cannot_be_recorded_is_refused(monkeypatch, capsys, more):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--model", "m", "--data", "d", "--cuda-graph", *more])
+    assert "--cuda-graph records what a CUDA device does" in capsys.readouterr().err
