@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -78,11 +78,21 @@ def timed(step: Callable[[int], tuple[Tensor, Tensor]], steps: int, device: torc
     return {"losses": losses, "grad_norms": norms, "seconds": statistics.median(seconds[-steps:]), "peak_gib": peak_gib(device)}
 
 
-def start(config: GemmaConfig, device: torch.device, full: bool) -> Gemma3:
-    """The model that all sides start from, in fp32 where every parameter is trained."""
-    model = Gemma3(config, torch.bfloat16)
+@cache
+def weights(config: GemmaConfig) -> dict[str, Tensor]:
+    """What all sides start from, drawn once."""
+    model = Gemma3(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    return model.to(device, torch.float32 if full else torch.bfloat16).train()
+    return model.state_dict()
+
+
+def start(config: GemmaConfig, device: torch.device, full: bool) -> Gemma3:
+    """Our model with these weights, in fp32 where every parameter is trained."""
+    with torch.device("meta"):
+        model = Gemma3(config, torch.bfloat16)
+    dtype = torch.float32 if full else torch.bfloat16
+    model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in weights(config).items()}, assign=True)
+    return model.train()
 
 
 def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str, recorded: bool = False) -> dict:
@@ -160,7 +170,8 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
     device, usual_rotation = torch.device(args.device), modeling_gemma3.apply_rotary_pos_emb
     shape = {key: value for key, value in asdict(config).items() if not key.startswith("rope")}
     shape |= {"layer_types": list(config.layer_types), "query_pre_attn_scalar": int(config.query_pre_attn_scalar)}
-    base = Gemma3ForCausalLM(Gemma3TextConfig(**shape, attn_implementation=way.attention))
+    with device:                                                                        # its own random weights take long on a CPU
+        base = Gemma3ForCausalLM(Gemma3TextConfig(**shape, attn_implementation=way.attention))
     mine = start(config, torch.device("cpu"), full=True)
     base.load_state_dict(mine.state_dict(), strict=False)                               # but for lm_head, which is tied
     base = base.to(device, torch.bfloat16).train()
@@ -177,12 +188,13 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
         run = torch.compile(base.model) if way.compiled else base.model
         optimizer = torch.optim.AdamW(parameters, lr=1e-5 if way.full else 1e-3, fused=True)
         examples = [rows(tokens, config.vocab_size, seed) for seed in range(4)]
+        steps = [[padded(some[first:first + way.rows], device) if way.rows else packed(some, device)
+                  for first in range(0, len(some), way.rows or len(some))] for some in examples]          # there before time counts
 
         def step(i: int) -> tuple[Tensor, Tensor]:
-            some, total = examples[i % len(examples)], torch.zeros((), device=device)
-            trained = sum(row.trained_tokens for row in some)
-            for first in range(0, len(some), way.rows or len(some)):
-                batch = padded(some[first:first + way.rows], device) if way.rows else packed(some, device)
+            total, trained = torch.zeros((), device=device), sum(row.trained_tokens for row in examples[i % len(examples)])
+            for one in steps[i % len(steps)]:
+                batch = dict(one)
                 labels = batch.pop("labels")[:, 1:]
                 hidden = run(**batch).last_hidden_state[:, :-1]
                 loss = peer_loss(way.loss, hidden, base.lm_head.weight, labels) / trained
@@ -246,14 +258,15 @@ def main(args: argparse.Namespace) -> None:
             f"loss {made['losses'][0]:.3f} → {made['losses'][-1]:.3f}"), flush=True)
         keep_result(result, "step", device, args)
 
-    for name, (kernels, lora) in LADDER.items():
+    parts = args.parts.split(",")
+    for name, (kernels, lora) in LADDER.items() if "ladder" in parts else ():
         keep("ladder", name, attempt(partial(ours, config, args, args.tokens, False, kernels, lora), device))
-    if device.type == "cuda":
-        keep("ladder", "+ CUDA graph", attempt(partial(ours, config, args, args.tokens, False, EVERY, "auto", True), device))
-    keep("ladder", "every parameter", attempt(partial(ours, config, args, args.tokens, True, EVERY, "auto"), device))
-    for tokens in () if args.tiny else (1_024, 4_096, 8_192, 33_792, 65_536):
+    for name, full, graph in (("+ CUDA graph", False, True), ("every parameter", True, False), ("every parameter, CUDA graph", True, True)):
+        if "ladder" in parts and (device.type == "cuda" or not graph):
+            keep("ladder", name, attempt(partial(ours, config, args, args.tokens, full, EVERY, "auto", graph), device))
+    for tokens in () if args.tiny or "sizes" not in parts else (1_024, 4_096, 8_192, 33_792, 65_536):
         keep("sizes", str(tokens), attempt(partial(ours, config, args, tokens, False, EVERY, "auto"), device))
-    for name, way in (SMALL_PEERS if args.tiny else PEERS).items():
+    for name, way in (SMALL_PEERS if args.tiny else PEERS).items() if "peers" in parts else ():
         keep("peers", name, attempt(partial(peer, config, args, args.tokens, way), device))
 
 
@@ -262,6 +275,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=16_896, help="of a step")
     parser.add_argument("--steps", type=int, default=20, help="measured ones, after up to ten that warm up")
+    parser.add_argument("--parts", default="ladder,sizes,peers", help="which of the three to measure, for where time is short")
     parser.add_argument("--tiny", action="store_true", help="a small model and few peers, to see that everything runs")
     add_result_flags(parser)
     main(parser.parse_args())
