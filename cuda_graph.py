@@ -7,6 +7,8 @@ with some of target `IGNORE`, attention's tables with blocks of no tokens. None 
 """
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,7 +22,13 @@ from lora import hand_out, token_numbers
 from model import Gemma3
 from triton_support import cdiv, next_power_of_2, sent
 
-MOST = 32           # recorded sizes that are kept, the last ones used; each takes some MB
+MOST = 64           # recorded sizes that are kept, the last ones used; each takes some MB
+
+
+@functools.cache
+def _streams(device: int) -> list[torch.cuda.Stream]:
+    """For trial runs, for recordings that share memory, and for others: always the same, as each stream keeps memory of its own."""
+    return [torch.cuda.Stream(device) for _ in range(3)]
 
 
 def record(run: Callable[[], object], device: torch.device, pool: tuple[int, int] | None = None) -> Callable[[], object]:
@@ -32,21 +40,23 @@ def record(run: Callable[[], object], device: torch.device, pool: tuple[int, int
     if device.type != "cuda":
         return run
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        trial, shared, other = _streams(torch.cuda.current_device())
+        trial.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(trial):
             run()
             run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(trial)
+        gc.collect()                        # a trial's autograd graph that still lived would bring its stream into the recording
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):             # other threads, such as NCCL's, go on
+        stream = shared if pool else other
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):      # other threads, as NCCL's, go on
             run()
     return graph.replay
 
 
-def size_for(count: int) -> int:
-    """The next of the sizes that are recorded: at most a sixteenth more, or 64."""
-    step = max(64, next_power_of_2(count) // 32)
+def size_for(count: int, steps: int) -> int:
+    """The next of the sizes that are recorded: so many between two powers of two, and none below 64."""
+    step = max(64, next_power_of_2(count) // (2 * steps))
     return cdiv(count, step) * step
 
 
@@ -60,8 +70,9 @@ class _Recorded:
 class RecordedPasses:
     """Forward and backward passes of a model, each size of them recorded once.  Each `.grad`, which they add to, must stay in its place."""
 
-    def __init__(self, model: Gemma3) -> None:
-        self.model, self.device, self.recorded = model, model.head.device, dict[tuple, _Recorded]()
+    def __init__(self, model: Gemma3, largest: int = 0) -> None:
+        """largest: tokens of the largest pass. The first one is filled up to it, so that the others find room in its memory."""
+        self.model, self.device, self.largest, self.recorded = model, model.head.device, largest, dict[tuple, _Recorded]()
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def __call__(self, batch: Batch, seed: int = 0) -> Tensor:
@@ -69,12 +80,13 @@ class RecordedPasses:
 
         Raises ValueError where attention is not computed by kernels.
         """
-        batch = batch.filled(size_for(len(batch.tokens) + 1))
+        tokens = len(batch.tokens) if self.recorded else max(self.largest, len(batch.tokens))
+        batch = batch.filled(size_for(tokens + 1, steps=8))
         tokens, positions, documents, rows, targets = batch.to(self.device)
         plans = self.model.plans(positions, documents, self.device)
         if not all(isinstance(plan, Tables) for plan in plans.values()):
             raise ValueError("--cuda-graph needs attention by kernels: bf16, a GPU of Ampere or newer, the triton package; leave it out")
-        carrying = size_for(len(rows))
+        carrying = size_for(len(rows), steps=2)
         more = carrying + 64 * (carrying == len(tokens)) - len(rows)                     # dropout knows the two by their number
         rows, targets = F.pad(rows, (0, more), value=len(tokens) - 1), F.pad(targets, (0, more), value=IGNORE)
         tables = [table for plan in plans.values() for table in _filled(plan, len(tokens))]
@@ -119,6 +131,6 @@ class RecordedPasses:
 def _filled(plan: Tables, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Its tables, filled up with blocks of no tokens: there are as many blocks as such tokens make, and some for each document's end."""
     queries, keys = cdiv(tokens, plan.block_q), cdiv(tokens, plan.block_k)
-    ends = size_for(max(len(plan.queries) - queries, len(plan.keys) - keys))
+    ends = size_for(max(len(plan.queries) - queries, len(plan.keys) - keys), steps=2)
     return (F.pad(plan.queries, (0, 0, 0, queries + ends - len(plan.queries))), F.pad(plan.keys, (0, 0, 0, keys + ends - len(plan.keys))),
             plan.tokens)

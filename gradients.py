@@ -95,7 +95,10 @@ class Summed:
 
     def clear(self) -> None:
         """After the optimizer's step."""
-        self.model.zero_grad(set_to_none=not self.kept)
+        if self.kept:
+            torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
+        else:
+            self.model.zero_grad()
 
 
 class Sharded:

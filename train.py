@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "cent faster on a CPU; the first start takes half a minute more and needs a C++ compiler")
 
     add("--cuda-graph", action="store_true", help="record passes as CUDA graphs and launch each as one, for steps so small that the GPU "
-        "waits for the host; the first pass of each size takes seconds, and all are filled up to one, by a sixteenth at most")
+        "waits for the host; the first pass of each size takes seconds, all are filled up to one, by an eighth at most, and memory doubles")
     add("--shard", action="store_true", help="with --full on several processes: keep parameters, gradients and moments in shards (FSDP2)")
     add("--profile", type=int, default=0, metavar="N", help="write a trace of steps 3 to N + 2 to OUT/trace.json (for chrome://tracing or "
         "ui.perfetto.dev) and print the ten kernels that took longest")
@@ -164,8 +164,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--kernels is about adapters' linears, and --full has none")
     if args.compile and not has_compiler():
         parser.error("--compile needs a C++ compiler: install g++ or clang++, or name yours in CXX")
-    if args.cuda_graph and (args.device != "cuda" or args.shard):
-        parser.error("--cuda-graph records what a CUDA device does, in one piece: it goes with neither --device cpu nor --shard")
     if args.shard and not (args.full and int(os.environ.get("WORLD_SIZE", 1)) > 1):
         parser.error("--shard divides all that --full trains among several processes: use it with --full, under torchrun")
     if args.batch_tokens:
@@ -173,6 +171,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.system = data.system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
     args.dtype = checkpoint.choose_dtype(args.dtype, args.device)
+    if args.cuda_graph and (args.device != "cuda" or args.shard or args.dtype != "bf16"):
+        parser.error("--cuda-graph records what a CUDA device does, by kernels and in one piece: not --device cpu, --dtype fp32, --shard")
     args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
     return args
 
@@ -292,7 +292,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         loss.backward()
         return loss.detach()
 
-    add_gradients = RecordedPasses(model) if args.cuda_graph else forward_and_backward
+    add_gradients = RecordedPasses(model, args.micro_tokens) if args.cuda_graph else forward_and_backward
 
     def passes(batches: list[data.Batch]) -> list[data.Batch]:
         """The batches, and with --shard so many idle ones that all processes go through the layers together."""

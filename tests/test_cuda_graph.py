@@ -39,9 +39,10 @@ def made(demo, mode, dtype, device, choice):
 
 
 def test_sizes_are_few_and_little_larger():
-    sizes = [size_for(count) for count in range(1, 40_000)]
-    assert all(count <= size <= max(count + 64, count * 17 / 16) for count, size in enumerate(sizes, 1))
-    assert len(set(sizes)) < 160 and sizes == sorted(sizes)
+    for steps in (2, 8):
+        sizes = [size_for(count, steps) for count in range(1, 40_000)]
+        assert all(count <= size < max(count + 64, count * (1 + 1 / steps)) for count, size in enumerate(sizes, 1))
+        assert sizes == sorted(sizes) and len(set(sizes)) < 10 * (steps + 1)
 
 
 def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches):
@@ -85,8 +86,8 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    recorded = RecordedPasses(model)
-    monkeypatch.setattr("cuda_graph.size_for", lambda count: -(-count // 16) * 16)
+    recorded = RecordedPasses(model, largest=16)
+    monkeypatch.setattr("cuda_graph.size_for", lambda count, steps: -(-count // 16) * 16)
 
     def of_each(add):
         seen = []
@@ -114,9 +115,11 @@ def test_attention_without_kernels_is_refused(demo, batches):
         RecordedPasses(made(demo, None, torch.float32, "cpu", "torch"))(batches[0])
 
 
-@pytest.mark.parametrize("more", [["--device", "cpu"], ["--device", "cuda", "--full", "--shard"]])
+@pytest.mark.parametrize("more", [["--device", "cpu"], ["--device", "cuda", "--full", "--shard"], ["--device", "cuda", "--dtype", "fp32"]])
 def test_what_cannot_be_recorded_is_refused(monkeypatch, capsys, more):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(checkpoint, "multiplies_bf16", lambda device: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         train.parse_args(["--model", "m", "--data", "d", "--cuda-graph", *more])
     assert "--cuda-graph records what a CUDA device does" in capsys.readouterr().err
