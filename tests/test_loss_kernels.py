@@ -262,7 +262,7 @@ def test_operands_that_the_kernels_do_not_take_are_named(generator):
     ("first * V + span * SPAN", "first * V", {"dhidden", "dweight"}),
     ("tl.store(out + v,", "tl.store(out,", {"dhidden", "dweight"}),
     ("torch.expm1(-losses)", "torch.exp(-losses)", {"dhidden", "dweight"}),
-    ("matrix[target].float()).sum(1)", "matrix[target - 1].float()).sum(1)", {"loss", "dhidden"}),
+    ("matrix[word].float()).sum(1)", "matrix[word - 1].float()).sum(1)", {"loss", "dhidden"}),
     ("sums += tl.load(out, mask=mine, other=0.0)", "pass", {"dweight"}),
     ("start > 0 or into is not None, by_triton", "into is not None, by_triton", {"dweight"}),
     ("for m in range(0, M, BLOCK_M):", "for m in range(BLOCK_M, M, BLOCK_M):", {"dweight"}),
