@@ -271,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
         keep("sizes", str(tokens), attempt(partial(ours, config, args, tokens, False, EVERY, "auto"), device))
     for name, way in (SMALL_PEERS if args.tiny else PEERS).items() if "peers" in parts else ():
         keep("peers", name, attempt(partial(peer, config, args, args.tokens, way), device))
-    if device.type == "cuda" and "ladder" in parts:                                                 # last: what fails in a recording may stay
+    if device.type == "cuda" and "ladder" in parts:                         # last: what a failed recording leaves would touch the others
         for name, full in (("+ CUDA graph", False), ("every parameter, CUDA graph", True)):
             keep("ladder", name, attempt(partial(ours, config, args, args.tokens, full, EVERY, "auto", True), device))
 
