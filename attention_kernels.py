@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, jit, next_power_of_2, precision, sent, tl, tuned
+from triton_support import can_run, cdiv, jit, next_power_of_2, precision, sent, tl, tuned
 
 QUERIES = 256           # of a tile on a CPU: its scores stay in the cache
 ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
@@ -155,7 +155,7 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
 
     def blocks(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The run of each block of so many tokens, its first token and its end."""
-        counts = -(-(end - base) // size)
+        counts = cdiv(end - base, size)
         of = np.arange(len(runs)).repeat(counts)
         first = base[of] + size * (np.arange(len(of)) - (counts.cumsum() - counts)[of])
         return of, first, np.minimum(first + size, end[of])

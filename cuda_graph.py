@@ -19,7 +19,7 @@ from torch import Tensor
 from attention_kernels import Tables
 from data import IGNORE, Batch
 from lora import hand_out, token_numbers
-from model import Gemma3
+from model import Gemma3, Plans
 from triton_support import cdiv, next_power_of_2, sent
 
 MOST = 64           # recorded sizes that are kept, the last ones used; each takes some MB
@@ -80,8 +80,8 @@ class RecordedPasses:
 
         Raises ValueError where attention is not computed by kernels.
         """
-        tokens = len(batch.tokens) if self.recorded else max(self.largest, len(batch.tokens))
-        batch = batch.filled(size_for(tokens + 1, steps=8))
+        fullest = len(batch.tokens) if self.recorded else max(self.largest, len(batch.tokens))
+        batch = batch.filled(size_for(fullest + 1, steps=8))
         tokens, positions, documents, rows, targets = batch.to(self.device)
         plans = self.model.plans(positions, documents, self.device)
         if not all(isinstance(plan, Tables) for plan in plans.values()):
@@ -89,14 +89,14 @@ class RecordedPasses:
         carrying = size_for(len(rows), steps=2)
         more = carrying + 64 * (carrying == len(tokens)) - len(rows)                     # dropout knows the two by their number
         rows, targets = F.pad(rows, (0, more), value=len(tokens) - 1), F.pad(targets, (0, more), value=IGNORE)
-        tables = [table for plan in plans.values() for table in _filled(plan, len(tokens))]
-        numbers = token_numbers(self.model, batch.keys, seed)
-        inputs = [tokens, sent(positions, self.device), rows, targets, *tables, *([] if numbers is None else [numbers])]
+        plans = {window: _filled(plan, len(tokens)) for window, plan in plans.items()}
+        own = tokens, sent(positions, self.device), rows, targets, token_numbers(self.model, batch.keys, seed)
 
+        inputs = _tensors(own, plans)
         key = tuple(len(x) for x in inputs)
         made = self.recorded.pop(key, None)
         if made is None:
-            made = self._record([x.clone() for x in inputs], plans)
+            made = self._record(own, plans)
             if len(self.recorded) == MOST:
                 del self.recorded[next(iter(self.recorded))]
         self.recorded[key] = made                                                       # the last one used is the last one
@@ -105,13 +105,10 @@ class RecordedPasses:
         made.replay()
         return made.loss.clone()
 
-    def _record(self, inputs: list[Tensor], like: dict[int | None, Tables]) -> _Recorded:
-        tokens, positions, rows, targets, *more = inputs
-        plans = {}
-        for number, (window, plan) in enumerate(like.items()):
-            queries, keys, about = more[3 * number:3 * number + 3]
-            plans[window] = replace(plan, queries=queries, keys=keys, tokens=about)
-        numbers = more[3 * len(like)] if len(more) > 3 * len(like) else None
+    def _record(self, own: tuple[Tensor | None, ...], plans: Plans) -> _Recorded:
+        own = tokens, positions, rows, targets, numbers = tuple(x if x is None else x.clone() for x in own)
+        plans = {window: replace(plan, queries=plan.queries.clone(), keys=plan.keys.clone(), tokens=plan.tokens.clone())
+                 for window, plan in plans.items()}
         loss = torch.zeros((), device=self.device)
 
         def run() -> None:
@@ -125,12 +122,17 @@ class RecordedPasses:
         replay = record(run, self.device, self.pool)
         for grad, kept in zip(grads, before, strict=False):
             grad.copy_(kept)
-        return _Recorded(inputs, loss, replay)
+        return _Recorded(_tensors(own, plans), loss, replay)
 
 
-def _filled(plan: Tables, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(own: tuple[Tensor | None, ...], plans: Plans) -> list[Tensor]:
+    """All that a pass reads and that another pass has otherwise."""
+    return [*(x for x in own if x is not None), *(x for plan in plans.values() for x in (plan.queries, plan.keys, plan.tokens))]
+
+
+def _filled(plan: Tables, tokens: int) -> Tables:
     """Its tables, filled up with blocks of no tokens: there are as many blocks as such tokens make, and some for each document's end."""
     queries, keys = cdiv(tokens, plan.block_q), cdiv(tokens, plan.block_k)
     ends = size_for(max(len(plan.queries) - queries, len(plan.keys) - keys), steps=2)
-    return (F.pad(plan.queries, (0, 0, 0, queries + ends - len(plan.queries))), F.pad(plan.keys, (0, 0, 0, keys + ends - len(plan.keys))),
-            plan.tokens)
+    return replace(plan, queries=F.pad(plan.queries, (0, 0, 0, queries + ends - len(plan.queries))),
+                   keys=F.pad(plan.keys, (0, 0, 0, keys + ends - len(plan.keys))))

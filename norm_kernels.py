@@ -179,7 +179,7 @@ def _forward_by_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
     if M:
         cos, sin = rope or (None, None)
         _forward_kernel[(cdiv(M, shape["BLOCK_M"]),)](x, weight, residual, cos, sin, y, r, eps, x.stride(0), M, **shape,
-                                                           ADD=residual is not None, ROTATE=rope is not None)
+                                                    ADD=residual is not None, ROTATE=rope is not None)
     return y, r
 
 

@@ -39,6 +39,7 @@ import norm_kernels  # noqa: E402
 from checkpoint import device_name, save_adapter  # noqa: E402
 from cuda_graph import RecordedPasses  # noqa: E402
 from data import Example, pack  # noqa: E402
+from gradients import Summed  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from train import loss_sum, peak_gib  # noqa: E402
@@ -112,8 +113,7 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
         batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
-        for parameter in parameters if recorded else ():
-            parameter.grad = torch.zeros_like(parameter)
+        gradients = Summed(model, 1, recorded)
         passes = RecordedPasses(model, tokens) if recorded else None
 
         def step(i: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
                 loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=not recorded)
+            gradients.clear()
             return loss.detach(), norm
 
         made = timed(step, args.steps, device, reserved=recorded)

@@ -83,9 +83,6 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
         by_kernels(monkeypatch)
     model = made(demo, MODES[mode], dtype, device, "triton")
     gradients = Summed(model, 1, recorded=True)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
     recorded = RecordedPasses(model, largest=16)
     monkeypatch.setattr("cuda_graph.size_for", lambda count, steps: -(-count // 16) * 16)
 
