@@ -2,27 +2,29 @@
 
 The work is cut into tiles, some queries and the keys they may see, so that no score is computed outside a document or far
 outside a window, and no (T, T) mask exists. Documents that begin alike may share that beginning, computed once: each then
-continues it, and its tiles see the beginning's keys before their own. On a CPU a tile is a few matrix products, here with their
-gradients; on a GPU three kernels walk through tables of them, with no number shared between two programs. docs/derivations.md
-derives the gradients and draws the tiles.
+continues it, and its tiles see the beginning's keys before their own. On a GPU three kernels walk through tables of the tiles,
+with no number shared between two programs; on a CPU with AVX512-BF16 attention_cpu.cpp does; elsewhere a tile is a few matrix
+products, here with their gradients. docs/derivations.md derives the gradients and draws the tiles.
 
 Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query heads that share
 a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150).
 """
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, cdiv, jit, next_power_of_2, precision, sent, tl, tuned
+from triton_support import can_run, cdiv, cpp_library, jit, next_power_of_2, precision, sent, tl, tuned
 
-QUERIES = 256           # of a tile on a CPU: its scores stay in the cache
+QUERIES = 256           # of a tile by PyTorch on a CPU: its scores stay in the cache
+CPP_ROWS = 192          # of attention_cpu.cpp's blocks, query heads of all tokens together: 16 of its strips
 ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
 OLDER_ROWS, OLDER_KEYS, OLDER_SHARED = 64, 32, 163 * 1024       # on older cards, and the bytes of shared memory that these take
 EVERYTHING = 1 << 30    # the window of a layer that has none
@@ -71,22 +73,18 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
     """The blocks of queries of `tables`, arguments as there, with their masks."""
     at_once = QUERIES if device.type == "cpu" else window or max(lengths, default=1)
     table = tables(lengths, window, torch.device("cpu"), starts, keys_only, at_once)
-    position, document, start, root = table.tokens
-    masks: dict[tuple[int, int], Tensor] = {}
+    masks: dict[tuple, Tensor] = {}
     tiles = []
     for first, count, key, end, old, old_end in table.queries.tolist():
-        queries, keys = torch.arange(end - count, end), torch.cat((torch.arange(old, old_end), torch.arange(key, end)))
-        plain = old == old_end and document[key] == document[end - 1]              # query i stands at key i + keys - queries
-        shape = count, end - key
-        mask = masks.get(shape) if plain else None
-        if mask is None and not (plain and device.type != "cpu" and count == end - key <= table.window):
-            i, j = queries[:, None], keys[None, :]
-            own = (document[i] == document[j]) & (position[j] <= position[i])
-            older = (root[i] == document[j]) & (position[j] < start[i])
-            seen = (position[i] - position[j] < table.window) & (own | older)
-            mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf).to(device)
-            if plain:
-                masks[shape] = mask
+        own_first, old_first, old_last = table.seen[:, end - count:end, None] - torch.tensor([key, old, old])[:, None, None]
+        mask, plain = None, old == old_end and not own_first.any()                  # query i sees just keys 0 to i + keys - queries
+        if device.type == "cpu" or not plain or count != end - key:
+            shape = end - key, old_end - old, *(x.numpy().tobytes() for x in (own_first, old_first, old_last))
+            if shape not in masks:
+                older, own = torch.arange(old_end - old), torch.arange(end - key)
+                seen = torch.cat(((older >= old_first) & (older < old_last), (own >= own_first) & (own <= own[-count:, None])), dim=1)
+                masks[shape] = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf).to(device)
+            mask = masks[shape]
         tiles.append(Tile(slice(first, first + count), slice(key, end), mask, slice(old, old_end) if old < old_end else None))
     return tiles
 
@@ -113,17 +111,17 @@ class Tables:
 
     queries (blocks, 6): of a few tokens of one run the first query and how many there are, the first key and the end of the
     keys of its own run that any of them sees, and of the beginning's. keys (blocks, 4): of a few tokens the first key and
-    how many, and the first and the end of the queries that may see them. tokens (4, keys): each token's position, its
-    document, that document's first position, and the document that it continues.
+    how many, and the first and the end of the queries that may see them. seen (3, keys): each token sees of its own document
+    the keys from the first number on up to itself, and of the beginning that this continues those from the second to the third.
     """
 
     queries: Tensor
     keys: Tensor
-    tokens: Tensor
-    window: int             # tokens seen, itself included
+    seen: Tensor
     first_query: int        # the first query's place among the keys
     block_q: int            # tokens of a block of queries
     block_k: int            # and of keys
+    by_cpp: bool = False    # whether attention_cpu.cpp takes them
 
 
 def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None, keys_only: int = 0,
@@ -169,9 +167,11 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
     of, first, stop = blocks(block_k)
     last = np.where(goes_on[of] - positions[stop - 1] < reach, ends[of], np.minimum(firsts[documents[stop - 1] + 1], stop - 1 + reach))
     keys = np.stack((first, stop - first, np.maximum(first, firsts[keys_only]), last), axis=1)
-    tokens = np.stack((positions, documents, starts[documents], roots[documents]))
-    on_device = [sent(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device) for x in (queries, keys, tokens)]
-    return Tables(*on_device, reach, int(firsts[keys_only]), block_q, block_k)
+    goes_on_from, where = firsts[roots[documents]], starts[documents]
+    seen = np.stack((np.maximum(firsts[documents], np.arange(len(documents)) - reach + 1),
+                     goes_on_from + np.clip(positions - reach + 1, 0, where), goes_on_from + where))
+    on_device = [sent(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device) for x in (queries, keys, seen)]
+    return Tables(*on_device, int(firsts[keys_only]), block_q, block_k)
 
 
 @jit
@@ -185,16 +185,11 @@ def _rows(first, count, head, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
 
 
 @jit
-def _seen(tokens, there, keys, inside, info, T, WINDOW: tl.constexpr):
-    """Which of the keys each query sees: of its own document up to itself, and of the one it continues up to where it goes on.
-
-    tokens and there are a column and keys and inside a row, or the other way about.
-    """
-    position, position_k = tl.load(info + tokens, mask=there, other=0), tl.load(info + keys, mask=inside, other=0)
-    document_k = tl.load(info + T + keys, mask=inside, other=-1)
-    own = (tl.load(info + T + tokens, mask=there, other=-2) == document_k) & (position_k <= position)
-    start, root = tl.load(info + 2 * T + tokens, mask=there, other=0), tl.load(info + 3 * T + tokens, mask=there, other=-2)
-    return there & inside & (position - position_k < WINDOW) & (own | ((root == document_k) & (position_k < start)))
+def _seen(tokens, there, keys, inside, seen, T):
+    """Which of the keys each query sees.  tokens and there are a column and keys and inside a row, or the other way about."""
+    own, old = tl.load(seen + tokens, mask=there, other=0), tl.load(seen + T + tokens, mask=there, other=0)
+    old_end = tl.load(seen + 2 * T + tokens, mask=there, other=0)
+    return there & inside & (((own <= keys) & (keys <= tokens)) | ((old <= keys) & (keys < old_end)))
 
 
 @jit
@@ -212,14 +207,14 @@ def _keys_of(block, i, shared, BLOCK_K: tl.constexpr):
     return keys, keys < tl.where(i < shared, tl.load(block + 5), tl.load(block + 3))
 
 
-_ATTENTION_KEY = ("M_BUCKET", "N", "K", "H", "WINDOW")
+_ATTENTION_KEY = ("M_BUCKET", "N", "K", "H")
 
 
 @tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 3}, {"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY,
        fits=lambda num_stages, CAPABILITY, **_: CAPABILITY >= 90 or num_stages == 2)
 @jit
-def _forward_kernel(q, k, v, out, lse, table, info, scale, offset, T, M_BUCKET, WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                    H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_kernel(q, k, v, out, lse, table, seen, scale, offset, T, M_BUCKET, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """O and each row's log-sum of scores (of base 2).
 
     q, out (queries, N, H); k, v (T, K, H); lse (queries, N) fp32. A program owns the N/K heads of one kv head for a block of
@@ -239,8 +234,8 @@ def _forward_kernel(q, k, v, out, lse, table, info, scale, offset, T, M_BUCKET, 
         at = (keys.to(tl.int64) * K + head)[:, None] * H + columns[None, :]
         k_tile, v_tile = tl.load(k + at, mask=inside[:, None], other=0.0), tl.load(v + at, mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        seen = _seen((tokens + offset)[:, None], there[:, None], keys[None, :], inside[None, :], info, T, WINDOW)
-        scores = tl.where(seen, scores, -1e30)
+        visible = _seen((tokens + offset)[:, None], there[:, None], keys[None, :], inside[None, :], seen, T)
+        scores = tl.where(visible, scores, -1e30)
         higher = tl.maximum(top, tl.max(scores, 1))
         p, fade = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
         total = total * fade + tl.sum(p, 1)
@@ -253,8 +248,8 @@ def _forward_kernel(q, k, v, out, lse, table, info, scale, offset, T, M_BUCKET, 
 @tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}, {"BLOCK_K": 32, "num_warps": 8, "num_stages": 1}], key=_ATTENTION_KEY,
        fits=lambda **_: True)
 @jit
-def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
-                           WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, seen, scale, factor, offset, T, M_BUCKET,
+                           N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
                            BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """dQ = s dS K, and delta = rowsum(dO ∘ O) for the kernel after it.
 
@@ -276,8 +271,8 @@ def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, info, scale,
         at_keys = (keys.to(tl.int64) * K + head)[:, None] * H + tl.arange(0, H)[None, :]
         k_tile, v_tile = tl.load(k + at_keys, mask=inside[:, None], other=0.0), tl.load(v + at_keys, mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        seen = _seen((tokens + offset)[:, None], there[:, None], keys[None, :], inside[None, :], info, T, WINDOW)
-        p = tl.where(seen, tl.exp2(scores - lse_tile[:, None]), 0.0)
+        visible = _seen((tokens + offset)[:, None], there[:, None], keys[None, :], inside[None, :], seen, T)
+        p = tl.where(visible, tl.exp2(scores - lse_tile[:, None]), 0.0)
         ds = p * (tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile[:, None])
         sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision=PRECISION)
     tl.store(dq + at, (sums * factor).to(dq.dtype.element_ty), mask=there[:, None])
@@ -286,8 +281,8 @@ def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, info, scale,
 @tuned([{"ROWS": 32, "num_warps": 8, "num_stages": 2}, {"ROWS": 64, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY,
        fits=lambda ROWS, CAPABILITY, **_: (32 if CAPABILITY >= 90 else 64) == ROWS)
 @jit
-def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, info, scale, factor, offset, T, M_BUCKET,
-                         WINDOW: tl.constexpr, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, seen, scale, factor, offset, T, M_BUCKET,
+                         N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
                          ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """dV = Pᵀ dO, dK = s dSᵀ Q, with all the documents that continue a key's own.
 
@@ -309,8 +304,8 @@ def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, info, scale, fa
         q_tile, do_tile = tl.load(q + at_rows, mask=there[:, None], other=0.0), tl.load(do + at_rows, mask=there[:, None], other=0.0)
         lse_tile, delta_tile = tl.load(lse + places, mask=there, other=0.0), tl.load(delta + places, mask=there, other=0.0)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale                       # (keys, rows)
-        seen = _seen((tokens + offset)[None, :], there[None, :], keys[:, None], inside[:, None], info, T, WINDOW)
-        p = tl.where(seen, tl.exp2(scores - lse_tile[None, :]), 0.0)
+        visible = _seen((tokens + offset)[None, :], there[None, :], keys[:, None], inside[:, None], seen, T)
+        p = tl.where(visible, tl.exp2(scores - lse_tile[None, :]), 0.0)
         dv_sums = tl.dot(p.to(do_tile.dtype), do_tile, dv_sums, input_precision=PRECISION)
         ds = p * (tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile[None, :])
         dk_sums = tl.dot(ds.to(q_tile.dtype), q_tile, dk_sums, input_precision=PRECISION)
@@ -327,7 +322,7 @@ class _AttentionByTriton(torch.autograd.Function):
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         sizes = _sizes(q, k, plan)
         if len(plan.queries):
-            _forward_kernel[(len(plan.queries), k.shape[1])](q, k, v, out, lse, plan.queries, plan.tokens, scale * LOG2_E, plan.first_query,
+            _forward_kernel[(len(plan.queries), k.shape[1])](q, k, v, out, lse, plan.queries, plan.seen, scale * LOG2_E, plan.first_query,
                                                              *sizes.pop("numbers"), BLOCK_Q=plan.block_q, **sizes)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.plan = scale, plan
@@ -342,22 +337,65 @@ class _AttentionByTriton(torch.autograd.Function):
         numbers = sizes.pop("numbers")
         if len(plan.queries):
             _query_gradient_kernel[(len(plan.queries), k.shape[1])](
-                q, k, v, out, dout, dq, lse, delta, plan.queries, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
+                q, k, v, out, dout, dq, lse, delta, plan.queries, plan.seen, scale * LOG2_E, scale, plan.first_query, *numbers,
                 BLOCK_Q=plan.block_q, **sizes)
         if len(plan.keys):
             _key_gradient_kernel[(len(plan.keys), k.shape[1])](
-                q, k, v, dout, dk, dv, lse, delta, plan.keys, plan.tokens, scale * LOG2_E, scale, plan.first_query, *numbers,
+                q, k, v, dout, dk, dv, lse, delta, plan.keys, plan.seen, scale * LOG2_E, scale, plan.first_query, *numbers,
                 BLOCK_K=plan.block_k, **sizes)
         return dq, dk, dv, None, None
 
 
 def _sizes(q: Tensor, k: Tensor, plan: Tables) -> dict:
-    return {"numbers": (len(k), next_power_of_2(len(k))), "WINDOW": plan.window, "N": q.shape[1], "K": k.shape[1], "H": q.shape[2],
+    return {"numbers": (len(k), next_power_of_2(len(k))), "N": q.shape[1], "K": k.shape[1], "H": q.shape[2],
             "PRECISION": precision(q.dtype)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On a CPU
+# On a CPU, by C++
+
+
+class _Call(ctypes.Structure):
+    """What attention_cpu.cpp knows of a call (`Call` there)."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in ("N", "K", "H", "keys", "first_query", "blocks")),
+                ("queries", ctypes.c_void_p), ("seen", ctypes.c_void_p), ("scale", ctypes.c_float)]
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, plan: Tables) -> None:
+        super().__init__(q.shape[1], k.shape[1], k.shape[2], len(k), plan.first_query, len(plan.queries), plan.queries.data_ptr(),
+                         plan.seen.data_ptr(), scale)
+
+
+def _cpp(name: str, call: _Call, *operands: Tensor | bool | None) -> int:
+    function = getattr(cpp_library("attention_cpu.cpp"), name)
+    function.restype = ctypes.c_int64
+    return function(ctypes.byref(call), *(ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in operands))
+
+
+class _AttentionByCpp(torch.autograd.Function):
+    """Saved are the inputs and P, in bf16."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Tables) -> Tensor:
+        q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty(q.shape, dtype=q.dtype)
+        call = _Call(q, k, scale, plan)
+        weights = torch.empty(_cpp("attention_weights", call), dtype=torch.int32) if any(ctx.needs_input_grad) else None
+        _cpp("attention_forward", call, q, k, v, out, weights, torch.empty(_cpp("attention_room", call, False), dtype=torch.int32))
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.plan = scale, plan
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, weights = ctx.saved_tensors
+        call, (dq, dk, dv) = _Call(q, k, ctx.scale, ctx.plan), map(torch.empty_like, (q, k, v))
+        _cpp("attention_backward", call, q, k, v, dout.contiguous(), weights, dq, dk, dv,
+             torch.empty(_cpp("attention_room", call, True), dtype=torch.int32))
+        return dq, dk, dv, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a CPU, by PyTorch
 
 
 class _Attention(torch.autograd.Function):
@@ -417,12 +455,15 @@ def _unstack(x: Tensor, heads: slice) -> Tensor:
 
 def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, heads: tuple[int, int, int],
          starts: Sequence[int] | None = None, keys_only: int = 0) -> Sequence[Tile] | Tables:
-    """What `attention` needs to know of documents of these lengths: `tables` where kernels compute it, otherwise `tile`.
+    """What `attention` needs to know of documents of these lengths: `tables` where kernels or C++ compute it, otherwise `tile`.
 
     heads: N, K and H. The kernels take bf16 and fp16, H of 16, 32, 64, 128 or 256, N/K of 1, 2, 4 or 8, and 163 KiB of shared
-    memory; anything else goes tile by tile through PyTorch's attention.
+    memory; C++ takes bf16 on a CPU that multiplies it by AVX-512, and multiples of 32 for H; anything else goes tile by tile
+    through PyTorch.
     """
     N, K, H = heads
+    if device.type == "cpu" and dtype == torch.bfloat16 and H % 32 == 0 and cpp_library("attention_cpu.cpp"):
+        return replace(tables(lengths, window, device, starts, keys_only, max(1, CPP_ROWS * K // N)), by_cpp=True)
     if device.type == "cuda" and can_run(device) and dtype in (torch.bfloat16, torch.float16) \
             and H in (16, 32, 64, 128, 256) and N // K in (1, 2, 4, 8):
         card = torch.cuda.get_device_properties(device)
@@ -439,9 +480,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Sequence[Tile
     ValueError where kernels would read tokens that are not there.
     """
     if isinstance(plan, Tables):
-        keys = plan.tokens.shape[1]
+        keys = plan.seen.shape[1]
         if (len(q), len(k), len(v)) != (keys - plan.first_query, keys, keys):
             raise ValueError(f"q, k and v have {len(q)}, {len(k)} and {len(v)} tokens, the plan is for {keys - plan.first_query} queries "
                              f"and {keys} keys; make it from the lengths of these documents")
-        return _AttentionByTriton.apply(q, k, v, scale, plan)
+        return (_AttentionByCpp if plan.by_cpp else _AttentionByTriton).apply(q, k, v, scale, plan)
     return (attention_reference if q.is_cuda else _Attention.apply)(q, k, v, scale, plan)

@@ -107,7 +107,7 @@ class RecordedPasses:
 
     def _record(self, own: tuple[Tensor | None, ...], plans: Plans) -> _Recorded:
         own = tokens, positions, rows, targets, numbers = tuple(x if x is None else x.clone() for x in own)
-        plans = {window: replace(plan, queries=plan.queries.clone(), keys=plan.keys.clone(), tokens=plan.tokens.clone())
+        plans = {window: replace(plan, queries=plan.queries.clone(), keys=plan.keys.clone(), seen=plan.seen.clone())
                  for window, plan in plans.items()}
         loss = torch.zeros((), device=self.device)
 
@@ -127,7 +127,7 @@ class RecordedPasses:
 
 def _tensors(own: tuple[Tensor | None, ...], plans: Plans) -> list[Tensor]:
     """All that a pass reads and that another pass has otherwise."""
-    return [*(x for x in own if x is not None), *(x for plan in plans.values() for x in (plan.queries, plan.keys, plan.tokens))]
+    return [*(x for x in own if x is not None), *(x for plan in plans.values() for x in (plan.queries, plan.keys, plan.seen))]
 
 
 def _filled(plan: Tables, tokens: int) -> Tables:

@@ -1,10 +1,16 @@
 """Attention over packed documents equals its definition, in values, gradients and rounding."""
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import GPU, INTERPRETED, INTERPRETER
 
 import attention_kernels as module
 from attention_kernels import attention, attention_reference, plan, tables, tile
+from triton_support import cpp_library
+
+NEEDS_CPP = pytest.mark.skipif(cpp_library("attention_cpu.cpp") is None, reason="SKIPPED: no g++, or a CPU without AVX512-BF16 or with AMX")
 
 
 def naive_attention(q, k, v, documents, window, scale):
@@ -127,7 +133,7 @@ LAYOUTS = {"one": ([1], None), "short": ([9, 1, 30], None), "long": ([150, 5, 70
            "many": ([70, 9, 2, 90, 8, 40, 33], [0, 70, 70, 0, 60, 60, 90])}
 
 
-def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1, 16), module=module, block_q=128, block_k=64):
+def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1, 16), module=module, block_q=128, block_k=64, by_cpp=False):
     """The names of outputs and gradients further from float64 than twice PyTorch's attention is, or all zero."""
     T, (N, K, H) = sum(lengths), heads
     q, k, v, dout = (torch.randn(T, n, H, generator=generator).to(device, dtype) for n in (N, K, K, N))
@@ -135,7 +141,7 @@ def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1
     exact = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), [x.double().cpu() for x in (q, k, v)], dout.cpu().double())
     tiles = tile(lengths, window, dtype, torch.device(device), starts)
     naive = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), (q, k, v), dout)
-    table = module.tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k)
+    table = replace(module.tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k), by_cpp=by_cpp)
     ours = gradients(lambda q, k, v: module.attention(q, k, v, 0.3, table), (q, k, v), dout)
 
     def error(got, want):                   # where all see themselves alone dq and dk are 0, and what cancels is of the other size
@@ -195,8 +201,10 @@ def test_a_plan_for_other_documents_is_refused(queries, keys, values):
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
-    ("(position - position_k < WINDOW)", "(position - position_k <= WINDOW)", {"out"}), ("(position_k <= position)", "(position_k < position + 2)", {"out"}),
-    ("== document_k) & (position_k <= position)", ">= document_k) & (position_k <= position)", {"out"}), ("(position_k < start)", "(position_k <= start)", {"dk", "dv"}),
+    ("(own <= keys)", "(own < keys)", {"out", "dk", "dv"}), ("(keys <= tokens)", "(keys <= tokens + 1)", {"out"}),
+    ("(old <= keys)", "(old <= keys + 1)", {"out"}), ("(keys < old_end)", "(keys <= old_end)", {"out", "dk", "dv"}),
+    ("np.arange(len(documents)) - reach + 1)", "np.arange(len(documents)) - reach)", {"out"}),
+    ("np.clip(positions - reach + 1, 0, where)", "np.clip(positions - reach, 0, where)", {"out"}),
     ("total = total * fade", "total = total", {"out"}), ("sums * fade[:, None]", "sums", {"out"}), ("top + tl.log2(total)", "top", {"dq", "dk"}),
     ("- delta_tile[:, None])", ")", {"dq"}), ("- delta_tile[None, :])", ")", {"dk"}), ("(dk_sums * factor)", "dk_sums", {"dk"}),
     ("np.where(goes_on[of] - positions[stop - 1] < reach, ", "np.where(False, ", {"dk", "dv"}),
@@ -208,6 +216,71 @@ def test_a_broken_kernel_is_caught(sound, broken, where, generator, poisoned, mu
     assert where <= found
 
 
+# By C++
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("window", [1, 8, 50, None])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cpp_is_as_accurate_as_pytorchs_attention(layout, window, generator, poisoned):
+    for block_q in (192, 64, 8):
+        assert kernel_faults(*LAYOUTS[layout], window, "cpu", torch.bfloat16, generator, (4, 1, 32), block_q=block_q, by_cpp=True) == []
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("heads", [(2, 2, 32), (4, 2, 64), (8, 1, 32), (3, 1, 96), (16, 1, 32), (4, 1, 256)], ids=str)
+def test_cpp_groups_heads_as_the_model_has_them(heads, generator, poisoned):
+    N, K, _ = heads
+    assert kernel_faults([40, 33, 5], [0, 40, 0], 20, "cpu", torch.bfloat16, generator, heads, block_q=max(192, N // K), by_cpp=True) == []
+    assert kernel_faults([1100, 7], None, 512, "cpu", torch.bfloat16, generator, heads, block_q=max(192, N // K), by_cpp=True) == []
+
+
+@NEEDS_CPP
+def test_cpp_takes_large_scores_and_gives_the_same_bits_with_any_number_of_threads(generator, poisoned):
+    lengths, threads = [300, 90, 17], torch.get_num_threads()
+    q, k, v, dout = (torch.randn(407, n, 64, generator=generator).bfloat16() for n in (4, 1, 1, 4))
+    q *= 100
+    by_cpp, tiles = (make(lengths, 64, *of) for make, of in ((plan, (torch.bfloat16, torch.device("cpu"), (4, 1, 64))),
+                                                             (tile, (torch.float32, torch.device("cpu")))))
+    seen = []
+    for count in (threads, threads, 1, 3):
+        torch.set_num_threads(count)
+        seen.append(gradients(lambda *of: attention(*of, 1.0, by_cpp), (q, k, v), dout))
+    torch.set_num_threads(threads)
+    for all_threads, *others in zip(*seen, strict=True):
+        assert all(torch.equal(all_threads, other) for other in others)
+    exact = gradients(lambda *of: attention(*of, 1.0, tiles), (q.float(), k.float(), v.float()), dout.float())
+    for mine, want in zip(seen[0], exact, strict=True):
+        assert (mine.float() - want).norm() < 0.01 * want.norm()
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize(("lengths", "keys_only"), [([], 0), ([45], 1)])
+def test_cpp_gives_keys_without_queries_a_gradient_of_zero(lengths, keys_only, poisoned):
+    q, k, v = (torch.randn(tokens, n, 32, dtype=torch.bfloat16) for tokens, n in ((0, 4), (sum(lengths), 1), (sum(lengths), 1)))
+    by_cpp = plan(lengths, None, torch.bfloat16, torch.device("cpu"), (4, 1, 32), keys_only=keys_only)
+    assert all(not x.any() for x in gradients(lambda q, k, v: attention(q, k, v, 0.3, by_cpp), (q, k, v), q))
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize(("sound", "broken", "where"), [
+    ("(int)first_query + token + 1}", "(int)first_query + token + 2}", {"out", "dk"}), ("return {seen[keys + first_query + token]", "return {1 + seen[keys + first_query + token]", {"out"}),
+    ("clamp(keys.hi - panel * PANEL, 0, PANEL)", "clamp(keys.hi - panel * PANEL, 0, 15)", {"out", "dv"}), ("add ? _mm512_loadu_ps", "false ? _mm512_loadu_ps", {"dk", "dv"}),
+    ("_mm512_loadu_ps(dp_high + c * PANEL), high)", "_mm512_loadu_ps(dp_high + c * PANEL), low)", {"dq", "dk"}),
+    ("while (strip < end && !sees(strip)) strip++;", "while (strip < end && !sees(strip)) strip++; strip++;", {"dk", "dv"}),
+    ("call.scale, dk, panel, head)", "1, dk, panel, head)", {"dk"}), ("call.scale, dq)", "1, dq)", {"dq"})])
+def test_broken_cpp_is_caught(sound, broken, where, generator, poisoned, tmp_path, monkeypatch):
+    source = (Path(module.__file__).parent / "attention_cpu.cpp").read_text(encoding="utf-8")
+    assert sound in source
+    (tmp_path / "broken.cpp").write_text(source.replace(sound, broken), encoding="utf-8")
+    monkeypatch.setenv("NANO_FUNCTIONGEMMA_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "cpp_library", lambda _: cpp_library(str(tmp_path / "broken.cpp")))
+    found = {name for layout in ("shared", "long", "many") for name in
+             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.bfloat16, generator, (4, 1, 32), by_cpp=True)}
+    assert where <= found
+
+
 def test_the_plan_is_for_kernels_where_they_run_and_for_tiles_elsewhere():
+    assert isinstance(plan([3], None, torch.bfloat16, torch.device("cpu"), (4, 1, 48)), list)
     assert isinstance(plan([3], None, torch.float32, torch.device("cpu"), (4, 1, 16)), list)
     assert isinstance(plan([3], None, torch.float32, torch.device("meta"), (4, 1, 24)), list)
