@@ -3,7 +3,7 @@
 The work is cut into tiles, some queries and the keys they may see, so that no score is computed outside a document or far
 outside a window, and no (T, T) mask exists. Documents that begin alike may share that beginning, computed once: each then
 continues it, and its tiles see the beginning's keys before their own. On a GPU three kernels walk through tables of the tiles,
-with no number shared between two programs; on a CPU with AVX512-BF16 attention_cpu.cpp does; elsewhere a tile is a few matrix
+with no number shared between two programs; on a CPU with AVX512-BF16 cpu_kernels.cpp does; elsewhere a tile is a few matrix
 products, here with their gradients. docs/derivations.md derives the gradients and draws the tiles.
 
 Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query heads that share
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_support import can_run, cdiv, cpp_library, jit, next_power_of_2, precision, sent, tl, tuned
+from cpu_kernels import call, takes
+from triton_support import can_run, cdiv, jit, next_power_of_2, precision, sent, tl, tuned
 
 QUERIES = 256           # of a tile by PyTorch on a CPU: its scores stay in the cache
-CPP_ROWS = 192          # of attention_cpu.cpp's blocks, query heads of all tokens together: 16 of its strips
+CPP_ROWS = 192          # of cpu_kernels.cpp's blocks, query heads of all tokens together: 16 of its strips
 ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
 OLDER_ROWS, OLDER_KEYS, OLDER_SHARED = 64, 32, 163 * 1024       # on older cards, and the bytes of shared memory that these take
 EVERYTHING = 1 << 30    # the window of a layer that has none
@@ -121,7 +122,7 @@ class Tables:
     first_query: int        # the first query's place among the keys
     block_q: int            # tokens of a block of queries
     block_k: int            # and of keys
-    by_cpp: bool = False    # whether attention_cpu.cpp takes them
+    by_cpp: bool = False    # whether cpu_kernels.cpp takes them
 
 
 def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None, keys_only: int = 0,
@@ -356,7 +357,7 @@ def _sizes(q: Tensor, k: Tensor, plan: Tables) -> dict:
 
 
 class _Call(ctypes.Structure):
-    """What attention_cpu.cpp knows of a call (`Call` there)."""
+    """What cpu_kernels.cpp knows of a call (`Call` there)."""
 
     _fields_ = [*((name, ctypes.c_int64) for name in ("N", "K", "H", "keys", "first_query", "blocks")),
                 ("queries", ctypes.c_void_p), ("seen", ctypes.c_void_p), ("scale", ctypes.c_float)]
@@ -366,21 +367,15 @@ class _Call(ctypes.Structure):
                          plan.seen.data_ptr(), scale)
 
 
-def _cpp(name: str, call: _Call, *operands: Tensor | bool | None) -> int:
-    function = getattr(cpp_library("attention_cpu.cpp"), name)
-    function.restype = ctypes.c_int64
-    return function(ctypes.byref(call), *(ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in operands))
-
-
 class _AttentionByCpp(torch.autograd.Function):
     """Saved are the inputs and P, in bf16."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Tables) -> Tensor:
         q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty(q.shape, dtype=q.dtype)
-        call = _Call(q, k, scale, plan)
-        weights = torch.empty(_cpp("attention_weights", call), dtype=torch.int32) if any(ctx.needs_input_grad) else None
-        _cpp("attention_forward", call, q, k, v, out, weights, torch.empty(_cpp("attention_room", call, False), dtype=torch.int32))
+        own = _Call(q, k, scale, plan)
+        weights = torch.empty(call("attention_weights", own), dtype=torch.int32) if any(ctx.needs_input_grad) else None
+        call("attention_forward", own, q, k, v, out, weights, torch.empty(call("attention_room", own, False), dtype=torch.int32))
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.plan = scale, plan
         return out
@@ -388,9 +383,9 @@ class _AttentionByCpp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, weights = ctx.saved_tensors
-        call, (dq, dk, dv) = _Call(q, k, ctx.scale, ctx.plan), map(torch.empty_like, (q, k, v))
-        _cpp("attention_backward", call, q, k, v, dout.contiguous(), weights, dq, dk, dv,
-             torch.empty(_cpp("attention_room", call, True), dtype=torch.int32))
+        own, (dq, dk, dv) = _Call(q, k, ctx.scale, ctx.plan), map(torch.empty_like, (q, k, v))
+        call("attention_backward", own, q, k, v, dout.contiguous(), weights, dq, dk, dv,
+             torch.empty(call("attention_room", own, True), dtype=torch.int32))
         return dq, dk, dv, None, None
 
 
@@ -462,7 +457,7 @@ def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
     through PyTorch.
     """
     N, K, H = heads
-    if device.type == "cpu" and dtype == torch.bfloat16 and H % 32 == 0 and cpp_library("attention_cpu.cpp"):
+    if device.type == "cpu" and dtype == torch.bfloat16 and H % 32 == 0 and takes():
         return replace(tables(lengths, window, device, starts, keys_only, max(1, CPP_ROWS * K // N)), by_cpp=True)
     if device.type == "cuda" and can_run(device) and dtype in (torch.bfloat16, torch.float16) \
             and H in (16, 32, 64, 128, 256) and N // K in (1, 2, 4, 8):

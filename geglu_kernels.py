@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cpu_kernels
 from triton_support import can_run, in_cache, jit, next_power_of_2, one_pass, tl
 
 STEEP, CUBIC = 1.5957691216057308, 0.044715         # 2z = STEEP (g + CUBIC g³); the first is 2 √(2/π)
@@ -103,6 +104,9 @@ def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor, by_triton: bool | None 
     if _use_triton(by_triton, gate, up):
         return geglu_pass(gate, up, dh, value=False)[1]
     made = dh.new_empty(len(dh), 2 * dh.shape[1])
+    if _takes_cpp(gate, up):
+        cpu_kernels.call("geglu", gate, up, None, dh.contiguous(), made, gate.stride(0), up.stride(0), *gate.shape)
+        return made
     dgate, dup = made.chunk(2, dim=1)
     for rows in in_cache(gate):
         _gradients(dh[rows], gate[rows], up[rows], dgate[rows], dup[rows])
@@ -117,6 +121,9 @@ class _GeGLU(torch.autograd.Function):
         if by_triton:
             return geglu_pass(gate, up)[0]
         h = gate.new_empty(gate.shape)
+        if _takes_cpp(gate, up):
+            cpu_kernels.call("geglu", gate, up, h, None, None, gate.stride(0), up.stride(0), *gate.shape)
+            return h
         for rows in in_cache(gate):
             _value(gate[rows], up[rows], h[rows])
         return h
@@ -124,6 +131,10 @@ class _GeGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:
         return *geglu_gradient(dh, *ctx.saved_tensors, ctx.by_triton).chunk(2, dim=1), None
+
+
+def _takes_cpp(gate: Tensor, up: Tensor) -> bool:
+    return gate.shape[1] % 16 == 0 and cpu_kernels.takes(gate, up)
 
 
 def _use_triton(by_triton: bool | None, gate: Tensor, up: Tensor) -> bool:

@@ -21,7 +21,7 @@ has their dl, and a plain product over the whole vocabulary is what torch.mm is 
 
     N trained rows   V vocabulary   D width      h (N, D)   W (V, D)   all row-major
 
-In this order: definition, Triton kernels, the chunks (by kernel or by PyTorch), autograd function, public function.
+In this order: definition, Triton kernels, the chunks (by kernel, C++ or PyTorch), autograd function, public function.
 """
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cpu_kernels
 from triton_support import can_run, cdiv, jit, load_tile, next_power_of_2, precision, tile_sizes, tl, tuned
 
 IGNORE = -100        # target of a token that carries no loss
-CHUNK_ROWS = 256     # rows of logits alive at once in PyTorch: 256 · V · 2 bytes = 0.13 GB
+CHUNK_ROWS = 252     # rows of logits alive at once otherwise: 252 · V · 2 bytes = 0.13 GB, and 21 strips of cpu_kernels.cpp
 CPU_ROWS = 4         # of these in fp32 on a CPU: 4 · V · 4 bytes = 4 MB
 CHUNK_WORDS = 1 << 14        # words whose weight gradient PyTorch multiplies out at once: 16,384 · D · 2 bytes = 0.02 GB
 KERNEL_ROWS = 512    # rows of logits' gradients alive at once by the kernels: 512 · V · 2 bytes = 0.27 GB
@@ -166,8 +167,27 @@ def _chunk_by_pytorch(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: T
     return loss
 
 
+def _takes_cpp(hidden: Tensor, matrix: Tensor) -> bool:
+    (V, D) = matrix.shape
+    return V % 16 == D % 32 == 0 and matrix.is_contiguous() and cpu_kernels.takes(hidden, matrix)
+
+
+def _chunk_by_cpp(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
+    """As `_chunk_by_triton`.  The logits are rounded to bf16 once; their sums and the gradient follow from those."""
+    M, (V, D) = len(hidden), matrix.shape
+    logits, log_sum = hidden.new_empty(M, V) if dlogits is None else dlogits, torch.empty(M)
+    cpu_kernels.call("loss_logits", hidden.contiguous(), matrix, logits, log_sum, M, V, D)
+    losses = (log_sum - logits.gather(1, target[:, None].clamp_min(0))[:, 0]).masked_fill_(target < 0, 0)
+    if dlogits is not None:
+        cpu_kernels.call("loss_gradient", logits, log_sum, target.contiguous(), M, V)
+    return losses.sum()
+
+
 def _weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, add: bool, by_triton: bool) -> None:
     """dweight (V, D) fp32 = dlogitsᵀ hidden, or += where `add`."""
+    if not by_triton and dweight.is_contiguous() and cpu_kernels.multiplies_to_fp32(dlogits, hidden):
+        cpu_kernels.weight_gradient(dlogits, hidden, dweight, add)
+        return
     if not by_triton:
         for words in range(0, len(dweight), CHUNK_WORDS):                       # the product is in 16 bits at first
             part = slice(words, words + CHUNK_WORDS)
@@ -205,8 +225,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool, into: Tensor | None) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        chunk_loss, chunk_rows = (_chunk_by_triton, KERNEL_ROWS) if by_triton else (_chunk_by_pytorch, CHUNK_ROWS)
         matrix = weight if weight.dtype == hidden.dtype else _room("head", *weight.shape, like=hidden).copy_(weight)
+        chunk_loss, chunk_rows = _chunk_by_cpp if _takes_cpp(hidden, matrix) else _chunk_by_pytorch, CHUNK_ROWS
+        if by_triton:
+            chunk_loss, chunk_rows = _chunk_by_triton, KERNEL_ROWS
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = into
         if need_weight and into is None:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import cpu_kernels
 from attention_kernels import Tables, Tile, attention, plan
 from geglu_kernels import geglu
 from loss_kernels import linear_cross_entropy
@@ -159,6 +160,21 @@ class _TiedEmbedding(torch.autograd.Function):
         return total if ctx.into is None else None, None, None
 
 
+class _LinearOfMasters(torch.autograd.Function):
+    """y = x Wᵀ in x's dtype, of W in fp32, whose gradient is summed in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        return dy @ weight if ctx.needs_input_grad[0] else None, cpu_kernels.weight_gradient(dy, x)
+
+
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
@@ -181,6 +197,9 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad and self.weight.dtype == torch.float32 and self.out_features % 16 == self.in_features % 16 == 0 \
+                and x.dim() == 2 and cpu_kernels.takes(x):
+            return _LinearOfMasters.apply(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import cpu_kernels
 from triton_support import can_run, cdiv, in_cache, jit, next_power_of_2, one_pass, tl
 
 PROGRAMS = 512          # of a backward pass: each adds up its rows' share of dw
@@ -120,15 +121,18 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None,
                 by_triton: bool) -> Tensor:
+        by_cpp = not by_triton and _takes_cpp(x, residual, rope)
         if by_triton:
             y, r = _forward_by_triton(x, weight, eps, residual, rope)
+        elif by_cpp:
+            y, r = _forward_by_cpp(x, weight, eps, residual, rope)
         else:
             y, r = x.new_empty(x.shape), torch.empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
             for rows in in_cache(x):
                 _forward_by_pytorch(x[rows], weight, eps, residual if residual is None else residual[rows],
                                     rope and [table[rows] for table in rope], y[rows], r[rows])
         ctx.save_for_backward(x, weight, r, *(rope or ()))
-        ctx.by_triton = by_triton
+        ctx.by_triton, ctx.by_cpp = by_triton, by_cpp
         return y
 
     @staticmethod
@@ -137,11 +141,35 @@ class _RMSNorm(torch.autograd.Function):
         need_x, need_weight, _, need_residual = ctx.needs_input_grad[:4]
         if ctx.by_triton:
             dx, dw = _backward_by_triton(x, weight, rope, dy.contiguous(), r, need_weight)
+        elif ctx.by_cpp:
+            dx, dw = _backward_by_cpp(x, weight, rope, dy.contiguous(), r, need_weight)
         else:
             dx, dw = x.new_empty(x.shape), torch.zeros_like(weight, dtype=r.dtype) if need_weight else None
             for rows in in_cache(x):
                 _backward_by_pytorch(x[rows], weight, [table[rows] for table in rope], dy[rows], r[rows], dx[rows], dw)
         return (dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None, dy if need_residual else None, None, None)
+
+
+def _takes_cpp(x: Tensor, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> bool:
+    others = [*(rope or ()), *([] if residual is None else [residual])]
+    return x.dim() in (2, 3) and x.shape[-1] % 32 == 0 and (x.dim() == 2 or x.stride(1) == x.shape[2]) \
+        and all(other.is_contiguous() for other in others) and cpu_kernels.takes(x, *others)
+
+
+def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
+                    rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    y, r = torch.empty(x.shape, dtype=x.dtype), torch.empty(*x.shape[:-1], 1)
+    cpu_kernels.call("norm_forward", x, weight.float(), residual, *(rope or (None, None)), y, r, float(eps), x.stride(0),
+                     1 if x.dim() == 2 else x.shape[1], r.numel(), x.shape[-1])
+    return y, r
+
+
+def _backward_by_cpp(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
+                     need_weight: bool) -> tuple[Tensor, Tensor | None]:
+    dx, dw = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[-1]) if need_weight else None
+    cpu_kernels.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, r, dx, dw, x.stride(0),
+                     1 if x.dim() == 2 else x.shape[1], r.numel(), x.shape[-1])
+    return dx, dw
 
 
 @one_pass

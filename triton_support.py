@@ -1,5 +1,5 @@
 """What every kernel file needs of Triton: an import that may fail, where kernels can run, and tuning that is remembered.
-Where they cannot, on a CPU, `cpp_library` is the next best, or `one_pass`: a function that torch.compile may make one loop of, or
+Where they cannot, on a CPU, cpu_kernels.py is the next best, or `one_pass`: a function that torch.compile may make one loop of, or
 `in_cache` a piece at a time.
 
 Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before the first import), which is how
@@ -7,15 +7,11 @@ the tests check them anywhere, and are compiled for GPUs that are not there by `
 """
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -164,37 +160,6 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@functools.cache
-def cpp_library(file: str) -> ctypes.CDLL | None:
-    """The functions of a C++ file of ours, compiled for CPUs with AVX512-BF16 at the first start and kept in `cache_folder`.
-
-    None on another CPU, or one with AMX, by which oneDNN's products are faster; where there is no g++ (or $CXX), or, with a
-    warning, where it fails.
-    """
-    def has(feature: str) -> bool:
-        return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
-
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if not compiler or not has("avx512_bf16") or has("amx_tile"):
-        return None
-    source = Path(__file__).parent / file
-    command = [compiler, *"-O3 -std=c++17 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -fopenmp -shared -fPIC -w".split()]
-    key = hashlib.sha256(json.dumps([command, source.read_text(encoding="utf-8")]).encode()).hexdigest()
-    try:
-        library = cache_folder() / f"{source.stem}-{key[:16]}.so"
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:                         # others may be at it, too
-                made = Path(folder) / library.name
-                subprocess.run([*command, "-o", str(made), str(source)], check=True, capture_output=True, text=True)
-                made.rename(library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        warnings.warn(f"{file} is left out, and a step takes some per cent longer: {compiler}: {why.strip()[:300]}", stacklevel=2)
-        return None
 
 
 def in_blocks(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -9,6 +9,8 @@ import triton_support
 from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
 from triton_support import jit, tl
 
+pytestmark = pytest.mark.usefixtures("no_cpp")
+
 
 def test_geglus_gradient_is_autograds(generator):
     dh, gate, up = (torch.randn(7, 12, generator=generator, dtype=torch.float64) for _ in range(3))

@@ -9,7 +9,7 @@ import norm_kernels
 import triton_support
 from norm_kernels import rms_norm, rms_norm_reference, rotate
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "no_cpp")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 WAYS = [pytest.param("cpu", FP32, False, id="pytorch-fp32"), pytest.param("cpu", BF16, False, id="pytorch-bf16"),
         *(pytest.param("cpu", dtype, True, marks=INTERPRETED, id=f"interpreted-{dtype}") for dtype in (FP32, FP16, BF16)),

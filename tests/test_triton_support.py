@@ -1,14 +1,12 @@
-"""triton_support.py: what is remembered on disk, what is compiled, and which configurations are tried."""
+"""triton_support.py: what is remembered on disk, and which configurations are tried."""
 import json
-import os
-import shutil
 
 import pytest
 import torch
 
 import triton_support
 from lora_kernels import _forward_kernel
-from triton_support import can_run, cpp_library, fitting, remembered
+from triton_support import can_run, fitting, remembered
 
 
 @pytest.fixture
@@ -44,54 +42,6 @@ def test_a_torn_or_foreign_file_is_made_anew(card, content):
 def test_a_folder_that_cannot_be_written_costs_time_alone(card):
     card.parent.joinpath("cache").write_text("a file in the folder's place")
     assert remembered("times", torch.device("cuda"), [1], lambda: {"ms": 1}) == {"ms": 1}
-
-
-@pytest.fixture
-def cpp(monkeypatch, tmp_path):
-    """A small C++ file, on a CPU that passes for one with AVX512-BF16."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-    monkeypatch.setenv("NANO_FUNCTIONGEMMA_CACHE", str(tmp_path / "cache"))
-    cpp_library.cache_clear()
-    source = tmp_path / "small.cpp"
-    source.write_text('extern "C" int twice(int x) { return 2 * x; }')
-    yield source
-    cpp_library.cache_clear()
-
-
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="SKIPPED: no g++")
-def test_a_cpp_file_is_compiled_once(cpp, monkeypatch):
-    assert cpp_library(str(cpp)).twice(21) == 42
-    [library] = (cpp.parent / "cache").iterdir()
-    made = library.stat().st_mtime_ns
-    cpp_library.cache_clear()
-    assert cpp_library(str(cpp)).twice(4) == 8 and library.stat().st_mtime_ns == made
-    cpp.write_text(cpp.read_text().replace("2 *", "3 *"))
-    cpp_library.cache_clear()
-    assert cpp_library(str(cpp)).twice(4) == 12 and len(list((cpp.parent / "cache").iterdir())) == 2
-
-
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="SKIPPED: no g++")
-def test_a_cpp_file_that_cannot_be_compiled_or_kept_is_left_out_with_a_warning(cpp):
-    cpp.write_text("no C++")
-    with pytest.warns(UserWarning, match=r"small\.cpp is left out, .*: .*error: "):
-        assert cpp_library(str(cpp)) is None
-    assert not list((cpp.parent / "cache").iterdir())
-    cpp.write_text("int sound;")
-    cpp_library.cache_clear()
-    (cpp.parent / "cache").rmdir()
-    (cpp.parent / "cache").write_text("a file in the folder's place")
-    with pytest.warns(UserWarning, match="cache"):
-        assert cpp_library(str(cpp)) is None
-
-
-@pytest.mark.parametrize("missing", ["compiler", "avx512_bf16", "amx_tile"])
-def test_cpp_is_for_cpus_that_gain_by_it(cpp, monkeypatch, missing):
-    if missing == "compiler":
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    else:
-        monkeypatch.setattr(torch.cpu, f"_is_{missing}_supported", lambda: missing == "amx_tile", raising=False)
-    assert cpp_library(str(cpp)) is None
 
 
 @pytest.mark.skipif(triton_support.triton is None, reason="no Triton for this platform")

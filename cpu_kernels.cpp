@@ -1,23 +1,17 @@
-// Attention over packed documents on a CPU with AVX512-BF16: attention_kernels.py's definition in loops of its own. Beside
-// products by a library it gains threefold: scores are summed in fp32 from bf16 factors, no product goes further than the 16 keys
-// at either end of what a few queries see, and what lies between two products stays in the cache.
+// What a step computes on a CPU with AVX512-BF16, in loops of its own: attention, the gradients of weights, the loss, norms and
+// gates. cpu_kernels.py compiles this file and calls it; the definitions are in the files named below. An instruction adds
+// a_0 b_0 + a_1 b_1 of a pair of bf16 to each of 16 fp32 sums, so the factors of a product lie in pairs, in panels of 16:
 //
-// The rows of a product are the G query heads that share a kv head, of one token after the other. A block of queries (a row of
-// `Tables.queries`) is cut into strips of 12 such rows, the keys into panels of 16, from multiples of 16 on. What an instruction
-// adds to each of 16 sums is a_0 b_0 + a_1 b_1 for a pair of bf16, so factors lie in pairs:
+//     across   X (rows, n) as [rows / 16][n / 2][16 rows]       pairs of neighbouring columns, for products with Xᵀ
+//     along    X (rows, n) as [n / 16][rows / 2][16 columns]    pairs of neighbouring rows, for products with X
 //
-//     across   X (rows, H) as [rows / 16][H / 2][16 rows]       of neighbouring columns: K and V, for S = Q Kᵀ and dP = dO Vᵀ
-//     along    X (rows, H) as [H / 16][rows / 2][16 columns]    of neighbouring rows: V and K, for O = P V and dQ = dS K; dO and Q
-//                                                               of a block, for dV = Pᵀ dO and dK = dSᵀ Q
-//     P, dS    of a block as [panels][rows / 2][16 keys]        of neighbouring rows
-//
-// One loop over blocks gives O and P; in the backward pass one over blocks gives dS and dQ, one over keys dK and dV. Each result
-// is summed by one thread in one order: the same bits in every run.
+// Each result is summed by one thread in an order of its own, however many threads there are: the same bits in every run.
 
 #include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -27,7 +21,10 @@ namespace {
 using pair = uint32_t;      // two bf16
 using bf16 = uint16_t;
 
-constexpr int STRIP = 12, PANEL = 16;
+constexpr int STRIP = 12, PANEL = 16;       // rows of one product, and columns of one instruction
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products
 
 struct Span {
     int lo, hi;
@@ -43,7 +40,10 @@ template <int MR, int NP>
 inline void product(const pair* a, int64_t am, int64_t ak, const pair* b, int64_t bn, int64_t count, float* c, int64_t cm, bool add) {
     __m512 sums[MR][NP];
     for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NP; n++) sums[m][n] = add ? _mm512_loadu_ps(c + m * cm + n * PANEL) : _mm512_setzero_ps();
+        for (int n = 0; n < NP; n++) {
+            sums[m][n] = _mm512_setzero_ps();
+            if (add) _mm_prefetch((const char*)(c + m * cm + n * PANEL), _MM_HINT_T0);
+        }
     const pair* rows[(MR + 2) / 3];
     for (int m = 0; m < MR; m += 3) rows[m / 3] = a + m * am;
     for (int64_t k = 0; k < count; k++) {
@@ -56,7 +56,10 @@ inline void product(const pair* a, int64_t am, int64_t ak, const pair* b, int64_
         for (auto& row : rows) row += ak;
     }
     for (int m = 0; m < MR; m++)
-        for (int n = 0; n < NP; n++) _mm512_storeu_ps(c + m * cm + n * PANEL, sums[m][n]);
+        for (int n = 0; n < NP; n++) {
+            float* to = c + m * cm + n * PANEL;
+            _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sums[m][n]) : sums[m][n]);
+        }
 }
 
 // A strip's rows, `am` pairs apart, times `width` panels of B.
@@ -89,6 +92,7 @@ inline __m512i load16(const bf16* x) { return _mm512_cvtepu16_epi32(_mm256_loadu
 inline __m512i paired(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
 inline __m512 low_half(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline __m512 high_half(__m512i pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))); }
+inline __m512 load(const bf16* x) { return _mm512_castsi512_ps(_mm512_slli_epi32(load16(x), 16)); }
 inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline void store(bf16* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, rounded(x)); }
 
@@ -108,14 +112,25 @@ inline void along(const bf16* low, const bf16* high, int H, pair* to, int64_t ap
         _mm512_storeu_si512(to, paired(low ? load16(low + h) : _mm512_setzero_si512(), high ? load16(high + h) : _mm512_setzero_si512()));
 }
 
-// 2^x of x ≤ 0.
+// 2^x.
 inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-150.f));
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.f)), _mm512_set1_ps(127.f));
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
     __m512 y = _mm512_set1_ps(1.5403530e-4f);
     for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f}) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
     return _mm512_scalef_ps(y, n);
 }
+
+constexpr float LOG2_E = 1.44269504f;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention (attention_kernels.py). The rows of a product are the G query heads that share a kv head, of one token after the
+// other. A block of queries (a row of `Tables.queries`) is cut into strips of such rows, the keys into panels, from multiples of
+// 16 on: no product goes further than 16 keys beyond what a strip sees at either end, and what lies between two products stays in
+// the cache. Scores are summed in fp32. K and V are laid out across for S = Q Kᵀ and dP = dO Vᵀ, along for O = P V and dQ = dS K;
+// dO and Q of a block along for dV = Pᵀ dO and dK = dSᵀ Q. P and dS of a block lie as [panels][rows / 2][16 keys], pairs of rows.
+//
+// One loop over blocks gives O and P; in the backward pass one over blocks gives dS and dQ, one over keys dK and dV.
 
 // Which of a panel's keys lie within these.
 inline __mmask16 inside(int panel, Span keys) {
@@ -123,7 +138,7 @@ inline __mmask16 inside(int panel, Span keys) {
     return lo < hi ? ((1u << hi) - 1) & ~((1u << lo) - 1) : 0;
 }
 
-// What Python fills in (`_Call` of attention_kernels.py); the tables are those of `Tables`.
+// What Python fills in; the tables are those of `Tables`.
 struct Call {
     int64_t N, K, H, keys, first_query, blocks;     // query heads, kv heads, head dim; all keys; the first query's place among them
     const int32_t (*queries)[6];
@@ -280,7 +295,7 @@ void attention_forward(const Call* given, const bf16* q, const bf16* k, const bf
     pair *k_across = room, *v_along = room + call.K * call.laid_out();
     lay_out(call, k, true, k_across);
     lay_out(call, v, false, v_along);
-    const __m512 scale = _mm512_set1_ps(call.scale * 1.44269504f);          // scores are in powers of two
+    const __m512 scale = _mm512_set1_ps(call.scale * LOG2_E);                // scores are in powers of two
 #pragma omp parallel
     {
         Strip strip(call, places.widest);
@@ -404,5 +419,187 @@ void attention_backward(const Call* given, const bf16* q, const bf16* k, const b
             }
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights' gradients and the loss (loss_kernels.py)
+
+// dW (O, I) fp32 = dYᵀ X of dY (M, O), whose rows lie dy_row apart, and X (M, I), or += with `add`; O and I multiples of 16.
+void weight_gradient(const bf16* dy, const bf16* x, float* dw, int64_t dy_row, int64_t M, int64_t O, int64_t I, bool add) {
+    constexpr int64_t ROWS = 1024, OUTPUTS = 64;
+    std::vector<pair> room(std::min(ROWS, M + 1) / 2 * I);
+    for (int64_t first = 0; first == 0 || first < M; first += ROWS) {
+        const int64_t count = std::min(ROWS, M - first), pairs = (count + 1) / 2;
+        auto lay = [&](const bf16* from, int64_t stride, int64_t columns, int64_t r, pair* to) {
+            from += (first + 2 * r) * stride;
+            along(from, 2 * r + 1 < count ? from + stride : nullptr, columns, to + r * PANEL, pairs * PANEL);
+        };
+#pragma omp parallel
+        {
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < pairs; r++) lay(x, I, I, r, room.data());
+            std::vector<pair> mine(OUTPUTS * pairs);
+#pragma omp for schedule(dynamic)
+            for (int64_t o = 0; o < O; o += OUTPUTS) {
+                const int64_t outputs = std::min(OUTPUTS, O - o);
+                for (int64_t r = 0; r < pairs; r++) lay(dy + o, dy_row, outputs, r, mine.data());
+                for (int64_t i = 0; i < I / PANEL; i += 3)
+                    for (int64_t w = 0; w < outputs; w += 8) {
+                        const pair *a = mine.data() + w / PANEL * pairs * PANEL + w % PANEL, *b = room.data() + i * pairs * PANEL;
+                        auto multiply = I / PANEL - i == 1 ? product<8, 1> : I / PANEL - i == 2 ? product<8, 2> : product<8, 3>;
+                        multiply(a, 1, PANEL, b, pairs * PANEL, pairs, dw + (o + w) * I + i * PANEL, I, add || first);
+                    }
+            }
+        }
+    }
+}
+
+// logits (M, V) = h Wᵀ rounded to bf16, h (M, D), W (V, D), and log_sums (M) = log Σ exp of them; V a multiple of 16, D of 32.
+void loss_logits(const bf16* h, const bf16* w, bf16* logits, float* log_sums, int64_t M, int64_t V, int64_t D) {
+    constexpr int64_t SPAN = 4096, WORDS = 64;
+    const int64_t strips = (M + STRIP - 1) / STRIP, rows = strips * STRIP, spans = (V + SPAN - 1) / SPAN;
+    std::vector<bf16> padded(rows * D, 0);
+    memcpy(padded.data(), h, M * D * sizeof(bf16));
+    std::vector<float> tops(spans * M, -3e38f), totals(spans * M, 0);       // of a span's scores in powers of two, row by row
+#pragma omp parallel
+    {
+        std::vector<pair> words(WORDS * D / 2);
+        std::vector<float> scores(STRIP * WORDS);
+#pragma omp for schedule(dynamic)
+        for (int64_t span = 0; span < spans; span++)
+            for (int64_t word = span * SPAN; word < std::min(V, (span + 1) * SPAN); word += WORDS) {
+                const int wide = std::min(WORDS, V - word) / PANEL;
+                for (int n = 0; n < wide; n++) across(w + (word + n * PANEL) * D, D, PANEL, D, &words[n * PANEL * D / 2]);
+                for (int64_t first = 0; first < M; first += STRIP) {
+                    strip_product((const pair*)&padded[first * D], D / 2, words.data(), PANEL * D / 2, D / 2, scores.data(), WORDS, wide, false);
+                    for (int64_t r = first; r < std::min(M, first + STRIP); r++) {
+                        __m512 x[WORDS / PANEL], top = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
+                        for (int n = 0; n < wide; n++) {
+                            bf16* to = logits + r * V + word + n * PANEL;
+                            store(to, _mm512_loadu_ps(&scores[(r - first) * WORDS + n * PANEL]));
+                            x[n] = _mm512_mul_ps(load(to), _mm512_set1_ps(LOG2_E));
+                            top = _mm512_max_ps(top, x[n]);
+                        }
+                        float &highest = tops[span * M + r], &sum = totals[span * M + r];
+                        const float higher = std::max(highest, _mm512_reduce_max_ps(top));
+                        for (int n = 0; n < wide; n++) total = _mm512_add_ps(total, exp2(_mm512_sub_ps(x[n], _mm512_set1_ps(higher))));
+                        sum = sum * std::exp2(highest - higher) + _mm512_reduce_add_ps(total), highest = higher;
+                    }
+                }
+            }
+    }
+    for (int64_t r = 0; r < M; r++) {
+        float top = -3e38f;
+        double total = 0;
+        for (int64_t span = 0; span < spans; span++) top = std::max(top, tops[span * M + r]);
+        for (int64_t span = 0; span < spans; span++) total += totals[span * M + r] * std::exp2((double)tops[span * M + r] - top);
+        log_sums[r] = (top + std::log2(total)) / (double)LOG2_E;
+    }
+}
+
+// In the logits' place softmax − onehot(target); zeros where the target is negative.
+void loss_gradient(bf16* logits, const float* log_sums, const int64_t* targets, int64_t M, int64_t V) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < M; r++) {
+        bf16* row = logits + r * V;
+        if (targets[r] < 0) {
+            memset(row, 0, V * sizeof(bf16));
+            continue;
+        }
+        const uint32_t bits = (uint32_t)row[targets[r]] << 16;
+        float logit;
+        memcpy(&logit, &bits, sizeof logit);
+        for (int64_t word = 0; word < V; word += PANEL)
+            store(row + word, exp2(_mm512_mul_ps(_mm512_sub_ps(load(row + word), _mm512_set1_ps(log_sums[r])), _mm512_set1_ps(LOG2_E))));
+        _mm_storeu_si16(row + targets[r], (__m128i)_mm_cvtneps_pbh(_mm_set1_ps(std::expm1(logit - log_sums[r]))));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Norms (norm_kernels.py): rows of D, a multiple of 32, `heads` of them side by side, which lie `x_row` apart in x and are
+// row-major elsewhere. cos and sin (rows / heads, D), whose halves are alike. residual, cos and sin, and dw may be null.
+
+void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf16* cos, const bf16* sin, bf16* y, float* r, float eps, int64_t x_row,
+                  int64_t heads, int64_t M, int64_t D) {
+    const __m512 one = _mm512_set1_ps(1);
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < M; row++) {
+        const bf16 *from = x + row / heads * x_row + row % heads * D, *c = cos + row / heads * D, *s = sin + row / heads * D;
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t i = 0; i < D; i += PANEL) squares = _mm512_fmadd_ps(load(from + i), load(from + i), squares);
+        r[row] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + eps);
+        const __m512 scale = _mm512_set1_ps(r[row]);
+        auto normed = [&](int64_t i) { return _mm512_mul_ps(_mm512_mul_ps(load(from + i), scale), _mm512_add_ps(one, _mm512_loadu_ps(w + i))); };
+        bf16* to = y + row * D;
+        if (cos)
+            for (int64_t i = 0, j = D / 2; i < D / 2; i += PANEL, j += PANEL) {
+                const __m512 low = normed(i), high = normed(j);
+                store(to + i, _mm512_fmsub_ps(low, load(c + i), _mm512_mul_ps(high, load(s + i))));
+                store(to + j, _mm512_fmadd_ps(high, load(c + i), _mm512_mul_ps(low, load(s + i))));
+            }
+        else
+            for (int64_t i = 0; i < D; i += PANEL) store(to + i, residual ? _mm512_add_ps(normed(i), load(residual + row * D + i)) : normed(i));
+    }
+}
+
+void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* sin, const bf16* dy, const float* r, bf16* dx, float* dw, int64_t x_row,
+                   int64_t heads, int64_t M, int64_t D) {
+    constexpr int64_t ROWS = 256;                                           // that add up their share of dw
+    const int64_t parts = (M + ROWS - 1) / ROWS;
+    std::vector<float> shares(dw ? parts * D : 0, 0);
+#pragma omp parallel
+    {
+        std::vector<float> dn(D);
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t row = part * ROWS; row < std::min(M, (part + 1) * ROWS); row++) {
+                const bf16 *from = x + row / heads * x_row + row % heads * D, *c = cos + row / heads * D, *s = sin + row / heads * D, *d = dy + row * D;
+                for (int64_t i = 0, j = D / 2; i < D / 2; i += PANEL, j += PANEL) {
+                    const __m512 low = load(d + i), high = load(d + j);
+                    _mm512_storeu_ps(&dn[i], cos ? _mm512_fmadd_ps(low, load(c + i), _mm512_mul_ps(high, load(s + i))) : low);
+                    _mm512_storeu_ps(&dn[j], cos ? _mm512_fmsub_ps(high, load(c + i), _mm512_mul_ps(low, load(s + i))) : high);
+                }
+                const __m512 scale = _mm512_set1_ps(r[row]);
+                __m512 along = _mm512_setzero_ps();
+                for (int64_t i = 0; i < D; i += PANEL) {
+                    const __m512 n = _mm512_loadu_ps(&dn[i]), unit = _mm512_mul_ps(load(from + i), scale);
+                    if (dw) _mm512_storeu_ps(&shares[part * D + i], _mm512_fmadd_ps(n, unit, _mm512_loadu_ps(&shares[part * D + i])));
+                    const __m512 g = _mm512_fmadd_ps(n, _mm512_loadu_ps(w + i), n);
+                    along = _mm512_fmadd_ps(g, unit, along);
+                    _mm512_storeu_ps(&dn[i], g);
+                }
+                along = _mm512_set1_ps(_mm512_reduce_add_ps(along) / D);
+                for (int64_t i = 0; i < D; i += PANEL)
+                    store(dx + row * D + i,
+                          _mm512_mul_ps(scale, _mm512_fnmadd_ps(_mm512_mul_ps(load(from + i), scale), along, _mm512_loadu_ps(&dn[i]))));
+            }
+    }
+    if (dw)
+        for (int64_t i = 0; i < D; i++) {
+            dw[i] = 0;
+            for (int64_t part = 0; part < parts; part++) dw[i] += shares[part * D + i];
+        }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gates (geglu_kernels.py): rows of F, a multiple of 16, which lie gate_row and up_row apart; h or dh row-major, dgate and dup
+// halves of rows of 2 F. h or dh is null.
+
+void geglu(const bf16* gate, const bf16* up, bf16* h, const bf16* dh, bf16* made, int64_t gate_row, int64_t up_row, int64_t M, int64_t F) {
+    const __m512 one = _mm512_set1_ps(1), cubic = _mm512_set1_ps(0.044715f), steep = _mm512_set1_ps(1.5957691216057308f);
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < M; row++)
+        for (int64_t i = 0; i < F; i += PANEL) {
+            const __m512 g = load(gate + row * gate_row + i), u = load(up + row * up_row + i), bent = _mm512_mul_ps(cubic, _mm512_mul_ps(g, g));
+            const __m512 twice = _mm512_mul_ps(steep, _mm512_fmadd_ps(g, bent, g));                                             // 2z
+            const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, exp2(_mm512_mul_ps(twice, _mm512_set1_ps(-LOG2_E)))));   // σ(2z)
+            const __m512 value = _mm512_mul_ps(g, share);
+            if (h) store(h + row * F + i, _mm512_mul_ps(value, u));
+            if (!dh) continue;
+            const __m512 d = load(dh + row * F + i), rise = _mm512_mul_ps(steep, _mm512_fmadd_ps(_mm512_set1_ps(3), bent, one));
+            const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(value, rise), _mm512_sub_ps(one, share), share);
+            store(made + row * 2 * F + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope));
+            store(made + row * 2 * F + F + i, _mm512_mul_ps(d, value));
+        }
 }
 }
