@@ -26,14 +26,6 @@ constexpr int STRIP = 12, PANEL = 16;       // rows of one product, and columns 
 // ---------------------------------------------------------------------------------------------------------------------
 // Products
 
-struct Span {
-    int lo, hi;
-    int size() const { return hi - lo; }
-};
-
-// The panels in which keys lie.
-inline Span panels(Span keys) { return keys.size() > 0 ? Span{keys.lo / PANEL, (keys.hi + PANEL - 1) / PANEL} : Span{0, 0}; }
-
 // C (MR, NP · 16) = A B, or += with `add`, over `count` pairs: A's pair k of row m at a[m · am + k · ak], B's panels `bn` apart,
 // C's rows `cm`.
 template <int MR, int NP>
@@ -117,7 +109,8 @@ inline __m512 exp2(__m512 x) {
     x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.f)), _mm512_set1_ps(127.f));
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
     __m512 y = _mm512_set1_ps(1.5403530e-4f);
-    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f}) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
+        y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
     return _mm512_scalef_ps(y, n);
 }
 
@@ -131,6 +124,14 @@ constexpr float LOG2_E = 1.44269504f;
 // dO and Q of a block along for dV = Pᵀ dO and dK = dSᵀ Q. P and dS of a block lie as [panels][rows / 2][16 keys], pairs of rows.
 //
 // One loop over blocks gives O and P; in the backward pass one over blocks gives dS and dQ, one over keys dK and dV.
+
+struct Span {
+    int lo, hi;
+    int size() const { return hi - lo; }
+};
+
+// The panels in which keys lie.
+inline Span panels(Span keys) { return keys.size() > 0 ? Span{keys.lo / PANEL, (keys.hi + PANEL - 1) / PANEL} : Span{0, 0}; }
 
 // Which of a panel's keys lie within these.
 inline __mmask16 inside(int panel, Span keys) {
@@ -242,7 +243,8 @@ struct Strip {
         const pair* a = (const pair*)weights.data();
         const int wide = call.H / PANEL;
         strip_product(a, width / 2, along + old.lo * half * PANEL, panel, old.size() * half, &sums[0], call.H, wide, false);
-        strip_product(a + old.size() * half, width / 2, along + own.lo * half * PANEL, panel, own.size() * half, &sums[0], call.H, wide, true);
+        strip_product(a + old.size() * half, width / 2, along + own.lo * half * PANEL, panel, own.size() * half, &sums[0], call.H, wide,
+                      true);
         for (int i = 0; i < count; i++)
             for (int h = 0; h < call.H; h += PANEL)
                 store(x + block.at(first + i) + h, _mm512_mul_ps(_mm512_loadu_ps(&sums[i * call.H + h]), _mm512_set1_ps(scale)));
@@ -273,7 +275,8 @@ void store_columns(const Call& call, const float* sums, float scale, bf16* x, in
         for (int j = 0; j < PANEL; j++) r[j] = _mm512_loadu_si512(sums + (h + j) * PANEL);
         transpose(r);
         for (int j = 0; j < std::min<int64_t>(PANEL, call.keys - panel * PANEL); j++)
-            store(x + ((int64_t)(panel * PANEL + j) * call.K + head) * call.H + h, _mm512_mul_ps(_mm512_castsi512_ps(r[j]), _mm512_set1_ps(scale)));
+            store(x + ((int64_t)(panel * PANEL + j) * call.K + head) * call.H + h,
+                  _mm512_mul_ps(_mm512_castsi512_ps(r[j]), _mm512_set1_ps(scale)));
     }
 }
 
@@ -330,8 +333,9 @@ void attention_forward(const Call* given, const bf16* q, const bf16* k, const bf
                 for (int r = 0; r < STRIP; r += 2)
                     for (int c = 0; c < strip.columns; c++) {
                         const float* scores = &strip.scores[r * strip.width + c * PANEL];
-                        const __m512i pairs = strip.keep(r, c, _mm512_mul_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(shares[r])),
-                                                         _mm512_mul_ps(_mm512_loadu_ps(scores + strip.width), _mm512_set1_ps(shares[r + 1])));
+                        const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(shares[r]));
+                        const __m512 high = _mm512_mul_ps(_mm512_loadu_ps(scores + strip.width), _mm512_set1_ps(shares[r + 1]));
+                        const __m512i pairs = strip.keep(r, c, low, high);
                         if (mine) _mm512_storeu_si512(mine + strip.place(block, c, r), pairs);
                     }
                 strip.give(block, v_along + block.head * call.laid_out(), 1, out);
@@ -341,8 +345,8 @@ void attention_forward(const Call* given, const bf16* q, const bf16* k, const bf
 }
 
 // dQ, dK and dV of dO and of the P that the forward pass gave; all bf16.
-void attention_backward(const Call* given, const bf16* q, const bf16* k, const bf16* v, const bf16* dout, const pair* p, bf16* dq, bf16* dk, bf16* dv,
-                        pair* room) {
+void attention_backward(const Call* given, const bf16* q, const bf16* k, const bf16* v, const bf16* dout, const pair* p, bf16* dq, bf16* dk,
+                        bf16* dv, pair* room) {
     const Call& call = *given;
     const Places places(call);
     const int H = call.H, panels = call.key_panels();
@@ -471,7 +475,8 @@ void loss_logits(const bf16* h, const bf16* w, bf16* logits, float* log_sums, in
                 const int wide = std::min(WORDS, V - word) / PANEL;
                 for (int n = 0; n < wide; n++) across(w + (word + n * PANEL) * D, D, PANEL, D, &words[n * PANEL * D / 2]);
                 for (int64_t first = 0; first < M; first += STRIP) {
-                    strip_product((const pair*)&padded[first * D], D / 2, words.data(), PANEL * D / 2, D / 2, scores.data(), WORDS, wide, false);
+                    const pair* strip = (const pair*)&padded[first * D];
+                    strip_product(strip, D / 2, words.data(), PANEL * D / 2, D / 2, scores.data(), WORDS, wide, false);
                     for (int64_t r = first; r < std::min(M, first + STRIP); r++) {
                         __m512 x[WORDS / PANEL], top = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
                         for (int n = 0; n < wide; n++) {
@@ -519,8 +524,8 @@ void loss_gradient(bf16* logits, const float* log_sums, const int64_t* targets, 
 // Norms (norm_kernels.py): rows of D, a multiple of 32, `heads` of them side by side, which lie `x_row` apart in x and are
 // row-major elsewhere. cos and sin (rows / heads, D), whose halves are alike. residual, cos and sin, and dw may be null.
 
-void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf16* cos, const bf16* sin, bf16* y, float* r, float eps, int64_t x_row,
-                  int64_t heads, int64_t M, int64_t D) {
+void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf16* cos, const bf16* sin, bf16* y, float* r, float eps,
+                  int64_t x_row, int64_t heads, int64_t M, int64_t D) {
     const __m512 one = _mm512_set1_ps(1);
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < M; row++) {
@@ -529,7 +534,9 @@ void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf1
         for (int64_t i = 0; i < D; i += PANEL) squares = _mm512_fmadd_ps(load(from + i), load(from + i), squares);
         r[row] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + eps);
         const __m512 scale = _mm512_set1_ps(r[row]);
-        auto normed = [&](int64_t i) { return _mm512_mul_ps(_mm512_mul_ps(load(from + i), scale), _mm512_add_ps(one, _mm512_loadu_ps(w + i))); };
+        auto normed = [&](int64_t i) {
+            return _mm512_mul_ps(_mm512_mul_ps(load(from + i), scale), _mm512_add_ps(one, _mm512_loadu_ps(w + i)));
+        };
         bf16* to = y + row * D;
         if (cos)
             for (int64_t i = 0, j = D / 2; i < D / 2; i += PANEL, j += PANEL) {
@@ -538,12 +545,13 @@ void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf1
                 store(to + j, _mm512_fmadd_ps(high, load(c + i), _mm512_mul_ps(low, load(s + i))));
             }
         else
-            for (int64_t i = 0; i < D; i += PANEL) store(to + i, residual ? _mm512_add_ps(normed(i), load(residual + row * D + i)) : normed(i));
+            for (int64_t i = 0; i < D; i += PANEL)
+                store(to + i, residual ? _mm512_add_ps(normed(i), load(residual + row * D + i)) : normed(i));
     }
 }
 
-void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* sin, const bf16* dy, const float* r, bf16* dx, float* dw, int64_t x_row,
-                   int64_t heads, int64_t M, int64_t D) {
+void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* sin, const bf16* dy, const float* r, bf16* dx, float* dw,
+                   int64_t x_row, int64_t heads, int64_t M, int64_t D) {
     constexpr int64_t ROWS = 256;                                           // that add up their share of dw
     const int64_t parts = (M + ROWS - 1) / ROWS;
     std::vector<float> shares(dw ? parts * D : 0, 0);
@@ -553,7 +561,8 @@ void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* s
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < parts; part++)
             for (int64_t row = part * ROWS; row < std::min(M, (part + 1) * ROWS); row++) {
-                const bf16 *from = x + row / heads * x_row + row % heads * D, *c = cos + row / heads * D, *s = sin + row / heads * D, *d = dy + row * D;
+                const bf16 *from = x + row / heads * x_row + row % heads * D, *c = cos + row / heads * D, *s = sin + row / heads * D;
+                const bf16* d = dy + row * D;
                 for (int64_t i = 0, j = D / 2; i < D / 2; i += PANEL, j += PANEL) {
                     const __m512 low = load(d + i), high = load(d + j);
                     _mm512_storeu_ps(&dn[i], cos ? _mm512_fmadd_ps(low, load(c + i), _mm512_mul_ps(high, load(s + i))) : low);
@@ -590,7 +599,8 @@ void geglu(const bf16* gate, const bf16* up, bf16* h, const bf16* dh, bf16* made
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < M; row++)
         for (int64_t i = 0; i < F; i += PANEL) {
-            const __m512 g = load(gate + row * gate_row + i), u = load(up + row * up_row + i), bent = _mm512_mul_ps(cubic, _mm512_mul_ps(g, g));
+            const __m512 g = load(gate + row * gate_row + i), u = load(up + row * up_row + i);
+            const __m512 bent = _mm512_mul_ps(cubic, _mm512_mul_ps(g, g));
             const __m512 twice = _mm512_mul_ps(steep, _mm512_fmadd_ps(g, bent, g));                                             // 2z
             const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, exp2(_mm512_mul_ps(twice, _mm512_set1_ps(-LOG2_E)))));   // σ(2z)
             const __m512 value = _mm512_mul_ps(g, share);

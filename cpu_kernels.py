@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import warnings
@@ -31,15 +30,15 @@ def library() -> ctypes.CDLL | None:
 def compiled(source: Path) -> ctypes.CDLL | None:
     """The functions of a C++ file, compiled once and kept in `cache_folder`.
 
-    None on a CPU without AVX512-BF16, or one with AMX, by which oneDNN's products are faster; where there is no g++ (or $CXX), or,
-    with a warning, where it fails.
+    None on a CPU without AVX512-BF16, or one with AMX, by which oneDNN's products are faster; or, with a warning, where there is no
+    g++ (or $CXX) or it fails.
     """
     def has(feature: str) -> bool:
         return getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)()
 
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if not compiler or not has("avx512_bf16") or has("amx_tile"):
+    if not has("avx512_bf16") or has("amx_tile"):
         return None
+    compiler = os.environ.get("CXX", "g++")
     key = hashlib.sha256(json.dumps([compiler, FLAGS, source.read_text(encoding="utf-8")]).encode()).hexdigest()
     try:
         library = cache_folder() / f"{source.stem}-{key[:16]}.so"
@@ -52,7 +51,8 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         why = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        warnings.warn(f"{source.name} is left out, and a step takes a fifth longer: {compiler}: {why.strip()[:300]}", stacklevel=2)
+        warnings.warn(f"{source.name} is left out, and a step takes a quarter longer; it needs g++, or $CXX. {why.strip()[:300]}",
+                      stacklevel=2)
         return None
 
 

@@ -119,8 +119,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kernels", choices=("auto", "triton", "torch"), default="auto", help="who computes the adapters' linears: Triton's "
         "kernels, PyTorch, or whichever is faster on this GPU, timed at the start (on a CPU PyTorch; auto lays the frozen bf16 weights out "
         "in oneDNN's blocks first, some per cent faster for twice their memory, unless activations are checkpointed)")
-    add("--compile", action="store_true", help="let torch.compile make one loop of each norm and gate that no kernel computes: some per "
-        "cent faster on a CPU; the first start takes half a minute more and needs a C++ compiler")
+    add("--compile", action="store_true", help="let torch.compile make one loop of each norm and gate that no kernel of ours computes: "
+        "some per cent faster on a CPU without AVX512-BF16, or in fp32; the first start takes half a minute more and needs a C++ compiler")
 
     add("--cuda-graph", action="store_true", help="record passes as CUDA graphs and launch each as one, for steps so small that the GPU "
         "waits for the host; the first pass of each size takes seconds, all are filled up to one, by an eighth at most, and memory doubles")

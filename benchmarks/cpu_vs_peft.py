@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
+import cpu_kernels  # noqa: E402
 import train  # noqa: E402
 from data import Example  # noqa: E402
 from triton_support import has_compiler  # noqa: E402
@@ -234,7 +235,7 @@ def main() -> None:
             elif args.device == "cpu":
                 if (cores := torch.get_num_threads()) > 1 and not args.full:
                     ways["ours, a process a core"] = (args.steps, [], cores)
-                if has_compiler():
+                if has_compiler() and not (args.dtype == "bf16" and cpu_kernels.takes()):           # or it has nothing to do
                     ways |= {f"{name}, --compile": (steps, ["--compile"], processes) for name, (steps, _, processes) in ways.items()}
             runs: dict[str, list] = {name: [] for name in (*ways, "peft")}
             for _ in range(args.repeats):

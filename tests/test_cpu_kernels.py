@@ -55,12 +55,15 @@ def test_a_cpp_file_that_cannot_be_compiled_or_kept_is_left_out_with_a_warning(c
         assert compiled(cpp) is None
 
 
-@pytest.mark.parametrize("missing", ["compiler", "avx512_bf16", "amx_tile"])
-def test_cpp_is_for_cpus_that_gain_by_it(cpp, monkeypatch, missing):
-    if missing == "compiler":
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    else:
-        monkeypatch.setattr(torch.cpu, f"_is_{missing}_supported", lambda: missing == "amx_tile", raising=False)
+def test_a_missing_compiler_is_told_of(cpp, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="it needs g\\+\\+, or \\$CXX.*no-such-compiler"):
+        assert compiled(cpp) is None
+
+
+@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_tile"])
+def test_cpp_is_for_cpus_that_gain_by_it(cpp, monkeypatch, feature):
+    monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: feature == "amx_tile", raising=False)
     assert compiled(cpp) is None
 
 
