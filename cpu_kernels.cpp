@@ -104,9 +104,9 @@ inline void along(const bf16* low, const bf16* high, int H, pair* to, int64_t ap
         _mm512_storeu_si512(to, paired(low ? load16(low + h) : _mm512_setzero_si512(), high ? load16(high + h) : _mm512_setzero_si512()));
 }
 
-// 2^x.
+// 2^x; NaN of NaN, which is why x is the second operand.
 inline __m512 exp2(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.f)), _mm512_set1_ps(127.f));
+    x = _mm512_min_ps(_mm512_set1_ps(127.f), _mm512_max_ps(_mm512_set1_ps(-150.f), x));
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
     __m512 y = _mm512_set1_ps(1.5403530e-4f);
     for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})

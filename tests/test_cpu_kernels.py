@@ -14,9 +14,11 @@ from conftest import NEEDS_CPP
 
 import cpu_kernels
 import model
+from attention_kernels import attention, plan
 from cpu_kernels import compiled, weight_gradient
 from geglu_kernels import geglu
 from loss_kernels import IGNORE, linear_cross_entropy
+from norm_kernels import rms_norm
 
 NEEDS_GXX = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="SKIPPED: no g++")
 
@@ -160,10 +162,29 @@ def test_large_logits_and_rows_without_loss(generator, poisoned):
 
 
 @NEEDS_CPP
+def test_what_is_not_a_number_stays_none(generator):
+    def some(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    hidden, weight, targets = some(20, 32), some(512, 32), torch.arange(20)
+    hidden[7, 3] = torch.nan
+    assert linear_cross_entropy(hidden, weight, targets).isnan()
+    x, gate = some(9, 64), some(9, 64)
+    x[4, 5] = gate[4, 5] = torch.nan
+    assert torch.equal(rms_norm(x, torch.ones(64), 1e-6).isnan().any(dim=1), torch.arange(9) == 4)
+    assert torch.equal(geglu(gate, some(9, 64)).isnan(), gate.isnan())
+    q, k, v = some(30, 4, 32), some(30, 1, 32), some(30, 1, 32)
+    k[20, 0, 1] = torch.nan
+    out = attention(q, k, v, 0.3, plan([10, 20], 8, torch.bfloat16, torch.device("cpu"), (4, 1, 32)))
+    seen = (torch.arange(30) >= 20) & (torch.arange(30) < 28)
+    assert torch.equal(out.isnan().all(dim=(1, 2)), seen) and torch.equal(out.isnan().any(dim=(1, 2)), seen)
+
+
+@NEEDS_CPP
 @pytest.mark.parametrize(("sound", "broken", "wrong"), [
     ("/ D + eps)", "/ D + 1)", {"y"}), ("_mm512_fmsub_ps(low, load(c + i), _mm512_mul_ps(high, load(s + i)))", "low", {"y"}),
     ("load(residual + row * D + i)) : normed(i)", "load(residual + i)) : normed(i)", {"y"}), ("dw[i] += shares[part * D + i]", "dw[i] = shares[part * D + i]", {"dw"}),
-    ("_mm512_reduce_add_ps(along) / D", "_mm512_reduce_add_ps(along)", {"dx"}), ("row % heads * D, *c = cos + row / heads * D, *s = sin + row / heads * D, *d", "0, *c = cos + row / heads * D, *s = sin + row / heads * D, *d", {"dx"}),
+    ("_mm512_reduce_add_ps(along) / D", "_mm512_reduce_add_ps(along)", {"dx"}), ("bf16* d = dy + row * D;", "bf16* d = dy + row / 2 * D;", {"dx"}),
     ("load(up + row * up_row + i)", "load(up + row * F + i)", {"h", "dgate"}), ("(_mm512_set1_ps(3), bent, one)", "(_mm512_set1_ps(2), bent, one)", {"dgate"}),
     ("made + row * 2 * F + F + i, _mm512_mul_ps(d, value)", "made + row * 2 * F + F + i, value", {"dup"}),
     ("sum = sum * std::exp2(highest - higher)", "sum = sum", {"loss"}), ("std::expm1(logit - log_sums[r])", "std::exp(logit - log_sums[r])", {"dhidden", "dweight"}),
