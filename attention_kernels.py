@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cpu_kernels import call, takes
 from triton_support import can_run, cdiv, jit, next_power_of_2, precision, sent, tl, tuned
@@ -372,20 +373,21 @@ class _AttentionByCpp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Tables) -> Tensor:
-        q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), torch.empty(q.shape, dtype=q.dtype)
+        q, k, v, out = q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(q.shape)
         own = _Call(q, k, scale, plan)
-        weights = torch.empty(call("attention_weights", own), dtype=torch.int32) if any(ctx.needs_input_grad) else None
-        call("attention_forward", own, q, k, v, out, weights, torch.empty(call("attention_room", own, False), dtype=torch.int32))
+        weights = q.new_empty(call("attention_weights", own), dtype=torch.int32) if any(ctx.needs_input_grad) else None
+        call("attention_forward", own, q, k, v, out, weights, q.new_empty(call("attention_room", own, False), dtype=torch.int32))
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.plan = scale, plan
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, weights = ctx.saved_tensors
         own, (dq, dk, dv) = _Call(q, k, ctx.scale, ctx.plan), map(torch.empty_like, (q, k, v))
         call("attention_backward", own, q, k, v, dout.contiguous(), weights, dq, dk, dv,
-             torch.empty(call("attention_room", own, True), dtype=torch.int32))
+             q.new_empty(call("attention_room", own, True), dtype=torch.int32))
         return dq, dk, dv, None, None
 
 
@@ -472,12 +474,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Sequence[Tile
     """O = softmax(s Q Kᵀ) V; gradients for q, k and v.
 
     q (T, N, H); k and v (keys, K, H), each kv head serving N/K query heads; plan: of `plan`. Returns (T, N, H). Raises
-    ValueError where kernels would read tokens that are not there.
+    ValueError where kernels or C++ would read what is not there.
     """
     if isinstance(plan, Tables):
         keys = plan.seen.shape[1]
         if (len(q), len(k), len(v)) != (keys - plan.first_query, keys, keys):
             raise ValueError(f"q, k and v have {len(q)}, {len(k)} and {len(v)} tokens, the plan is for {keys - plan.first_query} queries "
                              f"and {keys} keys; make it from the lengths of these documents")
+        if plan.by_cpp and not (takes(q[..., :0], k[..., :0], v[..., :0]) and k.shape == v.shape and q.shape[2] == k.shape[2]
+                                and q.shape[2] % 32 == q.shape[1] % k.shape[1] == 0):
+            raise ValueError(f"C++ takes bf16 on a CPU, H a multiple of 32 and N of K; got {q.dtype}, {tuple(q.shape)}, {tuple(k.shape)} "
+                             f"and {tuple(v.shape)}")
         return (_AttentionByCpp if plan.by_cpp else _AttentionByTriton).apply(q, k, v, scale, plan)
     return (attention_reference if q.is_cuda else _Attention.apply)(q, k, v, scale, plan)

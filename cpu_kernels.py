@@ -42,18 +42,27 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     key = hashlib.sha256(json.dumps([compiler, FLAGS, source.read_text(encoding="utf-8")]).encode()).hexdigest()
     try:
         library = cache_folder() / f"{source.stem}-{key[:16]}.so"
-        if not library.exists():
+        if not _is_ours_alone(library):
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:                         # others may be at it, too
                 made = Path(folder) / library.name
-                subprocess.run([compiler, *FLAGS.split(), "-o", str(made), str(source)], check=True, capture_output=True, text=True)
+                subprocess.run([compiler, *FLAGS.split(), "-o", str(made), str(source)], check=True, capture_output=True, text=True,
+                               errors="replace")
+                made.chmod(0o700)
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())
                 made.rename(library)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         why = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(f"{source.name} is left out, and a step takes a quarter longer; it needs g++, or $CXX. {why.strip()[:300]}",
                       stacklevel=2)
         return None
+
+
+def _is_ours_alone(file: Path) -> bool:
+    """Whether it is there, and nobody else can have written it: its code will run."""
+    return file.exists() and file.stat().st_uid == os.getuid() and not file.stat().st_mode & 0o022
 
 
 def takes(*operands: Tensor) -> bool:
@@ -82,6 +91,7 @@ def multiplies_to_fp32(dy: Tensor, x: Tensor) -> bool:
 
 def weight_gradient(dy: Tensor, x: Tensor, into: Tensor | None = None, add: bool = False) -> Tensor:
     """dYᵀ X (O, I) in fp32, of dY (M, O) and X (M, I); written `into`, or with `add` added to it."""
-    into = torch.empty(dy.shape[1], x.shape[1]) if into is None else into
+    into = dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32) if into is None else into
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
     call("weight_gradient", dy, x.contiguous(), into, dy.stride(0), *dy.shape, x.shape[1], add)
     return into

@@ -134,7 +134,7 @@ class _GeGLU(torch.autograd.Function):
 
 
 def _takes_cpp(gate: Tensor, up: Tensor) -> bool:
-    return gate.shape[1] % 16 == 0 and cpu_kernels.takes(gate, up)
+    return gate.shape == up.shape and gate.shape[1] % 16 == 0 and cpu_kernels.takes(gate, up)
 
 
 def _use_triton(by_triton: bool | None, gate: Tensor, up: Tensor) -> bool:

@@ -175,17 +175,17 @@ def _takes_cpp(hidden: Tensor, matrix: Tensor) -> bool:
 def _chunk_by_cpp(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
     """As `_chunk_by_triton`.  The logits are rounded to bf16 once; their sums and the gradient follow from those."""
     M, (V, D) = len(hidden), matrix.shape
-    logits, log_sum = hidden.new_empty(M, V) if dlogits is None else dlogits, torch.empty(M)
+    logits, log_sum = hidden.new_empty(M, V) if dlogits is None else dlogits, hidden.new_empty(M, dtype=torch.float32)
     cpu_kernels.call("loss_logits", hidden.contiguous(), matrix, logits, log_sum, M, V, D)
-    losses = (log_sum - logits.gather(1, target[:, None].clamp_min(0))[:, 0]).masked_fill_(target < 0, 0)
+    losses = (log_sum - logits.gather(1, target[:, None].clamp_min(0))[:, 0]).clamp_min(0).masked_fill_(target < 0, 0)
     if dlogits is not None:
-        cpu_kernels.call("loss_gradient", logits, log_sum, target.contiguous(), M, V)
+        cpu_kernels.call("loss_gradient", logits, log_sum, target.long().contiguous(), M, V)
     return losses.sum()
 
 
 def _weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, add: bool, by_triton: bool) -> None:
     """dweight (V, D) fp32 = dlogitsᵀ hidden, or += where `add`."""
-    if not by_triton and dweight.is_contiguous() and cpu_kernels.multiplies_to_fp32(dlogits, hidden):
+    if not by_triton and dweight.dtype == torch.float32 and dweight.is_contiguous() and cpu_kernels.multiplies_to_fp32(dlogits, hidden):
         cpu_kernels.weight_gradient(dlogits, hidden, dweight, add)
         return
     if not by_triton:

@@ -22,6 +22,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import cpu_kernels
@@ -170,6 +171,7 @@ class _LinearOfMasters(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
         return dy @ weight if ctx.needs_input_grad[0] else None, cpu_kernels.weight_gradient(dy, x)

@@ -121,7 +121,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None,
                 by_triton: bool) -> Tensor:
-        by_cpp = not by_triton and _takes_cpp(x, residual, rope)
+        by_cpp = not by_triton and _takes_cpp(x, weight, residual, rope)
         if by_triton:
             y, r = _forward_by_triton(x, weight, eps, residual, rope)
         elif by_cpp:
@@ -150,15 +150,15 @@ class _RMSNorm(torch.autograd.Function):
         return (dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None, dy if need_residual else None, None, None)
 
 
-def _takes_cpp(x: Tensor, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> bool:
+def _takes_cpp(x: Tensor, weight: Tensor, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> bool:
     others = [*(rope or ()), *([] if residual is None else [residual])]
-    return x.dim() in (2, 3) and x.shape[-1] % 32 == 0 and (x.dim() == 2 or x.stride(1) == x.shape[2]) \
-        and all(other.is_contiguous() for other in others) and cpu_kernels.takes(x, *others)
+    return x.dim() in (2, 3) and x.shape[-1] % 32 == 0 and (x.dim() == 2 or x.stride(1) == x.shape[2]) and weight.shape == x.shape[-1:] \
+        and all(other.is_contiguous() for other in (weight, *others)) and cpu_kernels.takes(x, *others)
 
 
 def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
                     rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    y, r = torch.empty(x.shape, dtype=x.dtype), torch.empty(*x.shape[:-1], 1)
+    y, r = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     cpu_kernels.call("norm_forward", x, weight.float(), residual, *(rope or (None, None)), y, r, float(eps), x.stride(0),
                      1 if x.dim() == 2 else x.shape[1], r.numel(), x.shape[-1])
     return y, r
@@ -166,7 +166,7 @@ def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
 
 def _backward_by_cpp(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
                      need_weight: bool) -> tuple[Tensor, Tensor | None]:
-    dx, dw = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[-1]) if need_weight else None
+    dx, dw = x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32) if need_weight else None
     cpu_kernels.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, r, dx, dw, x.stride(0),
                      1 if x.dim() == 2 else x.shape[1], r.numel(), x.shape[-1])
     return dx, dw

@@ -80,7 +80,8 @@ def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) ->
                "--model", args.model, "--data", args.data, "--device", args.device, "--dtype", args.dtype, "--eval-rows",
                str(args.eval_rows),
                *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
-    malloc = f"{train.MALLOC}:glibc.malloc.mmap_threshold=0x2000000"
+    large = "mmap_max=0" if args.one_set else "mmap_threshold=0x2000000"                    # as ours, with which padded fours do not fit
+    malloc = f"{train.MALLOC}:glibc.malloc.{large}"
     environment = os.environ | (train.PLANS | {"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])

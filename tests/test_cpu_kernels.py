@@ -45,6 +45,21 @@ def test_a_cpp_file_is_compiled_once(cpp, monkeypatch):
 
 
 @NEEDS_GXX
+@pytest.mark.parametrize("how", ["another's", "others may write it"])
+def test_a_library_that_another_may_have_written_is_not_run(cpp, monkeypatch, how):
+    compiled(cpp)
+    [library] = (cpp.parent / "cache").iterdir()
+    library.unlink()
+    library.write_bytes(b"foreign")
+    library.chmod(0o700)
+    if how == "another's":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    else:
+        library.chmod(0o720)
+    assert compiled(cpp).twice(21) == 42 and library.stat().st_mode & 0o777 == 0o700
+
+
+@NEEDS_GXX
 def test_a_cpp_file_that_cannot_be_compiled_or_kept_is_left_out_with_a_warning(cpp):
     cpp.write_text("no C++")
     with pytest.warns(UserWarning, match=r"small\.cpp is left out, .*: .*error: "):
@@ -100,9 +115,12 @@ def test_a_linear_of_fp32_masters_has_fp32s_gradient(generator, poisoned, called
     assert called == ["weight_gradient"] and linear.weight.grad.dtype == torch.float32
     assert (linear.weight.grad - exact).norm() < 1e-5 * exact.norm()
     torch.testing.assert_close(x.grad if x.is_leaf else wide.grad[:, :32], dy[:, 48:] @ linear.weight.detach().bfloat16())
+    linear.weight.grad = None
+    linear(x).sum().backward()                                              # an expanded number
+    torch.testing.assert_close(linear.weight.grad, x.detach().float().sum(0).expand(48, 32), rtol=1e-4, atol=1e-3)
     frozen = model.Linear(32, 48).requires_grad_(False)
     frozen(x).backward(dy[:, 48:])
-    assert called == ["weight_gradient"]
+    assert called == ["weight_gradient"] * 2
 
 
 NORMS = ["plain", "residual", "rotated", "one-head", "one-row"]
@@ -169,13 +187,19 @@ def test_what_is_not_a_number_stays_none(generator):
     hidden, weight, targets = some(20, 32), some(512, 32), torch.arange(20)
     hidden[7, 3] = torch.nan
     assert linear_cross_entropy(hidden, weight, targets).isnan()
+    hidden[7, 3], weight[300, 0] = 1, torch.nan                             # a word that is no target
+    assert linear_cross_entropy(hidden, weight, targets).isnan()
     x, gate = some(9, 64), some(9, 64)
     x[4, 5] = gate[4, 5] = torch.nan
     assert torch.equal(rms_norm(x, torch.ones(64), 1e-6).isnan().any(dim=1), torch.arange(9) == 4)
     assert torch.equal(geglu(gate, some(9, 64)).isnan(), gate.isnan())
     q, k, v = some(30, 4, 32), some(30, 1, 32), some(30, 1, 32)
     k[20, 0, 1] = torch.nan
-    out = attention(q, k, v, 0.3, plan([10, 20], 8, torch.bfloat16, torch.device("cpu"), (4, 1, 32)))
+    table = plan([10, 20], 8, torch.bfloat16, torch.device("cpu"), (4, 1, 32))
+    for others in ((q.float(), k, v), (q, k, v.expand(30, 2, 32)), (q[..., :16], k[..., :16], v[..., :16])):
+        with pytest.raises(ValueError, match="takes bf16 on a CPU"):
+            attention(*others, 0.3, table)
+    out = attention(q, k, v, 0.3, table)
     seen = (torch.arange(30) >= 20) & (torch.arange(30) < 28)
     assert torch.equal(out.isnan().all(dim=(1, 2)), seen) and torch.equal(out.isnan().any(dim=(1, 2)), seen)
 
