@@ -481,7 +481,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Sequence[Tile
         if (len(q), len(k), len(v)) != (keys - plan.first_query, keys, keys):
             raise ValueError(f"q, k and v have {len(q)}, {len(k)} and {len(v)} tokens, the plan is for {keys - plan.first_query} queries "
                              f"and {keys} keys; make it from the lengths of these documents")
-        if plan.by_cpp and not (takes(q[..., :0], k[..., :0], v[..., :0]) and k.shape == v.shape and q.shape[2] == k.shape[2]
+        if plan.by_cpp and not (takes(q, k, v) and k.shape == v.shape and q.shape[2] == k.shape[2]
                                 and q.shape[2] % 32 == q.shape[1] % k.shape[1] == 0):
             raise ValueError(f"C++ takes bf16 on a CPU, H a multiple of 32 and N of K; got {q.dtype}, {tuple(q.shape)}, {tuple(k.shape)} "
                              f"and {tuple(v.shape)}")

@@ -8,7 +8,6 @@
 // Each result is summed by one thread in an order of its own, however many threads there are: the same bits in every run.
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -410,7 +409,10 @@ void attention_backward(const Call* given, const bf16* q, const bf16* k, const b
                 for (int panel = std::max(lo, block.old.lo); panel < std::min(hi, block.old.hi); panel++)
                     add(panel, panel - block.old.lo, 0, block.strips);
                 for (int panel = std::max(lo, block.own.lo); panel < std::min(hi, block.own.hi); panel++) {
-                    auto sees = [&](int strip) { return block.seen_by(strip).lo <= panel && panel < block.seen_by(strip).hi; };
+                    auto sees = [&](int strip) {
+                        const Span own = block.seen_by(strip);
+                        return own.lo <= panel && panel < own.hi;
+                    };
                     int strip = 0, end = block.strips;
                     while (strip < end && !sees(strip)) strip++;
                     while (strip < end && !sees(end - 1)) end--;

@@ -84,9 +84,9 @@ def call(name: str, *operands: Tensor | ctypes.Structure | bool | int | float | 
     return function(*map(plain, operands))
 
 
-def multiplies_to_fp32(dy: Tensor, x: Tensor) -> bool:
-    """Whether `weight_gradient` takes dY (M, O) and X (M, I)."""
-    return dy.shape[1] % 16 == x.shape[1] % 16 == 0 and takes(dy, x)
+def multiplies_to_fp32(x: Tensor, outputs: int) -> bool:
+    """Whether `weight_gradient` takes x (M, I) and a dY (M, outputs) like it."""
+    return x.dim() == 2 and x.shape[1] % 16 == outputs % 16 == 0 and takes(x)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, into: Tensor | None = None, add: bool = False) -> Tensor:

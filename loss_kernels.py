@@ -185,10 +185,10 @@ def _chunk_by_cpp(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tenso
 
 def _weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, add: bool, by_triton: bool) -> None:
     """dweight (V, D) fp32 = dlogitsᵀ hidden, or += where `add`."""
-    if not by_triton and dweight.dtype == torch.float32 and dweight.is_contiguous() and cpu_kernels.multiplies_to_fp32(dlogits, hidden):
-        cpu_kernels.weight_gradient(dlogits, hidden, dweight, add)
-        return
     if not by_triton:
+        if dweight.dtype == torch.float32 and dweight.is_contiguous() and cpu_kernels.multiplies_to_fp32(hidden, len(dweight)):
+            cpu_kernels.weight_gradient(dlogits, hidden, dweight, add)
+            return
         for words in range(0, len(dweight), CHUNK_WORDS):                       # the product is in 16 bits at first
             part = slice(words, words + CHUNK_WORDS)
             made = dlogits[:, part].T @ hidden
@@ -226,9 +226,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, by_triton: bool, into: Tensor | None) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         matrix = weight if weight.dtype == hidden.dtype else _room("head", *weight.shape, like=hidden).copy_(weight)
-        chunk_loss, chunk_rows = _chunk_by_cpp if _takes_cpp(hidden, matrix) else _chunk_by_pytorch, CHUNK_ROWS
         if by_triton:
             chunk_loss, chunk_rows = _chunk_by_triton, KERNEL_ROWS
+        else:
+            chunk_loss, chunk_rows = _chunk_by_cpp if _takes_cpp(hidden, matrix) else _chunk_by_pytorch, CHUNK_ROWS
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = into
         if need_weight and into is None:

@@ -199,8 +199,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad and self.weight.dtype == torch.float32 and self.out_features % 16 == self.in_features % 16 == 0 \
-                and x.dim() == 2 and cpu_kernels.takes(x):
+        if self.weight.requires_grad and self.weight.dtype == torch.float32 and cpu_kernels.multiplies_to_fp32(x, self.out_features):
             return _LinearOfMasters.apply(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 

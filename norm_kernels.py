@@ -160,15 +160,15 @@ def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
                     rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     y, r = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     cpu_kernels.call("norm_forward", x, weight.float(), residual, *(rope or (None, None)), y, r, float(eps), x.stride(0),
-                     1 if x.dim() == 2 else x.shape[1], r.numel(), x.shape[-1])
+                     _shape(x)["HEADS"], r.numel(), x.shape[-1])
     return y, r
 
 
 def _backward_by_cpp(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
                      need_weight: bool) -> tuple[Tensor, Tensor | None]:
     dx, dw = x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32) if need_weight else None
-    cpu_kernels.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, r, dx, dw, x.stride(0),
-                     1 if x.dim() == 2 else x.shape[1], r.numel(), x.shape[-1])
+    cpu_kernels.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, r, dx, dw, x.stride(0), _shape(x)["HEADS"],
+                     r.numel(), x.shape[-1])
     return dx, dw
 
 
