@@ -756,7 +756,8 @@ def fail(message: str) -> None:
     os._exit(1) if world > 1 else sys.exit(1)            # at once: what other processes would still have to answer is not waited for
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """`main` with the command line's flags; errors that a user can mend are one line, without a traceback."""
     try:
         arguments = parse_args()
         if arguments.device == "cpu":
@@ -771,3 +772,7 @@ if __name__ == "__main__":
         fail(f"another process is gone ({str(error).splitlines()[0]:.200}); its own message says why" if lost else traceback.format_exc())
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli()
