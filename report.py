@@ -116,7 +116,7 @@ def write(run: Path) -> Path:
 
 
 def write_data(folder: Path, name: str, found: dict) -> Path:
-    """Write data.html, about a survey's figures (`Survey.figures`), into a folder; returns its path."""
+    """Write data.html, about the statistics of rows (a dict, as in a run's data.json), into a folder; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     said = f"{found['kept']:,} of {found['rows']:,} rows can be trained on" if found["kept"] else "No row can be trained on"
     sections = (("In figures", figures_of(found)), ("Rows by their tokens", lengths_of(found)), ("Samples", samples_of(found)))
