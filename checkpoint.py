@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import hub
 from data import DEVELOPER_TEXT
 from gradients import like, whole
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
+from storage import hub
 from tokenizer import Tokenizer
 from triton_support import multiplies_bf16
 

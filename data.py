@@ -39,8 +39,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import hub
 from loss_kernels import IGNORE
+from storage import hub
 from tokenizer import Pairs, Segment, Tokenizer, render_around_tools, render_segments, render_tool
 from tokenizer.chat import SCHEMA_KEYS
 from triton_support import sent

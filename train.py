@@ -35,7 +35,6 @@ from safetensors import SafetensorError
 
 import checkpoint
 import data
-import hub
 import report
 import survey
 import token_cache
@@ -44,6 +43,7 @@ from evaluate import evaluate, table
 from gradients import Sharded, Summed, highest, meet, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
+from storage import hub
 from token_cache import Tokens
 from tokenizer import Tokenizer
 from triton_support import compile_passes, has_compiler, multiplies_bf16

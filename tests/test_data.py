@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import data
-import hub
 from data import Example, RowError, deal, json_type, pack, parse_row, query_hash, read_rows, steps, tokens_of
 from loss_kernels import IGNORE
+from storage import hub
 from tokenizer import Tokenizer, render
 
 XLAM = {"id": 1, "query": "weather in Rome?",

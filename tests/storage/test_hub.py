@@ -13,10 +13,10 @@ from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
 
 import data
-import hub
 from checkpoint import load_model
+from storage import hub
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 XLAM = "Salesforce/xlam-function-calling-60k"
 ROWS = [{"id": i, "query": f"weather in city {i}?", "answers": json.dumps([{"name": "get_weather", "arguments": {"city": f"city {i}"}}]),
          "tools": json.dumps([{"name": "get_weather", "description": "Weather", "parameters": {"city": {"type": "str", "description": "City"}}}])}
@@ -25,7 +25,8 @@ JSONL = "\n".join(map(json.dumps, ROWS)).encode()
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-import train, checkpoint, data, hub         # and torch, once for all cases
+import train, checkpoint, data
+from storage import hub         # and torch, once for all cases
 WHAT = {"model": lambda source: [str(checkpoint.fetch_model(source))], "files": lambda source: [str(path) for path in data.fetch(source)],
         "rows": lambda source: [row.query for row in data.read_sources([source])], "pin": lambda source: hub.pin(source, "model"),
         "train": lambda flags: train.main(train.parse_args(flags))}
