@@ -42,11 +42,8 @@ from torch import Tensor
 from loss_kernels import IGNORE
 from storage import hub
 from tokenizer import Pairs, Segment, Tokenizer, render_around_tools, render_segments, render_tool
-from tokenizer.chat import SCHEMA_KEYS
+from tokenizer.chat import DEVELOPER_TEXT, SCHEMA_KEYS
 from triton_support import sent
-
-# Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
-DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
 
 
 def system_text(given: str) -> str:

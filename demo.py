@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import data
 from model import Gemma3, GemmaConfig
+from storage.atomic import whole_file, write_json
+from storage.pretrained import save_model
 from tokenizer import Control, Segment, Tokenizer
 from tokenizer.model_file import train_model_file
 
@@ -184,7 +185,7 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0, config: dict = SMALL) -
         by_query.setdefault(row["query"], row)
     made = list(by_query.values())
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    with checkpoint.whole_file(folder / "rows.jsonl") as temporary:
+    with whole_file(folder / "rows.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
     texts = [text for row in made[:6_000] for text in texts_between_controls(data.parse_row(row, "demo").segments())]
@@ -194,10 +195,10 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0, config: dict = SMALL) -
               "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 32_768,
               "bos_token_id": 2, "eos_token_id": [1, 50, 106], "pad_token_id": 0, "torch_dtype": "bfloat16",
               "vocab_size": vocabulary, **config}
-    checkpoint.write_json(folder / "model" / "config.json", config)
+    write_json(folder / "model" / "config.json", config)
     model = Gemma3(GemmaConfig.from_dict(config))
     model.init_weights(torch.Generator().manual_seed(seed))
-    checkpoint.save_model(model, folder / "model", folder / "model")
+    save_model(model, folder / "model", folder / "model")
     size = sum(p.numel() for p in model.parameters())
     print(f"demo   {rows} rows over {len(TOOLS)} tools, a model of {size / 1e6:.2f} M random parameters, {vocabulary} pieces, in {folder}")
 

@@ -29,14 +29,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoint
 import data
 import report
 from data import Conversation
 from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
 from gradients import meet
 from model import Gemma3
+from storage.adapters import load_tuned, system_of
+from storage.atomic import write_json
+from storage.pretrained import check_device, choose_dtype, load_tokenizer
 from tokenizer import Tokenizer, parse_calls
+from training.host import device_name
 
 CAUSES = ("no call", "unparsable", "wrong count", "wrong function", "missing argument", "extra argument", "wrong type", "wrong argument",
           "unwanted call")
@@ -364,7 +367,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    checkpoint.check_device(args.device)
+    check_device(args.device)
     rank, world, device = meet(args.device) if args.data is not None else (0, 1, torch.device(args.device))
     if rank:                                             # answers its share of the rows, and is silent
         with contextlib.redirect_stdout(None):
@@ -380,7 +383,7 @@ def main(args: argparse.Namespace) -> int:
     if args.data is not None:
         result = evaluate_files(args, (rank, world), device)
         if out:
-            checkpoint.write_json(out, result)
+            write_json(out, result)
     if args.report is not None:
         run = Path(args.report or args.adapter or args.model or "runs/last")
         print(f"report {report.write(run.parent if run.name in ('adapter', 'model') else run)}")
@@ -390,15 +393,15 @@ def main(args: argparse.Namespace) -> int:
 def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device: torch.device) -> dict:
     """Evaluate on `--data`, a share of the rows in each of the processes, and print the figures; returns them."""
     skipped = data.Skipped() if args.skip_invalid else None
-    system = checkpoint.system_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
+    system = system_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
     found = list(data.read_sources(args.data.split(","), skipped, system))
     rows = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)[1][:args.limit]
     for cause, count in (skipped or {}).items():
         print(f"{count} rows skipped: {cause}; the first: {skipped.first[cause]}")
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
-    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, device)
-    result = evaluate(model, checkpoint.load_tokenizer(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
+    model, folder = load_tuned(args.model, args.adapter, args.dtype, device)
+    result = evaluate(model, load_tokenizer(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
                       say=lambda text: print(text, flush=True), processes=processes)
     files = result.get("files", {})
     print(table({**(files if len(files) <= 6 else {}), "all": result}))
@@ -406,7 +409,7 @@ def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device:
         print(f"{name:<26}{low:>9.1%} to {high:.1%} (95 % of bootstrap samples)")
     print(f"{result['generated_tokens']} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tok/s")
     return result | {"model": args.model, "adapter": args.adapter, "data": args.data, "held_out": args.held_out, "system": system,
-                     "dtype": checkpoint.choose_dtype(args.dtype, args.device), "device": checkpoint.device_name(torch.device(args.device)),
+                     "dtype": choose_dtype(args.dtype, args.device), "device": device_name(torch.device(args.device)),
                      "torch": torch.__version__}
 
 

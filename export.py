@@ -15,8 +15,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from generate import add_model_flags
+from lora import merge
+from storage.adapters import base_of, load_adapter, save_adapter, system_of
+from storage.atomic import whole_folder
+from storage.pretrained import fetch_model, load_model, save_model, save_system
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,18 +38,18 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already; remove it, or choose another --out")
-    base = checkpoint.base_of(args.model, args.adapter)
-    folder = checkpoint.fetch_model(base)
-    model = checkpoint.load_model(folder, torch.float32)
+    base = base_of(args.model, args.adapter)
+    folder = fetch_model(base)
+    model = load_model(folder, torch.float32)
     if args.adapter:
-        checkpoint.load_adapter(model, args.adapter)
-    with checkpoint.whole_folder(out) as temporary:
+        load_adapter(model, args.adapter)
+    with whole_folder(out) as temporary:
         if args.format == "peft":
-            checkpoint.save_adapter(model, base, temporary)
+            save_adapter(model, base, temporary)
         else:
-            checkpoint.merge(model)
-            checkpoint.save_model(model, folder, temporary)
-        checkpoint.save_system(temporary, checkpoint.system_of(args.model, args.adapter))
+            merge(model)
+            save_model(model, folder, temporary)
+        save_system(temporary, system_of(args.model, args.adapter))
     print(f"{args.format} {'adapter' if args.format == 'peft' else 'model'} in {out}: "
           + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.iterdir())))
     return 0

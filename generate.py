@@ -29,11 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
 import data
 from attention_kernels import attention, plan
 from cuda_graph import record
 from model import Gemma3
+from storage.adapters import load_tuned, system_of
+from storage.atomic import read_json
+from storage.pretrained import DTYPES, load_tokenizer
 from tokenizer import Tokenizer, parse_calls, render_segments
 from triton_support import in_blocks
 
@@ -334,7 +336,7 @@ def call_phrases(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every program that reads a tuned model; `checkpoint.base_of` and `load_adapter` take their values."""
+    """The flags of every program that reads a tuned model; `base_of` and `load_adapter` take their values."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default=None, help="folder in the published layout, a run's folder of full fine-tuning, or a name on the Hugging Face "
         "Hub, owner/name or owner/name@revision (default: what the adapter was trained on)")
@@ -342,10 +344,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every program that runs one; with the model's, what `checkpoint.load_tuned` takes."""
+    """The flags of every program that runs one; with the model's, what `load_tuned` takes."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--dtype", choices=("auto", *checkpoint.DTYPES), default="auto", help="what the model computes in (default: bf16, or fp32 on a "
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="what the model computes in (default: bf16, or fp32 on a "
         "device that has no instructions for bf16 products)")
 
 
@@ -374,12 +376,12 @@ def main(args: argparse.Namespace) -> int:
     tools = []
     if args.tools:
         try:
-            tools = checkpoint.read_json(Path(args.tools))
+            tools = read_json(Path(args.tools))
             tools = data.parse_tools([tools] if isinstance(tools, dict) else tools)
         except data.RowError as error:
             raise ValueError(f"{args.tools}: {error}") from None
-    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, args.device)
-    tokenizer = checkpoint.load_tokenizer(folder)
+    model, folder = load_tuned(args.model, args.adapter, args.dtype, args.device)
+    tokenizer = load_tokenizer(folder)
 
     def ask(messages: list[dict]) -> str:
         ids, _ = tokenizer.encode_segments(render_segments(messages, tools, add_generation_prompt=True))
@@ -387,7 +389,7 @@ def main(args: argparse.Namespace) -> int:
                             phrases=call_phrases(tokenizer))
         return tokenizer.decode(answer)
 
-    system = data.system_text(args.system) if args.system is not None else checkpoint.system_of(args.model, args.adapter) if tools else ""
+    system = data.system_text(args.system) if args.system is not None else system_of(args.model, args.adapter) if tools else ""
     messages = [{"role": "developer", "content": system}] if system else []
     if args.query is None:
         return session(ask, messages, args.raw)

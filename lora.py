@@ -1,7 +1,7 @@
 """Wrap a model's linears in LoRA adapters, list them, merge them. The model itself never hears of LoRA.
 
 An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors, with PEFT's names
-(checkpoint.py reads and writes it).
+(storage/adapters.py reads and writes it).
 """
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Letters for shapes, here and in every other file:
     B batch   T tokens of all documents   D width   N query heads   K key/value heads   H head dim
     F MLP width   V vocabulary   R LoRA rank
 
-Parameter names equal the published checkpoint's, so loading is a strict `load_state_dict` (checkpoint.py). LoRA is
+Parameter names equal the published checkpoint's, so loading is a strict `load_state_dict` (storage/pretrained.py). LoRA is
 wrapped around the linears from outside (lora.py); nothing here knows of it.
 
 Source: "Gemma 3 Technical Report" (arXiv 2503.19786) and the published config.json; tests/test_model.py compares with

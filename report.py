@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint import read_json, whole_file
+from storage.atomic import read_json, whole_file
 from survey import described
 
 POINTS = 400                      # at most so many in a line

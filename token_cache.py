@@ -44,8 +44,8 @@ import numpy as np
 
 import data
 import survey
-from checkpoint import flush, read_json, sha256_of, whole_file, whole_folder, write_json
 from data import Conversation, Example, RowError
+from storage.atomic import flush, read_json, sha256_of, whole_file, whole_folder, write_json
 from tokenizer import Tokenizer
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-functiongemma" / "tokens"

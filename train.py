@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-import checkpoint
 import data
 import report
 import survey
@@ -44,8 +43,13 @@ from gradients import Sharded, Summed, highest, meet, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from storage import hub
+from storage.adapters import load_tuned, save_adapter
+from storage.atomic import read_json, whole_file, write_json
+from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer, save_model, save_system
 from token_cache import Tokens
 from tokenizer import Tokenizer
+from training.host import device_name
+from training.run_folder import RunFolder, checkpoint_folder, decoding_copy, find_checkpoints, find_last, load_run, moments, snapshot
 from triton_support import compile_passes, has_compiler, multiplies_bf16
 
 
@@ -114,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("machine (several processes: torchrun --nproc-per-node N train.py …)").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
-    add("--dtype", choices=("auto", *checkpoint.DTYPES), default="auto", help="what the model computes in (default: bf16, or fp32 on a "
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="what the model computes in (default: bf16, or fp32 on a "
         "device that has no instructions for bf16 products, such as a CPU without AVX-512)")
     add("--kernels", choices=("auto", "triton", "torch"), default="auto", help="who computes the adapters' linears: Triton's "
         "kernels, PyTorch, or whichever is faster on this GPU, timed at the start (on a CPU PyTorch; auto lays the frozen bf16 weights out "
@@ -157,7 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval_fraction >= 1:
         parser.error("--eval-fraction is a share of the queries, less than 1")
     try:
-        checkpoint.check_device(args.device)
+        check_device(args.device)
     except ValueError as error:
         parser.error(str(error))
     if args.full and args.kernels == "triton":
@@ -170,7 +174,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
     args.system = data.system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
-    args.dtype = checkpoint.choose_dtype(args.dtype, args.device)
+    args.dtype = choose_dtype(args.dtype, args.device)
     if args.cuda_graph and (args.device != "cuda" or args.shard or args.dtype != "bf16"):
         parser.error("--cuda-graph records what a CUDA device does, by kernels and in one piece: not --device cpu, --dtype fp32, --shard")
     args.micro_tokens = args.micro_tokens or (16_896 if args.device == "cuda" else 4_096)
@@ -197,8 +201,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
     # Rows → examples, some of them held out.
     pin_sources(args, rank, world, restarts)
-    model_folder = checkpoint.fetch_model(args.model)
-    tokenizer = checkpoint.load_tokenizer(model_folder)
+    model_folder = fetch_model(args.model)
+    tokenizer = load_tokenizer(model_folder)
     if args.survey:
         return survey_rows(args, model_folder, tokenizer, say)
     train, eval_examples, surveyed = read_examples(args, model_folder, tokenizer, say)
@@ -224,8 +228,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     held_out = pack(list(eval_examples)[team::teams])
 
     # Model, optimizer, schedule.
-    dtype = checkpoint.DTYPES[args.dtype]
-    model = checkpoint.load_model(model_folder, dtype, device, master_dtype=torch.float32 if args.full else dtype)
+    dtype = DTYPES[args.dtype]
+    model = load_model(model_folder, dtype, device, master_dtype=torch.float32 if args.full else dtype)
     if not args.full:
         lora = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets.split(",")), args.rslora)
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
@@ -235,7 +239,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     for parameter in parameters if device.type == "cpu" else ():            # before the first pass, for the reason that gradients.py gives
-        optimizer.state[parameter] = checkpoint.moments(parameter)
+        optimizer.state[parameter] = moments(parameter)
     weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
     if (weights != 1).any():
@@ -243,7 +247,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     total = args.steps if args.epochs is None else sum(1 for _ in itertools.islice(data.steps(lengths, **plan), args.steps))
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
-        f"{args.dtype} on {checkpoint.device_name(device)}")
+        f"{args.dtype} on {device_name(device)}")
     if args.dtype == "bf16" and not multiplies_bf16(device):
         say("model  this device has no instructions for bf16 products and takes very long for them; --dtype fp32 does not")
     chosen: list[str] = []
@@ -266,25 +270,25 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     flags = {key: value for key, value in vars(args).items() if key not in FREE_FLAGS} | {"rows": fingerprint(train)}
     if rank == 0:
         if args.steps != 0:
-            folder = checkpoint.RunFolder(out, args.keep)
+            folder = RunFolder(out, args.keep)
             closing.callback(folder.close)
         resume = args.resume or restarted(out, restarts)
-        if folder and not (resume or args.overwrite) and (checkpoint.find_checkpoints(out) or (out / "log.jsonl").exists()):
+        if folder and not (resume or args.overwrite) and (find_checkpoints(out) or (out / "log.jsonl").exists()):
             raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
-        last = checkpoint.find_last(out, say) if resume else None
+        last = find_last(out, say) if resume else None
         step = int(last.name.removeprefix("step-")) if last else 0
     step = same_for_all(step, flags["rows"], device) if world > 1 else step
     if step:
-        last = checkpoint.checkpoint_folder(out, step)
+        last = checkpoint_folder(out, step)
         if not last.exists():
             raise FileNotFoundError(f"{last} is not here, but where rank 0 runs: --out must be one folder that all machines see")
         check_same_run(out, flags)
-        state = checkpoint.load_run(last, model, optimizer)
+        state = load_run(last, model, optimizer)
         step = state.pop("step")
         say(f"resume {out} at step {step}")
     if folder:
         log = closing.enter_context(open_log(out, step, flags, device, {"kernels": chosen, "processes": world}))
-        checkpoint.write_json(out / "data.json", surveyed)
+        write_json(out / "data.json", surveyed)
 
     def forward_and_backward(batch: data.Batch, seed: int) -> torch.Tensor:
         """Add a batch's gradients; returns its loss."""
@@ -325,26 +329,26 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
     def keep_result() -> None:
         """The run's result, for other tools to load: out/adapter in PEFT's layout, or out/model in the published one."""
-        result = checkpoint.decoding_copy(model) if args.shard else model
+        result = decoding_copy(model) if args.shard else model
         if rank == 0 and args.full:
-            checkpoint.save_model(result, model_folder, out / "model")
+            save_model(result, model_folder, out / "model")
         elif rank == 0:
-            checkpoint.save_adapter(result, args.model, out / "adapter")
+            save_adapter(result, args.model, out / "adapter")
         if rank == 0:
-            checkpoint.save_system(out / ("model" if args.full else "adapter"), args.system)
+            save_system(out / ("model" if args.full else "adapter"), args.system)
 
     def count_calls(model: Gemma3) -> None:
         """Let the model call: figures to the log, every answer to out/calls/step-N.json."""
         if not (args.eval_calls and eval_rows):
             return
-        tuned = checkpoint.decoding_copy(model) if args.full else model.eval()
+        tuned = decoding_copy(model) if args.full else model.eval()
         result = evaluate(tuned, tokenizer, eval_rows[:args.eval_calls], processes=(rank, world))
         say(f"step {step:5d}/{total} | exact match {result['exact_match']:.1%} | AST match {result['ast_match']:.1%} of {result['rows']} "
             "held-out queries", flush=True)
         write(log, {"step": step, **{key: result[key] for key in ("rows", "exact_match", "ast_match", "name_accuracy", "parse_failures")}})
         if rank == 0:
             (out / "calls").mkdir(exist_ok=True)
-            checkpoint.write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
+            write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
 
     if args.steps == 0:
         batch = data.pack([train[0]], args.micro_tokens)[0]
@@ -425,7 +429,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             if step < total:
                 count_calls(model)
         if step == total or stopping or (args.save_every and step % args.save_every == 0):
-            saved = checkpoint.snapshot(model, optimizer)                           # of shards, by all processes together
+            saved = snapshot(model, optimizer)                           # of shards, by all processes together
             if folder:
                 folder.save(step, *saved, dict(state))
         elif folder:
@@ -448,7 +452,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         if world > 1:
             dist.barrier()                                                          # rank 0 has written the result
         result = (str(out), None) if args.full else (str(model_folder), str(out))   # what the user gets, not what is at hand
-        count_calls(checkpoint.load_tuned(*result, args.dtype, args.device)[0])
+        count_calls(load_tuned(*result, args.dtype, args.device)[0])
         if rank == 0:
             say("\n" + before_and_after(out) + "\n")
     if rank == 0:
@@ -473,7 +477,7 @@ def pin_sources(args: argparse.Namespace, rank: int, world: int, restarts: int) 
     if rank == 0:
         out = Path(args.out)
         resume = (args.resume and (out / "config.json").exists()) or restarted(out, restarts)
-        stored = checkpoint.read_json(out / "config.json") if resume else {}
+        stored = read_json(out / "config.json") if resume else {}
         if stored.get("asked") == args.asked:
             pinned = [stored["model"], stored["data"], stored["eval_data"]]
         else:
@@ -624,7 +628,7 @@ def describe_failure(model: Gemma3, examples: list[data.Example], step: int, see
 def before_and_after(out: Path) -> str:
     """The first and the last evaluation of a run side by side, and three of its answers."""
     files = sorted((out / "calls").glob("step-*.json"))
-    before, after = checkpoint.read_json(files[0]), checkpoint.read_json(files[-1])
+    before, after = read_json(files[0]), read_json(files[-1])
     earlier = {answer["source"]: answer["text"] for answer in before["answers"]}
     samples = [f"  query   {a['query']!r}\n  wanted  {json.dumps(a['expected'], ensure_ascii=False)}\n"
                f"  before  {earlier.get(a['source'], '')[:200]!r}\n  after   {a['text'][:200]!r}" for a in after["answers"][:3]]
@@ -645,7 +649,7 @@ def launch() -> str:
 
 def restarted(out: Path, restarts: int) -> bool:
     """Whether torchrun began the run in this folder and starts its processes anew because one of them died."""
-    return restarts > 0 and (out / "config.json").exists() and checkpoint.read_json(out / "config.json").get("launch") == launch()
+    return restarts > 0 and (out / "config.json").exists() and read_json(out / "config.json").get("launch") == launch()
 
 
 def same_for_all(step: int, rows: str, device: torch.device) -> int:
@@ -661,7 +665,7 @@ def same_for_all(step: int, rows: str, device: torch.device) -> int:
 
 def check_same_run(out: Path, flags: dict) -> None:
     """Refuse to resume with flags or rows under which the losses would differ."""
-    stored = checkpoint.read_json(out / "config.json")
+    stored = read_json(out / "config.json")
     changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items()
                if key not in ("asked", "rows") and stored.get(key, value) != value]
     if changed:
@@ -687,15 +691,15 @@ def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict
         for folder in ("checkpoints", "adapter", "model", "calls"):
             shutil.rmtree(out / folder, ignore_errors=True)
         (out / "report.html").unlink(missing_ok=True)
-    checkpoint.write_json(out / "config.json", flags | {"launch": launch()})
+    write_json(out / "config.json", flags | {"launch": launch()})
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout
     except OSError:
         commit = ""
     lines.append(json.dumps({"flags": flags, "commit": commit.strip() or None, "python": platform.python_version(),
-                             "torch": torch.__version__, "device": checkpoint.device_name(device), **more, "resumed_at": step or None}))
-    with checkpoint.whole_file(out / "log.jsonl") as temporary:
+                             "torch": torch.__version__, "device": device_name(device), **more, "resumed_at": step or None}))
+    with whole_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return (out / "log.jsonl").open("ab", buffering=0)
 

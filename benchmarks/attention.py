@@ -39,7 +39,7 @@ from clock import Clock  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
 from attention_kernels import attention, attention_reference, plan, tables, tile  # noqa: E402
-from checkpoint import device_name  # noqa: E402
+from training.host import device_name  # noqa: E402
 from triton_support import INTERPRETED, triton  # noqa: E402
 
 BOUND = 2e-2                                    # of a relative error; bf16 makes up to 1e-2

@@ -41,10 +41,12 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import cpu_kernels  # noqa: E402
 import train  # noqa: E402
 from data import Example  # noqa: E402
+from storage.adapters import save_adapter  # noqa: E402
+from storage.pretrained import DTYPES, choose_dtype, load_model  # noqa: E402
+from training.host import device_name  # noqa: E402
 from triton_support import has_compiler  # noqa: E402
 
 WARMUP_STEPS = 1
@@ -105,7 +107,7 @@ def worker(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM
 
     import data
-    from checkpoint import DTYPES, fetch_model
+    from storage.pretrained import DTYPES, fetch_model
     from tokenizer import Tokenizer
 
     ours = train.parse_args(flags(args, args.steps, Path(args.folder), "theirs"))
@@ -165,9 +167,9 @@ def worker(args: argparse.Namespace) -> None:
 def write_start(args: argparse.Namespace, folder: Path) -> None:
     """The adapter that both sides start from, as train.py draws it for seed 0."""
     from lora import LoRAConfig, wrap
-    model = checkpoint.load_model(args.model)
+    model = load_model(args.model)
     wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
-    checkpoint.save_adapter(model, args.model, folder / "start")
+    save_adapter(model, args.model, folder / "start")
 
 
 def with_one_set_of_tools(file: str, out: Path) -> None:
@@ -188,7 +190,7 @@ def main() -> None:
     parser.add_argument("--model", default=os.environ.get("REAL_MODEL", str(Path.home() / ".cache/nano-functiongemma/gemma-3-270m")))
     parser.add_argument("--data", default=",".join(str(ROOT.parent / "shared/data" / f) for f in ("seal.jsonl", "toolrl.jsonl")))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", *checkpoint.DTYPES), help="of both sides (default: train.py's)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of both sides (default: train.py's)")
     parser.add_argument("--steps", type=int, default=3, help="steps of each run; the first warms up")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, in turn")
     parser.add_argument("--parity", type=int, default=0, metavar="STEPS", help="compare held-out losses after so many steps instead")
@@ -199,7 +201,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=("peft", "selected"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.dtype = checkpoint.choose_dtype(args.dtype, args.device)
+    args.dtype = choose_dtype(args.dtype, args.device)
     if args.worker:
         return worker(args)
     if args.one_set and (args.parity or args.full):
@@ -263,7 +265,7 @@ def main() -> None:
     report |= {"batch_rows": {side: batch_rows(args, side) for side in ("ours", "theirs")},
                "data": [Path(f).name for f in args.data.split(",")], "device": args.device, "dtype": args.dtype,
                "weights": "random, of full size" if missing else "real",
-               "machine": checkpoint.device_name(torch.device(args.device)) + f", {platform.machine()}",
+               "machine": device_name(torch.device(args.device)) + f", {platform.machine()}",
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}}
     print(json.dumps(report, indent=2))
     if args.save:

@@ -23,10 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from tables import add_result_flags, keep_result  # noqa: E402
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
 from generate import STOP_IDS, call_phrases, generate  # noqa: E402
+from storage.adapters import load_tuned  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from training.host import device_name  # noqa: E402
 
 
 def timed(call):
@@ -39,7 +40,7 @@ def timed(call):
 def main(args: argparse.Namespace) -> None:
     import transformers
     transformers.utils.logging.set_verbosity_error()
-    model, folder = checkpoint.load_tuned(args.model, args.adapter, "bf16", args.device)
+    model, folder = load_tuned(args.model, args.adapter, "bf16", args.device)
     tokenizer = Tokenizer.load(folder)
     rows = data.hold_out(data.read_sources([args.data]), 1.0)[1][:16]
     prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         "times_transformers": statistics.median(rates["ours"]) / statistics.median(rates["transformers"]),
         "same_answers": equal, "single_tokens_per_second": singles, "batch_of_16_tokens_per_second": batches,
         "times_single": statistics.median(b / a for a, b in zip(singles, batches, strict=True)),
-        "data": Path(args.data).name, "device": checkpoint.device_name(torch.device(args.device)), "machine": platform.machine(),
+        "data": Path(args.data).name, "device": device_name(torch.device(args.device)), "machine": platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     print(json.dumps(result, indent=2))
     keep_result(result, "decode", torch.device(args.device), args)

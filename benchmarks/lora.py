@@ -42,9 +42,9 @@ from tables import add_result_flags, keep_result  # noqa: E402
 
 import geglu_kernels  # noqa: E402
 import lora_kernels as kernels  # noqa: E402
-from checkpoint import device_name  # noqa: E402
 from geglu_kernels import geglu, geglu_gradient, geglu_reference  # noqa: E402
 from lora_kernels import BY_PYTORCH, BY_TRITON, Adapted, Choice, lora_linear_reference, lora_linears, lora_mlp  # noqa: E402
+from training.host import device_name  # noqa: E402
 from triton_support import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
 
 SCALE = 1.5                                     # of the adapters

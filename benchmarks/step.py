@@ -36,13 +36,14 @@ import attention_kernels  # noqa: E402
 import geglu_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
 import norm_kernels  # noqa: E402
-from checkpoint import device_name, save_adapter  # noqa: E402
 from cuda_graph import RecordedPasses  # noqa: E402
 from data import Example, pack  # noqa: E402
 from gradients import Summed  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
+from storage.adapters import save_adapter  # noqa: E402
 from train import loss_sum, peak_gib  # noqa: E402
+from training.host import device_name  # noqa: E402
 
 # A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
 SIMPLE = (norm_kernels, geglu_kernels)

@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import load_model
 from model import RMSNorm
+from storage.pretrained import load_model
 from tokenizer import Tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it calls a function with 3 arguments. " * 40

@@ -14,8 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-from checkpoint import load_model
 from generate import STOP_IDS, generate
+from storage.pretrained import load_model
 from tokenizer import Tokenizer, parse_calls
 
 

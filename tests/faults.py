@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import checkpoint  # noqa: E402
+from training.run_folder import TRAINED, find_checkpoints  # noqa: E402
 
 MODES = {"LoRA": ("--lora-rank", "4"), "dropout": ("--lora-rank", "4", "--lora-dropout", "0.1"), "full": ("--full",),
          "shards": ("--full", "--shard")}
@@ -49,7 +49,9 @@ STEPS = 12
 PROGRAM = """import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import checkpoint, train
+import train
+from storage import tensors
+from training import run_folder
 RANK, LIFE, passed = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), 0
 
 def mark():
@@ -96,7 +98,7 @@ def half(save_file):
             mark()
             os.kill(os.getpid(), signal.SIGKILL)
     return save_half
-patch(checkpoint, "save_file", half)
+patch(tensors, "save_file", half)
 """
 
 
@@ -241,7 +243,7 @@ def difference(out: Path, whole: Path) -> float:
     """Largest relative difference of a step's or a held-out loss from the undisturbed run's; 0 only where the weights are equal too."""
     held_out = [[r["eval_loss"] for r in records(folder) if "eval_loss" in r] for folder in (out, whole)]
     pairs = [*zip(losses(out), losses(whole), strict=True), *zip(*held_out, strict=True)]
-    weights = [load_file(checkpoint.find_checkpoints(folder)[-1] / checkpoint.TRAINED) for folder in (out, whole)]
+    weights = [load_file(find_checkpoints(folder)[-1] / TRAINED) for folder in (out, whole)]
     assert weights[0].keys() == weights[1].keys()
     worst = max(abs(a - b) / b for a, b in pairs)
     if worst == 0:
@@ -307,7 +309,7 @@ def random_kills(bench: Bench, mode: str, kills: int, seed: int = 0) -> Iterator
                 break
             shutil.rmtree(run.out)
         assert run.end() == -signal.SIGKILL, f"four runs ended before they were killed: {run.errors()}"
-        saved = [int(path.name[5:]) for path in checkpoint.find_checkpoints(run.out)]
+        saved = [int(path.name[5:]) for path in find_checkpoints(run.out)]
         yield {"how": way, "recomputed": max(0, logged(run.out) - max(saved, default=0)), "exit": run.end()}
         if number % 4 == 3 or number == kills - 1:
             last = bench.finish(run, mode)
@@ -323,7 +325,7 @@ def killed_in_a_save(bench: Bench) -> Iterator[dict]:
     run = bench.start("half", fault=KILL_IN_SAVE)
     code = run.end()
     assert code == -signal.SIGKILL and list((run.out / "checkpoints").glob(".step-000006*.tmp"))
-    assert [path.name for path in checkpoint.find_checkpoints(run.out)] == ["step-000002", "step-000004"]
+    assert [path.name for path in find_checkpoints(run.out)] == ["step-000002", "step-000004"]
     reached = logged(run.out)
     bench.finish(run)
     assert resumed_at(run.out) == 4
@@ -341,10 +343,10 @@ def half(rmtree):
             os.kill(os.getpid(), signal.SIGKILL)
         rmtree(path, **more)
     return remove_half
-patch(checkpoint.shutil, "rmtree", half)
+patch(run_folder.shutil, "rmtree", half)
 """)
     code, reached = run.end(), logged(run.out)
-    assert code == -signal.SIGKILL and [path.name for path in checkpoint.find_checkpoints(run.out)] == ["step-000004", "step-000006"]
+    assert code == -signal.SIGKILL and [path.name for path in find_checkpoints(run.out)] == ["step-000004", "step-000006"]
     bench.finish(run)
     assert resumed_at(run.out) == 6
     yield {"losses": difference(run.out, bench.whole()), "recomputed": reached - 6, "exit": code, "seconds": 0.0}
@@ -370,7 +372,7 @@ def impatient(bench: Bench) -> Iterator[dict]:
     """It leaves at once, without saving."""
     run = bench.start("impatient", fault=when("step == 6", "[(os.kill(os.getpid(), signal.SIGTERM), time.sleep(4)) for _ in range(2)]"))
     code = run.end()
-    assert code == -signal.SIGTERM and checkpoint.find_checkpoints(run.out)[-1].name == "step-000004", (code, run.errors())
+    assert code == -signal.SIGTERM and find_checkpoints(run.out)[-1].name == "step-000004", (code, run.errors())
     bench.finish(run)
     yield {"losses": difference(run.out, bench.whole()), "recomputed": 1, "exit": code}
 
@@ -490,7 +492,7 @@ def full(save_file):
             raise OSError(28, "No space left on device")
         save_file(tensors, path, **more)
     return save_or_fail
-patch(checkpoint, "save_file", full)
+patch(tensors, "save_file", full)
 """
 
 
@@ -505,7 +507,7 @@ def full_disk(bench: Bench, which: tuple = ("checkpoint", "log")) -> Iterator[di
             run = bench.start(name, "full", fault=hook)
             seconds, code = run.seconds() if hook else None, run.end()
             assert code == 1 and "No space left on device" in run.message() and str(run.out) in run.errors(), run.errors()
-            assert len(run.message()) < 600 and "Traceback" not in run.errors() and checkpoint.find_checkpoints(run.out)
+            assert len(run.message()) < 600 and "Traceback" not in run.errors() and find_checkpoints(run.out)
             reached = logged(run.out)
             if folder:
                 (folder / "filler").unlink(missing_ok=True)
@@ -560,14 +562,14 @@ def damaged_checkpoint(bench: Bench, which: tuple = tuple((name, damage) for nam
     for name, damage in which:
         copy = bench.folder / f"damaged-{name}-{damage.__name__}"
         shutil.copytree(made.out, copy)
-        damage(checkpoint.find_checkpoints(copy)[-1] / name)
+        damage(find_checkpoints(copy)[-1] / name)
         run = bench.start(copy.name, "LoRA", "--resume")
         assert run.end() == 0 and resumed_at(copy) == 4 and "step-000005 is damaged" in run.message(), run.errors()
         yield {"how": f"{name}, {'a bit flipped' if damage is flip else 'cut in half'}", "losses": difference(copy, bench.whole()), "recomputed": 1,
                "exit": 0, "message": run.message()}
     if not and_all:
         return
-    for path in checkpoint.find_checkpoints(made.out):
+    for path in find_checkpoints(made.out):
         flip(path / "state.json")
     run = bench.start("damaged", "LoRA", "--resume")
     assert run.end() == 1 and "none of its 2 checkpoints is whole" in run.message(), run.errors()
@@ -621,7 +623,7 @@ def two_runs(bench: Bench, which: tuple = (1, 2)) -> Iterator[dict]:
 @fault("--keep 3")
 def keep(bench: Bench) -> Iterator[dict]:
     run = bench.stopped("keep", "LoRA", "--keep", "3", step=9)
-    kept = [path.name for path in checkpoint.find_checkpoints(run.out)]
+    kept = [path.name for path in find_checkpoints(run.out)]
     assert kept == ["step-000006", "step-000008", "step-000009"] == sorted(path.name for path in (run.out / "checkpoints").iterdir())
     bench.finish(run, "LoRA", "--keep", "1")
     assert [path.name for path in (run.out / "checkpoints").iterdir()] == ["step-000012"]
@@ -672,7 +674,7 @@ def error_in_a_rank(bench: Bench, which: tuple = ((1, "ValueError"), (1, "KeyErr
         seconds, code = run.seconds(), run.end()
         assert code == 1 and f"train.py: rank {rank}: " in run.errors() and "of this rank alone" in run.errors(), run.errors()
         assert seconds < 60, f"{seconds:.0f} s to stop"
-        assert checkpoint.find_checkpoints(run.out)[-1].name == "step-000002", os.listdir(run.out / "checkpoints")
+        assert find_checkpoints(run.out)[-1].name == "step-000002", os.listdir(run.out / "checkpoints")
         yield {"how": f"{kind} in rank {rank}", "exit": code, "seconds": seconds, "message": run.message()}
 
 

@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
 import demo  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
+from storage import adapters, pretrained  # noqa: E402
 from tokenizer.model_file import BYTE, BYTE_PIECES, NORMAL, UNKNOWN, USER_DEFINED, control_names  # noqa: E402
 
 SECONDS, MEBIBYTES = 20, 200            # processor time of a case; memory of all cases, beyond what the imports take
@@ -205,8 +205,8 @@ def file_case(name: str, content, load):
     def run(folder: Path) -> str:
         shutil.copytree(MODEL, folder / "m")
         made = content(folder / "m") if callable(content) else content
-        if name == checkpoint.INDEX:
-            (folder / "m" / checkpoint.WEIGHTS).rename(folder / "m" / "model-1.safetensors")
+        if name == pretrained.INDEX:
+            (folder / "m" / pretrained.WEIGHTS).rename(folder / "m" / "model-1.safetensors")
         (folder / "m" / name).write_bytes(made)
         try:
             return load(folder / "m") or "loaded"
@@ -216,17 +216,17 @@ def file_case(name: str, content, load):
 
 
 def load_tokenizer(folder: Path) -> str:
-    tokenizer = checkpoint.load_tokenizer(folder)
+    tokenizer = pretrained.load_tokenizer(folder)
     tokenizer.encode_segments(data.parse_row(GOOD, "x").segments())
     return "loaded"
 
 
 def load_model(folder: Path) -> None:
-    checkpoint.load_model(folder)
+    pretrained.load_model(folder)
 
 
 def load_adapter(folder: Path) -> None:
-    checkpoint.load_adapter(checkpoint.load_model(MODEL), folder)
+    adapters.load_adapter(pretrained.load_model(MODEL), folder)
 
 
 TABLES = {
@@ -235,7 +235,7 @@ TABLES = {
     "config.json": {name: file_case("config.json", changed_json("config.json", change), load_model)
                     for name, change in CONFIGS.items()},
     "model.safetensors": {name: file_case("model.safetensors", content, load_model) for name, content in WEIGHTS.items()},
-    "model.safetensors.index.json": {name: file_case(checkpoint.INDEX, text.encode(), load_model) for name, text in INDEXES.items()},
+    "model.safetensors.index.json": {name: file_case(pretrained.INDEX, text.encode(), load_model) for name, text in INDEXES.items()},
     "adapter_config.json": {name: file_case("adapter_config.json", changed_json("adapter_config.json", change), load_adapter) for name, change in ADAPTERS.items()},
     "tokenizer.model": {name: file_case("tokenizer.model", content, load_tokenizer) for name, content in TOKENIZERS.items()},
     "tokenizer_config.json": {name: file_case("tokenizer_config.json", text.encode(), load_tokenizer) for name, text in {
@@ -286,10 +286,10 @@ if __name__ == "__main__":
         with contextlib.redirect_stdout(None):
             demo.write(Path(made), rows=50)
         MODEL = Path(made, "model")
-        TOKENIZER = checkpoint.load_tokenizer(MODEL)
-        adapted = checkpoint.load_model(MODEL)
+        TOKENIZER = pretrained.load_tokenizer(MODEL)
+        adapted = pretrained.load_model(MODEL)
         wrap(adapted, LoRAConfig(rank=2), torch.Generator().manual_seed(0))
-        checkpoint.save_adapter(adapted, str(MODEL), MODEL)
+        adapters.save_adapter(adapted, str(MODEL), MODEL)
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         text = page(outcomes())
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

@@ -6,21 +6,16 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
-import checkpoint
-from checkpoint import (
-    RunFolder,
-    find_checkpoints,
-    find_last,
-    load_adapter,
-    load_model,
-    load_run,
-    save_adapter,
-    snapshot,
-    whole_file,
-    whole_folder,
-)
 from lora import LoRAConfig, adapters, wrap
+from storage import tensors
+from storage.adapters import load_adapter, save_adapter
+from storage.atomic import remove_leftovers, whole_file, whole_folder
+from storage.pretrained import fetch_model, load_model
+from storage.tensors import read_tensors
+from training import run_folder
+from training.run_folder import RunFolder, find_checkpoints, find_last, load_run, snapshot, verify
 
 
 @pytest.fixture
@@ -63,15 +58,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_process_killed_while_saving_leaves_no_checkpoint_and_no_obstacle(demo, trained, tmp_path):
     """Killed after the first of three files, twice with leftovers in the way; then the save goes through."""
-    program = ("import os, sys; sys.path.insert(0, {root!r}); from pathlib import Path; import checkpoint\n"
-               "with checkpoint.whole_folder(Path({path!r})) as temporary:\n"
+    program = ("import os, sys; sys.path.insert(0, {root!r}); from pathlib import Path; from storage.atomic import whole_folder\n"
+               "with whole_folder(Path({path!r})) as temporary:\n"
                "    (temporary / 'trained.safetensors').write_text('x'); os.kill(os.getpid(), 9)")
     path = tmp_path / "checkpoints" / "step-000003"
-    root = os.path.dirname(checkpoint.__file__)
-    done = subprocess.run([sys.executable, "-c", program.format(root=root, path=str(path))])
+    done = subprocess.run([sys.executable, "-c", program.format(root=str(ROOT), path=str(path))])
     assert done.returncode == -9 and find_checkpoints(tmp_path) == []
     assert len(os.listdir(tmp_path / "checkpoints")) == 1
-    checkpoint.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == []
     path.mkdir()                                                     # what a kill during the removal of an old one leaves
     (path / "trained.safetensors").write_text("x")
@@ -135,13 +129,13 @@ def test_a_state_that_was_changed_into_another_sound_one_is_damaged(trained, tmp
     path = save(tmp_path, 12, trained, {"position": 96}) / "state.json"
     path.write_text(path.read_text().replace('"position": 96', '"position": 97'))
     with pytest.raises(ValueError, match=r"step-000012 is damaged: state\.json changed after it was written"):
-        checkpoint.verify(path.parent)
+        verify(path.parent)
 
 
 def test_an_old_checkpoint_that_a_kill_left_half_removed_is_none(trained, tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step, trained, {})
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: (path / "trained.safetensors").unlink(missing_ok=True))
+    monkeypatch.setattr(run_folder.shutil, "rmtree", lambda path, **_: (path / "trained.safetensors").unlink(missing_ok=True))
     save(tmp_path, 3, trained, {})
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     monkeypatch.undo()
@@ -153,7 +147,7 @@ def test_an_old_checkpoint_that_a_kill_left_half_removed_is_none(trained, tmp_pa
 def test_a_failed_save_is_known_before_the_next_one(trained, tmp_path, monkeypatch):
     run = RunFolder(tmp_path)
     run.check()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(tensors, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     run.save(1, *snapshot(*trained), {})
     with pytest.raises(OSError, match=r"step-000001.*trained\.safetensors: could not be written .*No space left.*no checkpoint is before it"):
         while run.writing:
@@ -170,7 +164,7 @@ def test_what_is_saved_is_what_stood_there_when_it_was_asked_for(trained, tmp_pa
         for parameter in model.parameters():
             parameter.zero_()                               # the training goes on while the file is written
     run.close()
-    stored = checkpoint._read_tensors(find_checkpoints(tmp_path)[0] / "trained.safetensors")
+    stored = read_tensors(find_checkpoints(tmp_path)[0] / "trained.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in before.items())
 
 
@@ -193,7 +187,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_one_befo
     path = save(tmp_path, 1, trained, {})
     run = RunFolder(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(tensors, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         run.save(2, *snapshot(*trained), {})
         with pytest.raises(OSError, match=r"step-000002.*could not be written .*No space left.*make room or mend the folder; --resume goes on from step-000001"):
             run.wait()
@@ -235,7 +229,7 @@ def test_an_adapter_for_another_model_is_refused(demo, trained, tmp_path):
 
 def test_a_model_that_is_not_there_is_named_before_anything_is_read():
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        checkpoint.fetch_model("nowhere")
+        fetch_model("nowhere")
 
 
 def test_adapters_are_listed_in_the_models_order(trained):

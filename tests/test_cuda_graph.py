@@ -5,13 +5,14 @@ import torch
 from conftest import GPU, INTERPRETER
 from test_train import by_kernels
 
-import checkpoint
 import data
 import train
 from cuda_graph import RecordedPasses, size_for
 from gradients import Summed
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
+from storage import pretrained
+from storage.pretrained import load_model
 
 MODES = {"lora": {"rank": 4, "dropout": 0.3}, "full": None}
 
@@ -27,7 +28,7 @@ def batches():
 
 
 def made(demo, mode, dtype, device, choice):
-    model = checkpoint.load_model(demo / "model", dtype, device, master_dtype=torch.float32 if mode is None else dtype).train()
+    model = load_model(demo / "model", dtype, device, master_dtype=torch.float32 if mode is None else dtype).train()
     if mode is not None:
         wrap(model, LoRAConfig(**mode), torch.Generator().manual_seed(0))
         choose_kernels(model, choice, 64)
@@ -115,7 +116,7 @@ def test_attention_without_kernels_is_refused(demo, batches):
 @pytest.mark.parametrize("more", [["--device", "cpu"], ["--device", "cuda", "--full", "--shard"], ["--device", "cuda", "--dtype", "fp32"]])
 def test_what_cannot_be_recorded_is_refused(monkeypatch, capsys, more):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(checkpoint, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(pretrained, "multiplies_bf16", lambda device: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         train.parse_args(["--model", "m", "--data", "d", "--cuda-graph", *more])

@@ -6,10 +6,10 @@ import torch
 
 import data
 import demo as demo_module
-from checkpoint import load_model
 from evaluate import evaluate
 from generate import STOP_IDS, generate
 from model import GemmaConfig
+from storage.pretrained import load_model
 from tokenizer import Tokenizer, parse_calls
 
 

@@ -9,9 +9,9 @@ from conftest import torchrun
 
 import evaluate as module
 import train
-from checkpoint import load_model
 from data import parse_row, read_rows
 from evaluate import accepted_values, accepts, evaluate, interval, score, table
+from storage.pretrained import load_model
 from tokenizer import Tokenizer, parse_calls, render
 
 TOOLS = [{"type": "function", "function": {"name": "book", "description": "", "parameters": {

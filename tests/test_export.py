@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import export
-from checkpoint import load_adapter, load_model, load_tuned, save_adapter
 from data import read_rows
 from lora import LoRAConfig, adapters, wrap
+from storage.adapters import load_adapter, load_tuned, save_adapter
+from storage.pretrained import load_model
 from tokenizer import Tokenizer
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import generate as module
-from checkpoint import load_model
 from generate import Cache, choose, empty_prefix, generate, read, shared_length, stream
 from model import Gemma3, GemmaConfig
+from storage.pretrained import load_model
 from tokenizer import Tokenizer, render
 
 SMALL = GemmaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import data
 from data import RowError, parse_row, read_rows
 from model import GemmaConfig
+from storage.pretrained import load_model
 from tokenizer import Tokenizer
 from tokenizer.model_file import control_names
 
@@ -252,7 +252,7 @@ def test_safetensors_with_changed_bytes_in_the_header_are_refused_or_read(demo, 
             bad[chance.randrange(length + 8)] = chance.choice(b'0123456789[]{},:"F\xff') if chance.random() < 0.7 else chance.randrange(256)
         (tmp_path / "model.safetensors").write_bytes(bad)
         try:
-            checkpoint.load_model(tmp_path)
+            load_model(tmp_path)
             loaded += 1
         except ValueError as error:
             assert str(tmp_path) in str(error)

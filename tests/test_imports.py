@@ -7,14 +7,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tokenizer", "storage", "training")
 ORDER = (
-    ("tokenizer.model_file", "tokenizer.chat", "triton_support", "storage.hub"),
-    ("tokenizer.bpe", "cpu_kernels"),
+    ("tokenizer.model_file", "tokenizer.chat", "triton_support", "storage.hub", "storage.atomic", "training.host"),
+    ("tokenizer.bpe", "cpu_kernels", "storage.tensors"),
     ("tokenizer", "geglu_kernels"),
     ("attention_kernels", "lora_kernels", "loss_kernels", "norm_kernels"),
     ("model",),
-    ("lora",),
+    ("lora", "storage.pretrained"),
+    ("storage.adapters",),
     ("data", "gradients"),
-    ("checkpoint", "cuda_graph", "survey"),
+    ("cuda_graph", "survey", "training.run_folder"),
     ("generate", "report", "token_cache"),
     ("evaluate", "export"),
     ("train", "demo"),

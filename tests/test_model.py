@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from attention_kernels import attention, plan
-from checkpoint import load_model
 from data import read_rows
 from loss_kernels import linear_cross_entropy
 from model import Gemma3, GemmaConfig, _TiedEmbedding
 from norm_kernels import rms_norm, rotate
+from storage.pretrained import load_model
 from tokenizer import Tokenizer
 
 SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

@@ -17,14 +17,19 @@ import torch
 from conftest import INTERPRETED, NEEDS_COMPILER, ROOT, torchrun
 
 import attention_kernels
-import checkpoint
 import data
 import model as model_file
 import train
 import triton_support
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
+from storage import pretrained
+from storage.adapters import load_adapter, load_tuned
+from storage.atomic import read_json, write_json
+from storage.pretrained import load_model
+from storage.tensors import read_tensors
 from tokenizer import Tokenizer
+from training.run_folder import find_checkpoints
 
 RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "trained_tokens", "seconds", "tokens_per_second", "trained_tokens_per_second",
           "data_wait", "tflops", "mfu", "peak_gib"}
@@ -81,7 +86,7 @@ def test_training_learns_and_the_result_is_a_model_folder(demo, tmp_path):
     run(demo, tmp_path / "run", *FULL, "--steps", 30, "--batch-rows", 8)
     held_out = [record["eval_loss"] for record in log(tmp_path / "run") if "eval_loss" in record]
     assert held_out[-1] < 0.6 * held_out[0]
-    model = checkpoint.load_model(tmp_path / "run" / "model")
+    model = load_model(tmp_path / "run" / "model")
     assert model.logits(torch.tensor([[2, 105]])).shape == (1, 2, model.config.vocab_size)
     assert (tmp_path / "run" / "model" / "tokenizer.model").exists()
 
@@ -90,10 +95,10 @@ def test_lora_trains_adapters_alone_and_peft_loads_them_with_the_same_logits(dem
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     run(demo, tmp_path / "run", "--steps", 5, "--lora-rank", 4, "--lora-alpha", 8, "--rslora")
-    ours = checkpoint.load_model(demo / "model", torch.float32)
+    ours = load_model(demo / "model", torch.float32)
     ids = torch.randint(110, 1000, (1, 200), generator=torch.Generator().manual_seed(0))
     base = ours.logits(ids)
-    checkpoint.load_adapter(ours, tmp_path / "run")
+    load_adapter(ours, tmp_path / "run")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32), str(tmp_path / "run" / "adapter"))
     got = ours.logits(ids)
     assert (got - base).abs().max() > 0.05
@@ -105,7 +110,7 @@ def test_the_result_is_the_best_held_out_loss(demo, tmp_path, monkeypatch):
     run(demo, tmp_path / "run", *FULL, "--steps", 12, "--eval-every", 2)
     held_out = {record["step"]: record["eval_loss"] for record in log(tmp_path / "run") if "eval_loss" in record and record["step"]}
     assert min(held_out, key=held_out.get) != 12, "the last step was the best: this run shows nothing"
-    model = checkpoint.load_model(tmp_path / "run" / "model", torch.float32)
+    model = load_model(tmp_path / "run" / "model", torch.float32)
     tokenizer = Tokenizer.load(demo / "model")
     rows = [row for row in data.read_rows([demo / "rows.jsonl"]) if data.query_hash(row.query) < 0.05]
     rows = sorted(rows, key=lambda row: data.query_hash(row.query))[:6]
@@ -172,7 +177,7 @@ def test_several_processes_give_the_losses_answers_and_model_of_one(demo, tmp_pa
     answers = [json.loads((tmp_path / name / "calls" / "step-000000.json").read_text())["answers"] for name in ("one", "some")]
     assert [a["text"] for a in answers[0]] == [a["text"] for a in answers[1]] and len(answers[0]) == 3
     file = "adapter/adapter_model.safetensors" if "--lora-rank" in mode else "model/model.safetensors"
-    mine, theirs = (checkpoint._read_tensors(tmp_path / name / file) for name in ("one", "some"))
+    mine, theirs = (read_tensors(tmp_path / name / file) for name in ("one", "some"))
     assert all((mine[name].float() - theirs[name].float()).abs().max() < 2e-2 for name in mine) and set(mine) == set(theirs)
 
 
@@ -191,7 +196,7 @@ def test_activations_that_are_computed_again_change_no_loss(demo, tmp_path):
 def test_the_arithmetic_that_is_counted_is_what_pytorch_counts(demo, mode):
     """Beside attention, whose tiles compute what the mask then hides."""
     from torch.utils.flop_counter import FlopCounterMode
-    tokenizer, model = Tokenizer.load(demo / "model"), checkpoint.load_model(demo / "model", torch.float32).train().requires_grad_()
+    tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32).train().requires_grad_()
     if mode != FULL:
         train.wrap(model, train.LoRAConfig(16))
     rows = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 6)]
@@ -228,7 +233,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_losses_bit_for_bit(demo, t
     without_times = [[{key: record.get(key) for key in ("step", "loss", "grad_norm", "lr", "eval_loss")} for record in log(tmp_path / name)
                       if "step" in record] for name in ("whole", "killed")]
     assert without_times[0] == without_times[1]
-    final = [checkpoint.find_checkpoints(tmp_path / name)[-1] / "trained.safetensors" for name in ("whole", "killed")]
+    final = [find_checkpoints(tmp_path / name)[-1] / "trained.safetensors" for name in ("whole", "killed")]
     assert final[0].read_bytes() == final[1].read_bytes()
 
 
@@ -236,7 +241,7 @@ def test_a_run_goes_on_in_other_processes_and_cut_otherwise_to_the_same_losses(d
     more = *LORA, "--steps", 4, "--save-every", 2
     run(demo, tmp_path / "run", *more)
     whole = losses(tmp_path / "run")
-    shutil.rmtree(checkpoint.find_checkpoints(tmp_path / "run")[-1])
+    shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
     done = torchrun(2, "train.py", *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-beginnings"))
     assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
@@ -249,8 +254,8 @@ def test_a_signal_saves_and_leaves_cleanly(demo, tmp_path, number):
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors and "--resume" in out
-    saved = checkpoint.find_checkpoints(tmp_path / "run")
-    assert checkpoint.read_json(saved[-1] / "state.json")["step"] == len(losses(tmp_path / "run")) >= 3
+    saved = find_checkpoints(tmp_path / "run")
+    assert read_json(saved[-1] / "state.json")["step"] == len(losses(tmp_path / "run")) >= 3
 
 
 def test_resuming_with_other_flags_is_refused(demo, tmp_path):
@@ -285,7 +290,7 @@ def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, 
 
 def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    checkpoint.write_json(tmp_path / "config.json", {"launch": train.launch()})
+    write_json(tmp_path / "config.json", {"launch": train.launch()})
     assert not train.restarted(tmp_path, 0)                                         # its first start
     assert train.restarted(tmp_path, 1) and not train.restarted(tmp_path / "new", 1)
     for other in ("another", "none"):
@@ -320,7 +325,7 @@ def test_epochs_end_a_run_that_is_given_more_steps(demo, tmp_path):
     records = log(tmp_path / "run")
     last = max(record["step"] for record in records if "loss" in record)
     assert last < 10 and records[-1] == {"step": last, "eval_loss": records[-1]["eval_loss"]}
-    assert checkpoint.find_checkpoints(tmp_path / "run")[-1].name == f"step-{last:06d}"
+    assert find_checkpoints(tmp_path / "run")[-1].name == f"step-{last:06d}"
 
 
 def test_calls_are_counted_before_and_after_on_the_written_result(demo, tmp_path, capsys):
@@ -402,10 +407,10 @@ def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, tmp_pat
         run(demo, tmp_path / "run", "--lora-rank", 4, "--steps", 200, "--save-every", 1, "--eval-fraction", 0)
     named = re.search(r"Its worst rows: (rows\.jsonl:\d+) \(loss nan\)", str(error.value)).group(1)
     assert named in bad
-    saved = checkpoint.find_checkpoints(tmp_path / "run")
+    saved = find_checkpoints(tmp_path / "run")
     assert 1 <= len(saved) <= 2
     for path in saved:
-        assert all(tensor.isfinite().all() for tensor in checkpoint._read_tensors(path / "trained.safetensors").values())
+        assert all(tensor.isfinite().all() for tensor in read_tensors(path / "trained.safetensors").values())
 
 
 def test_an_exploding_gradient_stops_the_run_and_leaves_the_model_as_it_was(demo, tmp_path, monkeypatch):
@@ -413,8 +418,8 @@ def test_an_exploding_gradient_stops_the_run_and_leaves_the_model_as_it_was(demo
     monkeypatch.setattr(train, "describe_failure", lambda model, *more: models.append(model.state_dict()) or describe(model, *more))
     with pytest.raises(FloatingPointError, match=r"gradient norm .*worst rows: rows\.jsonl:\d+"):
         run(demo, tmp_path / "run", *FULL, "--steps", 3, "--max-grad-norm", 1e-3)
-    assert checkpoint.find_checkpoints(tmp_path / "run") == [] and losses(tmp_path / "run") == []
-    before = checkpoint.load_model(demo / "model", torch.float32).state_dict()
+    assert find_checkpoints(tmp_path / "run") == [] and losses(tmp_path / "run") == []
+    before = load_model(demo / "model", torch.float32).state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in models[0].items())
 
 
@@ -471,11 +476,11 @@ def test_impossible_flags_are_refused(bad):
 
 @pytest.mark.parametrize("can", [True, False])
 def test_a_device_that_cannot_multiply_bf16_computes_in_fp32(demo, tmp_path, monkeypatch, capsys, can):
-    for file in (checkpoint, train):
+    for file in (pretrained, train):
         monkeypatch.setattr(file, "multiplies_bf16", lambda device: can)
     unasked = train.parse_args(flags(demo, tmp_path, "--dtype", "auto", "--steps", 0))
     assert unasked.dtype == ("bf16" if can else "fp32")
-    assert checkpoint.load_tuned(str(demo / "model"), None)[0].compute_dtype == (torch.bfloat16 if can else torch.float32)
+    assert load_tuned(str(demo / "model"), None)[0].compute_dtype == (torch.bfloat16 if can else torch.float32)
     for dtype, warned in (("fp32", False), ("bf16", not can)):
         run(demo, tmp_path, "--dtype", dtype, "--steps", 0)
         said = capsys.readouterr().out
@@ -562,7 +567,7 @@ def by_kernels(monkeypatch):
 
 def losses_of(demo, steps, full, choice):
     """Of plain steps in fp16 (the interpreter's bf16 products are wrong); choice: how adapters are computed."""
-    tuned = checkpoint.load_model(demo / "model", torch.float16, master_dtype=torch.float32 if full else torch.float16)
+    tuned = load_model(demo / "model", torch.float16, master_dtype=torch.float32 if full else torch.float16)
     if not full:
         wrap(tuned, LoRAConfig(rank=4), torch.Generator().manual_seed(0))
         choose_kernels(tuned, choice, 64)

@@ -13,8 +13,8 @@ from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
 
 import data
-from checkpoint import load_model
 from storage import hub
+from storage.pretrained import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 XLAM = "Salesforce/xlam-function-calling-60k"
@@ -25,9 +25,10 @@ JSONL = "\n".join(map(json.dumps, ROWS)).encode()
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-import train, checkpoint, data
+import train, data
+from storage.pretrained import fetch_model
 from storage import hub         # and torch, once for all cases
-WHAT = {"model": lambda source: [str(checkpoint.fetch_model(source))], "files": lambda source: [str(path) for path in data.fetch(source)],
+WHAT = {"model": lambda source: [str(fetch_model(source))], "files": lambda source: [str(path) for path in data.fetch(source)],
         "rows": lambda source: [row.query for row in data.read_sources([source])], "pin": lambda source: hub.pin(source, "model"),
         "train": lambda flags: train.main(train.parse_args(flags))}
 
