@@ -13,18 +13,12 @@ import argparse
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
-import platform
-import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,12 +38,26 @@ from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from storage import hub
 from storage.adapters import load_tuned, save_adapter
-from storage.atomic import read_json, whole_file, write_json
+from storage.atomic import read_json, write_json
 from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer, save_model, save_system
 from token_cache import Tokens
 from tokenizer import Tokenizer
-from training.host import device_name
-from training.run_folder import RunFolder, checkpoint_folder, decoding_copy, find_checkpoints, find_last, load_run, moments, snapshot
+from training.host import device_name, keep_memory, peak_gib
+from training.metrics import flops, profiled, utilization
+from training.run_folder import (
+    RunFolder,
+    check_same_run,
+    checkpoint_folder,
+    decoding_copy,
+    find_checkpoints,
+    find_last,
+    load_run,
+    moments,
+    restarted,
+    same_for_all,
+    snapshot,
+)
+from training.run_log import before_and_after, console_line, open_log, write
 from triton_support import compile_passes, has_compiler, multiplies_bf16
 
 
@@ -454,7 +462,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         result = (str(out), None) if args.full else (str(model_folder), str(out))   # what the user gets, not what is at hand
         count_calls(load_tuned(*result, args.dtype, args.device)[0])
         if rank == 0:
-            say("\n" + before_and_after(out) + "\n")
+            say("\n" + before_and_after(out, table) + "\n")
     if rank == 0:
         say(f"report {report.write(out)}")
     best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
@@ -563,46 +571,6 @@ def hash_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-# bf16 TFLOP/s of dense matrix products, as the maker states them.
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "4090": 165}
-
-
-def flops(model: Gemma3, batch: data.Batch) -> float:
-    """Floating-point operations that a batch's forward and backward pass need; what is computed twice counts once."""
-    config, tokens, rows, full = model.config, len(batch.tokens), batch.trained_tokens, model.head.requires_grad
-    D, F, N, K, H = config.hidden_size, config.intermediate_size, *config.heads
-    after_attention = D * (N * H + 3 * F)                                       # weights of o, gate, up and down
-    frozen_or_full = 2 * (3 if full else 2)                                     # forward, dX, and dW where it is wanted
-    linears = config.num_hidden_layers * tokens * (D * (N + 2 * K) * H + after_attention) - (tokens - rows) * after_attention
-    adapters = 0 if full else 6 * tokens * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seen = sum(layers * int((batch.positions + 1).clamp(max=window or sys.maxsize).sum())
-               for window, layers in Counter(config.windows).items())
-    return frozen_or_full * (linears + rows * config.vocab_size * D) + adapters + 12 * N * H * seen
-
-
-def utilization(tflops: float, device: torch.device) -> float | None:
-    """The share of the card's peak ("model FLOP/s utilization"); None where the peak is not known."""
-    peaks = [peak for name, peak in PEAK_TFLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)]
-    return tflops / peaks[0] if peaks else None
-
-
-def profiled(steps: int, out: Path, device: torch.device) -> torch.profiler.profile:
-    """A profiler that skips two steps, records so many, writes OUT/trace.json and prints where the time went."""
-    def write_trace(profile: torch.profiler.profile) -> None:
-        profile.export_chrome_trace(str(out / "trace.json"))
-        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
-        whole = sum(getattr(event, key) for event in events) or 1
-        print(f"profile of {steps} steps in {out / 'trace.json'}; the ten that took longest:")
-        for event in events[:10]:
-            spent = getattr(event, key)
-            print(f"  {spent / whole:6.1%} {spent / steps / 1e3:9.2f} ms a step {event.count // steps:6d} calls  {event.key[:80]}")
-
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
-    return torch.profiler.profile(activities=kinds, on_trace_ready=write_trace,
-                                  schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1))
-
-
 def leave(code: int) -> int:
     """The exit code, after the other processes have come as far."""
     if dist.is_initialized():
@@ -625,130 +593,10 @@ def describe_failure(model: Gemma3, examples: list[data.Example], step: int, see
             f"--resume go on from the last checkpoint in {out}")
 
 
-def before_and_after(out: Path) -> str:
-    """The first and the last evaluation of a run side by side, and three of its answers."""
-    files = sorted((out / "calls").glob("step-*.json"))
-    before, after = read_json(files[0]), read_json(files[-1])
-    earlier = {answer["source"]: answer["text"] for answer in before["answers"]}
-    samples = [f"  query   {a['query']!r}\n  wanted  {json.dumps(a['expected'], ensure_ascii=False)}\n"
-               f"  before  {earlier.get(a['source'], '')[:200]!r}\n  after   {a['text'][:200]!r}" for a in after["answers"][:3]]
-    return "\n\n".join([*samples, table({"before": before, "after": after})])
-
-
 def fingerprint(rows: Tokens) -> str:
     """How many training rows, of how many tokens, and a hash of what they say and in which order."""
     content = hashlib.sha256(rows.column("whole").tobytes() + rows.column("tokens").tobytes())
     return f"{len(rows)} of {sum(rows.lengths):,} tokens, SHA-256 {content.hexdigest()[:15]}"
-
-
-def launch() -> str:
-    """The torchrun that started this process: the id it was given or made, or else its number."""
-    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return given if given != "none" else f"process {os.getppid()} on {platform.node()}"
-
-
-def restarted(out: Path, restarts: int) -> bool:
-    """Whether torchrun began the run in this folder and starts its processes anew because one of them died."""
-    return restarts > 0 and (out / "config.json").exists() and read_json(out / "config.json").get("launch") == launch()
-
-
-def same_for_all(step: int, rows: str, device: torch.device) -> int:
-    """The step that rank 0 begins at.  Raises ValueError in a process that has other rows than rank 0."""
-    mine = int(rows[-15:], 16)
-    shared = torch.tensor([step, mine], device=device)
-    dist.broadcast(shared, 0)
-    step, first = shared.tolist()
-    if first != mine:
-        raise ValueError(f"this process has other training rows ({rows}) than rank 0; give all of them the same --data files")
-    return step
-
-
-def check_same_run(out: Path, flags: dict) -> None:
-    """Refuse to resume with flags or rows under which the losses would differ."""
-    stored = read_json(out / "config.json")
-    changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items()
-               if key not in ("asked", "rows") and stored.get(key, value) != value]
-    if changed:
-        raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
-    if stored.get("rows") != flags["rows"]:
-        raise ValueError(f"{out} was made with other training rows ({stored.get('rows')}) than --data holds now ({flags['rows']}); "
-                         "bring those files back, or choose another --out")
-
-
-def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict):
-    """out/config.json and out/log.jsonl, cut back to the records up to `step`; the first line says what ran on what."""
-    lines = []
-    if step:
-        earlier = (out / "log.jsonl").read_text(encoding="utf-8", errors="replace") if (out / "log.jsonl").exists() else ""
-        for line in earlier.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue                                  # the line that a kill tore
-            if record.get("step", 0) <= step:
-                lines.append(line)
-    else:
-        for folder in ("checkpoints", "adapter", "model", "calls"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-        (out / "report.html").unlink(missing_ok=True)
-    write_json(out / "config.json", flags | {"launch": launch()})
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout
-    except OSError:
-        commit = ""
-    lines.append(json.dumps({"flags": flags, "commit": commit.strip() or None, "python": platform.python_version(),
-                             "torch": torch.__version__, "device": device_name(device), **more, "resumed_at": step or None}))
-    with whole_file(out / "log.jsonl") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return (out / "log.jsonl").open("ab", buffering=0)
-
-
-def write(log, record: dict) -> None:
-    if not log:
-        return
-    line = json.dumps(record).encode() + b"\n"
-    try:
-        if log.write(line) < len(line):
-            raise OSError("only a part of the line found room")
-    except OSError as error:
-        raise OSError(f"{log.name}: could not be written ({error}); make room, then go on with --resume") from None
-
-
-def console_line(record: dict, total: int, seconds_left: float) -> str:
-    speed = record["tokens_per_second"]
-    minutes, seconds = divmod(round(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-    return (f"step {record['step']:5d}/{total} | loss {record['loss']:.4f} | grad {record['grad_norm']:.2f} | lr {record['lr']:.1e} | "
-            f"{f'{speed / 1e3:.1f}k' if speed >= 1e4 else f'{speed:.0f}'} tok/s | {record['peak_gib']:.1f} GiB | {left} left")
-
-
-def peak_gib(device: torch.device) -> float:
-    """Highest memory so far: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# Large pages, and what is freed is kept.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=0x1000000000"
-# How many products of different shapes oneDNN and PyTorch keep their plans of, 0.6 and 0.2 MB each: enough for a pass, of 1,024.
-PLANS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
-
-
-def keep_memory() -> None:
-    """On Linux, start this program again with a malloc that keeps what is freed, in large pages, and with few plans of products.
-
-    A step on a CPU frees gigabytes and asks for them again. By default they go back to the system and return as pages of
-    4 KiB, each zeroed on its first use, which takes an eighth of the time and more in a long run. Each step has products of new
-    shapes, whose plans would come to lie among that memory, which then grows by 50 MiB a step (docs/log.md).
-    """
-    ours = "__file__" in globals() and sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1:] == sys.argv[1:] \
-        and Path(sys.argv[0]).resolve() == Path(__file__).resolve()          # not a notebook, nor another program that runs this file
-    if ours and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, PLANS | os.environ | {"GLIBC_TUNABLES": f"{MALLOC}:glibc.malloc.mmap_max=0"})
 
 
 def fail(message: str) -> None:
@@ -765,7 +613,7 @@ def cli() -> None:
     try:
         arguments = parse_args()
         if arguments.device == "cpu":
-            keep_memory()
+            keep_memory(globals().get("__file__"))
         sys.exit(main(arguments))
     except torch.OutOfMemoryError as error:
         fail(f"{str(error).partition('. ')[0]}; a lower --micro-tokens or --checkpoint-activations takes less; --resume goes on with it")

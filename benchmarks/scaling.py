@@ -40,8 +40,8 @@ from lora import LoRAConfig, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.pretrained import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from train import loss_sum, peak_gib  # noqa: E402
-from training.host import device_name  # noqa: E402
+from train import loss_sum  # noqa: E402
+from training.host import device_name, peak_gib  # noqa: E402
 
 SHAPES = {"small": GemmaConfig(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, head_dim=128),
           "tiny": GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32)}

@@ -42,8 +42,8 @@ from gradients import Summed  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
-from train import loss_sum, peak_gib  # noqa: E402
-from training.host import device_name  # noqa: E402
+from train import loss_sum  # noqa: E402
+from training.host import device_name, peak_gib  # noqa: E402
 
 # A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
 SIMPLE = (norm_kernels, geglu_kernels)

@@ -68,6 +68,19 @@ def demo(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def trained(demo) -> tuple:
+    """A wrapped model and its optimizer after one step."""
+    from lora import LoRAConfig, wrap
+    from storage.pretrained import load_model
+    model = load_model(demo / "model", torch.float32)
+    wrap(model, LoRAConfig(rank=2), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    model(torch.tensor([2, 105, 107]), torch.arange(3), torch.zeros(3)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 

@@ -15,8 +15,8 @@ ORDER = (
     ("lora", "storage.pretrained"),
     ("storage.adapters",),
     ("data", "gradients"),
-    ("cuda_graph", "survey", "training.run_folder"),
-    ("generate", "report", "token_cache"),
+    ("cuda_graph", "survey", "training.run_folder", "training.metrics"),
+    ("generate", "report", "token_cache", "training.run_log"),
     ("evaluate", "export"),
     ("train", "demo"),
 )

@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import INTERPRETED, NEEDS_COMPILER, ROOT, torchrun
@@ -25,7 +23,7 @@ from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from storage import pretrained
 from storage.adapters import load_adapter, load_tuned
-from storage.atomic import read_json, write_json
+from storage.atomic import read_json
 from storage.pretrained import load_model
 from storage.tensors import read_tensors
 from tokenizer import Tokenizer
@@ -192,30 +190,6 @@ def test_activations_that_are_computed_again_change_no_loss(demo, tmp_path):
     assert losses(tmp_path / "again") == losses(tmp_path / "kept")
 
 
-@pytest.mark.parametrize("mode", [FULL, ("--lora-rank", 16)], ids=["full", "lora"])
-def test_the_arithmetic_that_is_counted_is_what_pytorch_counts(demo, mode):
-    """Beside attention, whose tiles compute what the mask then hides."""
-    from torch.utils.flop_counter import FlopCounterMode
-    tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32).train().requires_grad_()
-    if mode != FULL:
-        train.wrap(model, train.LoRAConfig(16))
-    rows = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 6)]
-    batch = data.pack(rows, 10_000)[0]
-    with FlopCounterMode(display=False) as counted:
-        train.loss_sum(model, batch).backward()
-    seen = sum(int((batch.positions + 1).clamp(max=window or 10_000).sum()) for window in model.config.windows)
-    ours = train.flops(model, batch)
-    assert 0.8 < ours / counted.get_total_flops() < 1.1
-    assert 12 * model.config.heads[0] * model.config.heads[2] * seen < 0.4 * ours       # attention's share does not hide the rest
-
-
-def test_a_profile_writes_a_trace_and_prints_what_took_longest(demo, tmp_path, capsys):
-    run(demo, tmp_path / "run", *FULL, "--steps", 6, "--profile", 2)
-    said = capsys.readouterr().out
-    assert len(re.findall(r"^ +\d+\.\d% +[\d.]+ ms a step +\d+ calls  \S", said, flags=re.MULTILINE)) == 10
-    assert any("mm" in event.get("name", "") for event in json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"])
-
-
 # Broken and resumed
 
 
@@ -276,48 +250,6 @@ def test_resuming_with_other_flags_is_refused(demo, tmp_path):
             run(demo, tmp_path / "run", *FULL, "--steps", 2, "--resume")
     finally:
         rows.write_text(original)
-
-
-def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, monkeypatch):
-    everything = train.token_cache.read_sources([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
-    rows, fewer, turned = (train.fingerprint(everything.take(np.array(which))) for which in ([0, 1], [0], [1, 0]))
-    monkeypatch.setattr(train.dist, "broadcast", lambda tensor, source: tensor.copy_(torch.tensor([7, int(rows[-15:], 16)])))
-    assert train.same_for_all(0, rows, torch.device("cpu")) == 7
-    for other in (fewer, turned):
-        with pytest.raises(ValueError, match=r"other training rows \([12] of \d+ tokens, SHA-256 \w+\) than rank 0; give all of them the same"):
-            train.same_for_all(0, other, torch.device("cpu"))
-
-
-def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    write_json(tmp_path / "config.json", {"launch": train.launch()})
-    assert not train.restarted(tmp_path, 0)                                         # its first start
-    assert train.restarted(tmp_path, 1) and not train.restarted(tmp_path / "new", 1)
-    for other in ("another", "none"):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
-        assert not train.restarted(tmp_path, 1)
-
-
-def test_each_start_under_one_torchrun_has_keys_of_its_own(monkeypatch):
-    """One store, as torchrun keeps it; what the first start left in it the second does not see."""
-    store, seen = torch.distributed.HashStore(), []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
-    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, store, **_: seen.append(store))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for restarts in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        train.meet("cpu")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")                                    # a second machine, which may have counted otherwise
-    train.meet("cpu")
-    seen[0].set("address of rank 1", "gone")
-    assert [start.check(["address of rank 1"]) for start in seen] == [True, False, True]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_named_with_the_log():
-    with Path("/dev/full").open("ab", buffering=0) as log, pytest.raises(OSError, match=r"/dev/full: could not be written .*No space left.*make room"):
-        train.write(log, {"step": 1})
 
 
 def test_epochs_end_a_run_that_is_given_more_steps(demo, tmp_path):
@@ -528,20 +460,6 @@ def test_a_shared_beginning_is_computed_once_to_the_same_losses_and_gradients(de
             assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-5 if mode == LORA and key == "loss" else 1e-4)
         if "loss" in a:
             assert a["tokens"] == b["tokens"] == b["computed_tokens"] > 2 * a["computed_tokens"]
-
-
-def test_on_a_cpu_the_program_starts_again_with_memory_it_keeps(demo, tmp_path):
-    """Once, in the same process, with the same flags."""
-    command = [sys.executable, str(ROOT / "train.py"), *flags(demo, tmp_path / "run", "--steps", 0)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", *train.PLANS)}
-    environment["LRU_CACHE_CAPACITY"] = "77"                                          # the user's own is left
-    wanted = {"glibc.malloc.hugetlb=1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY=256", "LRU_CACHE_CAPACITY=77"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        seen = ""
-        while process.poll() is None and "glibc.malloc.hugetlb=1" not in seen:
-            seen = Path(f"/proc/{process.pid}/environ").read_text() if sys.platform == "linux" else str(wanted)
-        assert "ready" in process.stdout.read() and process.wait() == 0
-    assert all(setting in seen for setting in wanted)
 
 
 # Kernels

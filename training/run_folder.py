@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradients import like, whole
@@ -184,3 +185,37 @@ def decoding_copy(model: Gemma3) -> Gemma3:
         copy = Gemma3(model.config, model.compute_dtype)
     copy.load_state_dict({name: whole(tensor.detach()).to(model.compute_dtype) for name, tensor in model.state_dict().items()}, assign=True)
     return copy.eval()
+
+
+def launch() -> str:
+    """The torchrun that started this process: the id it was given or made, or else its number."""
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return given if given != "none" else f"process {os.getppid()} on {platform.node()}"
+
+
+def restarted(out: Path, restarts: int) -> bool:
+    """Whether torchrun began the run in this folder and starts its processes anew because one of them died."""
+    return restarts > 0 and (out / "config.json").exists() and read_json(out / "config.json").get("launch") == launch()
+
+
+def same_for_all(step: int, rows: str, device: torch.device) -> int:
+    """The step that rank 0 begins at.  Raises ValueError in a process that has other rows than rank 0."""
+    mine = int(rows[-15:], 16)
+    shared = torch.tensor([step, mine], device=device)
+    dist.broadcast(shared, 0)
+    step, first = shared.tolist()
+    if first != mine:
+        raise ValueError(f"this process has other training rows ({rows}) than rank 0; give all of them the same --data files")
+    return step
+
+
+def check_same_run(out: Path, flags: dict) -> None:
+    """Refuse to resume with flags or rows under which the losses would differ."""
+    stored = read_json(out / "config.json")
+    changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items()
+               if key not in ("asked", "rows") and stored.get(key, value) != value]
+    if changed:
+        raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
+    if stored.get("rows") != flags["rows"]:
+        raise ValueError(f"{out} was made with other training rows ({stored.get('rows')}) than --data holds now ({flags['rows']}); "
+                         "bring those files back, or choose another --out")

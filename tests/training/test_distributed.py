@@ -17,12 +17,14 @@ import torch
 import torch.distributed.run
 
 import data
+import gradients
 import train
 from lora import LoRAConfig, wrap
 from model import Gemma3, GemmaConfig
 from tokenizer import Tokenizer
+from training.metrics import flops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
@@ -124,6 +126,22 @@ def test_a_node_that_sees_another_folder_says_so(demo, two_steps, tmp_path):
     assert re.search(r"rank 1: .*elsewhere/checkpoints/step-000002 is not here, but where rank 0 runs: --out must be one folder that all", said[1])
 
 
+def test_each_start_under_one_torchrun_has_keys_of_its_own(monkeypatch):
+    """One store, as torchrun keeps it; what the first start left in it the second does not see."""
+    store, seen = torch.distributed.HashStore(), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(gradients.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(gradients.dist, "init_process_group", lambda backend, store, **_: seen.append(store))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        gradients.meet("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")                                    # a second machine, which may have counted otherwise
+    gradients.meet("cpu")
+    seen[0].set("address of rank 1", "gone")
+    assert [start.check(["address of rank 1"]) for start in seen] == [True, False, True]
+
+
 # The benchmark, and the document
 
 
@@ -152,7 +170,7 @@ def test_the_document_shows_what_its_code_prints():
             wrap(model, LoRAConfig())
         rows = [data.Example(np.arange(401, dtype=np.int32) + 1000 * i, np.arange(401) > 360, "") for i in range(42)]
         batch = data.pack(rows, 16_896)[0]
-        assert train.flops(model, batch) / len(batch.tokens) == pytest.approx(names["FLOPS"][way], rel=0.01)
+        assert flops(model, batch) / len(batch.tokens) == pytest.approx(names["FLOPS"][way], rel=0.01)
         assert 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) == pytest.approx(names["BYTES"][way], rel=0.01)
 
 

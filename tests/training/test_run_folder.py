@@ -1,32 +1,22 @@
-"""checkpoint.py: whole or not at all, whatever happens while it writes; adapters of other tools."""
-import json
+"""training/run_folder.py: checkpoints whole or not at all, whatever happens while they are written, and who may resume a run."""
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from lora import LoRAConfig, adapters, wrap
+import train
+from lora import LoRAConfig, wrap
 from storage import tensors
-from storage.adapters import load_adapter, save_adapter
-from storage.atomic import remove_leftovers, whole_file, whole_folder
-from storage.pretrained import fetch_model, load_model
+from storage.atomic import remove_leftovers, write_json
+from storage.pretrained import load_model
 from storage.tensors import read_tensors
+from tokenizer import Tokenizer
 from training import run_folder
 from training.run_folder import RunFolder, find_checkpoints, find_last, load_run, snapshot, verify
-
-
-@pytest.fixture
-def trained(demo):
-    """A wrapped model and its optimizer after one step."""
-    model = load_model(demo / "model", torch.float32)
-    wrap(model, LoRAConfig(rank=2), torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
-    model(torch.tensor([2, 105, 107]), torch.arange(3), torch.zeros(3)).square().sum().backward()
-    optimizer.step()
-    return model, optimizer
 
 
 def save(folder, step, trained, state, keep=2):
@@ -35,25 +25,6 @@ def save(folder, step, trained, state, keep=2):
     run.save(step, *snapshot(*trained), state)
     run.close()
     return find_checkpoints(folder)[-1]
-
-
-def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    with whole_file(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "a" / "folder") as temporary:
-        (temporary / "x").write_text("half")
-        raise RuntimeError
-    assert os.listdir(tmp_path / "a") == []
 
 
 def test_a_process_killed_while_saving_leaves_no_checkpoint_and_no_obstacle(demo, trained, tmp_path):
@@ -195,43 +166,21 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_one_befo
     run.close()
 
 
-def test_an_adapter_that_peft_saved_gives_the_same_logits(demo, tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    torch.manual_seed(0)
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32),
-                            LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(demo / "model", torch.float32)
-    load_adapter(ours, tmp_path)
-    ids = torch.randint(110, 1000, (1, 30))
-    torch.testing.assert_close(ours.logits(ids), theirs(ids).logits, rtol=1e-3, atol=1e-3)
+def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, monkeypatch):
+    everything = train.token_cache.read_sources([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
+    rows, fewer, turned = (train.fingerprint(everything.take(np.array(which))) for which in ([0, 1], [0], [1, 0]))
+    monkeypatch.setattr(run_folder.dist, "broadcast", lambda tensor, source: tensor.copy_(torch.tensor([7, int(rows[-15:], 16)])))
+    assert run_folder.same_for_all(0, rows, torch.device("cpu")) == 7
+    for other in (fewer, turned):
+        with pytest.raises(ValueError, match=r"other training rows \([12] of \d+ tokens, SHA-256 \w+\) than rank 0; give all of them the same"):
+            run_folder.same_for_all(0, other, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
-                                    {"target_modules": "all-linear"}, {"lora_alpha": None}, {"r": "16"}, {"r": 16.0},
-                                    {"r": 0}, {"lora_dropout": None}, {"target_modules": [1]}, {"modules_to_save": ["lm_head"]}])
-def test_adapters_that_are_not_plain_lora_are_refused(demo, trained, tmp_path, change):
-    save_adapter(trained[0], "base", tmp_path)
-    stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | change))
-    with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        load_adapter(load_model(demo / "model"), tmp_path)
-
-
-def test_an_adapter_for_another_model_is_refused(demo, trained, tmp_path):
-    save_adapter(trained[0], "base", tmp_path)
-    stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | {"r": 5}))
-    with pytest.raises(ValueError, match="made for another model"):
-        load_adapter(load_model(demo / "model"), tmp_path)
-
-
-def test_a_model_that_is_not_there_is_named_before_anything_is_read():
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        fetch_model("nowhere")
-
-
-def test_adapters_are_listed_in_the_models_order(trained):
-    names = [name for name, _ in adapters(trained[0])]
-    assert len(names) == 7 * 4 and names[0] == "model.layers.0.self_attn.q_proj" and names[-1] == "model.layers.3.mlp.down_proj"
+def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    write_json(tmp_path / "config.json", {"launch": run_folder.launch()})
+    assert not run_folder.restarted(tmp_path, 0)                                         # its first start
+    assert run_folder.restarted(tmp_path, 1) and not run_folder.restarted(tmp_path / "new", 1)
+    for other in ("another", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        assert not run_folder.restarted(tmp_path, 1)
