@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import data
-from model import Gemma3, GemmaConfig
+from model import Gemma3
 from storage.atomic import whole_file, write_json
-from storage.pretrained import save_model
+from storage.pretrained import config_from_dict, save_model
 from tokenizer import Control, Segment, Tokenizer
 from tokenizer.model_file import train_model_file
 
@@ -196,7 +196,7 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0, config: dict = SMALL) -
               "bos_token_id": 2, "eos_token_id": [1, 50, 106], "pad_token_id": 0, "torch_dtype": "bfloat16",
               "vocab_size": vocabulary, **config}
     write_json(folder / "model" / "config.json", config)
-    model = Gemma3(GemmaConfig.from_dict(config))
+    model = Gemma3(config_from_dict(config))
     model.init_weights(torch.Generator().manual_seed(seed))
     save_model(model, folder / "model", folder / "model")
     size = sum(p.numel() for p in model.parameters())

@@ -32,13 +32,6 @@ from loss_kernels import linear_cross_entropy
 from norm_kernels import rms_norm
 from triton_support import sent
 
-# What a published config.json means by leaving a size out (the 4B and larger do).
-DEFAULTS = {"vocab_size": 262_208, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4_096}
-
-# No size in a config.json is larger; Gemma's vocabulary is a quarter of it.
-LARGEST = 1 << 20
-
 
 @dataclass(frozen=True)
 class GemmaConfig:
@@ -73,53 +66,6 @@ class GemmaConfig:
     def heads(self) -> tuple[int, int, int]:
         """N, K and H."""
         return self.num_attention_heads, self.num_key_value_heads, self.head_dim
-
-    @classmethod
-    def from_dict(cls, config: dict) -> GemmaConfig:
-        """From the contents of a published config.json.  Raises ValueError for a model that is not Gemma 3 text."""
-        config = config.get("text_config", config)          # the larger models nest it beside a vision part
-        if not isinstance(config, dict) or config.get("model_type") != "gemma3_text":
-            found = config.get("model_type") if isinstance(config, dict) else config
-            raise ValueError(f"model_type is {found!r:.60}; this file implements \"gemma3_text\" alone")
-        for key, supported in (("hidden_activation", "gelu_pytorch_tanh"), ("attn_logit_softcapping", None),
-                               ("final_logit_softcapping", None), ("attention_bias", False),
-                               ("use_bidirectional_attention", False), ("tie_word_embeddings", True)):
-            if config.get(key, supported) not in (supported, supported or None):
-                raise ValueError(f"{key} is {config[key]!r:.60}; only {supported!r} is supported")
-        known = DEFAULTS | {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
-        rope = config.get("rope_parameters") or {}          # transformers 5 writes both rotations here
-        scaling = (isinstance(rope, dict) and rope.get("full_attention")) or config.get("rope_scaling") or {}
-        if not isinstance(rope, dict) or not isinstance(scaling, dict):
-            raise ValueError("rope_parameters or rope_scaling is no object")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "linear"):
-            raise ValueError(f"rope_type is {kind!r:.60}; \"default\" and \"linear\" are supported")
-        known["rope_factor"] = scaling.get("factor", 1.0)
-        for key, layers in (("rope_theta", "full_attention"), ("rope_local_base_freq", "sliding_attention")) if rope else ():
-            known[key] = rope[layers].get("rope_theta") if isinstance(rope.get(layers), dict) else None
-        for key, value in known.items():
-            default, most = cls.__dataclass_fields__[key].default, 1_000 if key == "num_hidden_layers" else LARGEST
-            if isinstance(default, int) and not (type(value) is int and 1 <= value <= most):
-                raise ValueError(f"{key} is {value!r:.60}; expected an integer from 1 to {most}")
-            if isinstance(default, float) and not (type(value) in (int, float) and 0 < value <= 1e30):
-                raise ValueError(f"{key} is {value!r:.60}; expected a number above 0, and not beyond 1e30")
-        pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern"))
-        if "layer_types" not in known and pattern:
-            if type(pattern) is not int or pattern < 1:
-                raise ValueError(f"sliding_window_pattern is {pattern!r:.60}; expected an integer from 1")
-            known["layer_types"] = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention"
-                                    for i in range(known["num_hidden_layers"])]
-        types = known.get("layer_types", [])
-        if not isinstance(types, list) or any(kind not in ("sliding_attention", "full_attention") for kind in types):
-            raise ValueError(f"layer_types is {types!r:.80}; expected a list of sliding_attention and full_attention")
-        made = cls(**known | {"layer_types": tuple(types)})
-        if len(made.layer_types) != made.num_hidden_layers:
-            raise ValueError(f"layer_types names {len(made.layer_types)} layers, num_hidden_layers is {made.num_hidden_layers}")
-        if made.head_dim % 2:
-            raise ValueError(f"head_dim is {made.head_dim}; rotation needs an even one")
-        if made.num_attention_heads % made.num_key_value_heads:
-            raise ValueError(f"{made.num_attention_heads} query heads do not divide among {made.num_key_value_heads} kv heads")
-        return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -589,7 +589,7 @@ def describe_failure(model: Gemma3, examples: list[data.Example], step: int, see
     worst = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:5]
     rows = ", ".join(f"{source} (loss {loss:.3g})" for loss, source in worst)
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "
-            f"Its worst rows: {rows}. Mend or leave out these rows, or start anew with a lower --lr; a larger --max-grad-norm lets "
+            f"Its worst rows: {rows}. Fix or remove these rows, or start over with a lower --lr; a larger --max-grad-norm lets "
             f"--resume go on from the last checkpoint in {out}")
 
 
@@ -609,7 +609,7 @@ def fail(message: str) -> None:
 
 
 def cli() -> None:
-    """`main` with the command line's flags; errors that a user can mend are one line, without a traceback."""
+    """`main` with the command line's flags; errors that a user can fix are one line, without a traceback."""
     try:
         arguments = parse_args()
         if arguments.device == "cpu":

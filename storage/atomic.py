@@ -26,7 +26,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path}: could not be written ({error}); make room or mend the folder") from None
+        raise OSError(f"{path}: could not be written ({error}); make room or fix the folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,11 +76,11 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); mend the file, or fetch or write it again") from None
+        raise ValueError(f"{path}: not valid JSON ({error}); fix the file, or fetch or write it again") from None
 
 
 def read_object(path: Path) -> dict:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object; mend the file, or fetch or write it again")
+        raise ValueError(f"{path}: not a JSON object; fix the file, or fetch or write it again")
     return value

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,19 @@ SYSTEM = "system.txt"            # beside the weights: what the model was told b
 TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 MODEL_FILES = ("config.json", INDEX, SYSTEM, *TOKENIZER_FILES)
+
+# Sizes that a published config.json may leave out (the 4B and larger do), and what they are then.
+DEFAULTS = {
+    "vocab_size": 262_208, "hidden_size": 2_304, "intermediate_size": 9_216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4_096,
+}
+# Settings with only one supported value.
+SUPPORTED = {
+    "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    "attention_bias": False, "use_bidirectional_attention": False, "tie_word_embeddings": True,
+}
+MAX_LAYERS = 1_000
+MAX_SIZE = 1 << 20               # of any other size in a config.json; Gemma's vocabulary is a quarter of it
 
 
 def check_device(name: str) -> None:
@@ -57,12 +71,79 @@ def fetch_model(name: str) -> Path:
     return folder / "model" if (folder / "model" / "config.json").exists() else folder           # a run's folder was given
 
 
+def config_from_dict(stored: dict) -> GemmaConfig:
+    """The model that the contents of a published config.json describe.
+
+    Raises ValueError for a model that is not Gemma 3 text, and for a size or a setting that is not implemented.
+    """
+    stored = stored.get("text_config", stored)              # the larger models nest it beside a vision part
+    model_type = stored.get("model_type") if isinstance(stored, dict) else stored
+    if not isinstance(stored, dict) or model_type != "gemma3_text":
+        raise ValueError(f"model_type is {model_type!r:.60}; only \"gemma3_text\" is supported")
+    for key, supported in SUPPORTED.items():
+        if stored.get(key, supported) not in (supported, supported or None):
+            raise ValueError(f"{key} is {stored[key]!r:.60}; only {supported!r} is supported")
+    given = {key: stored[key] for key in GemmaConfig.__dataclass_fields__ if stored.get(key) is not None}
+    values = DEFAULTS | given | _rope_values(stored)
+    _check_numbers(values)
+    values["layer_types"] = _layer_types(stored, values.get("layer_types"), values["num_hidden_layers"])
+    config = GemmaConfig(**values)
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise ValueError(f"layer_types names {len(config.layer_types)} layers, num_hidden_layers is {config.num_hidden_layers}")
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim is {config.head_dim}; rotary embedding needs an even one")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"{config.num_attention_heads} query heads do not divide among {config.num_key_value_heads} kv heads")
+    return config
+
+
+def _rope_values(stored: dict) -> dict[str, Any]:
+    """The rotary embedding's values for GemmaConfig, from `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
+    rope = stored.get("rope_parameters") or {}              # transformers 5: one entry for each type of layer
+    scaling = (isinstance(rope, dict) and rope.get("full_attention")) or stored.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise ValueError("rope_parameters or rope_scaling is not an object")
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in ("default", "linear"):
+        raise ValueError(f"rope_type is {rope_type!r:.60}; only \"default\" and \"linear\" are supported")
+    values = {"rope_factor": scaling.get("factor", 1.0)}
+    if rope:
+        for key, layer_type in (("rope_theta", "full_attention"), ("rope_local_base_freq", "sliding_attention")):
+            parameters = rope.get(layer_type)
+            values[key] = parameters.get("rope_theta") if isinstance(parameters, dict) else None
+    return values
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    """Raises ValueError for a size that is not a positive integer, or a number that is not positive and finite."""
+    for key, value in values.items():
+        default = GemmaConfig.__dataclass_fields__[key].default
+        largest = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+        if isinstance(default, int) and not (type(value) is int and 1 <= value <= largest):
+            raise ValueError(f"{key} is {value!r:.60}; expected an integer from 1 to {largest}")
+        if isinstance(default, float) and not (type(value) in (int, float) and 0 < value <= 1e30):
+            raise ValueError(f"{key} is {value!r:.60}; expected a number above 0 and up to 1e30")
+
+
+def _layer_types(stored: dict, named: Any, layers: int) -> tuple[str, ...]:
+    """The type of each layer, as named, or by the pattern's period; empty where config.json has neither."""
+    period = stored.get("sliding_window_pattern", stored.get("_sliding_window_pattern"))
+    if named is None and period:
+        if type(period) is not int or period < 1:
+            raise ValueError(f"sliding_window_pattern is {period!r:.60}; expected an integer from 1")
+        named = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
+    types = [] if named is None else named
+    if not isinstance(types, list) or any(name not in ("sliding_attention", "full_attention") for name in types):
+        raise ValueError(f"layer_types is {types!r:.80}; expected a list of sliding_attention and full_attention")
+    return tuple(types)
+
+
 def load_config(folder: Path) -> GemmaConfig:
     stored = read_object(folder / "config.json")
     try:
-        return GemmaConfig.from_dict(stored)
+        return config_from_dict(stored)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}; mend the file, or fetch it again") from None
+        raise ValueError(f"{folder / 'config.json'}: {error}; fix the file, or fetch it again") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -38,7 +38,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = (folder / ".lock").open("a+")
         except OSError as error:
-            raise OSError(f"{folder}: cannot be written to ({error.strerror}); mend that, or choose another --out") from None
+            raise OSError(f"{folder}: cannot be written to ({error.strerror}); fix that, or choose another --out") from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # the system lets go of it when this process ends
         except BlockingIOError:
@@ -144,7 +144,7 @@ def find_last(folder: Path, say: Callable[[str], None] = print) -> Path | None:
             continue
         return path
     if found:
-        raise ValueError(f"{folder}: none of its {len(found)} checkpoints is whole; start anew with --overwrite, or with another --out")
+        raise ValueError(f"{folder}: none of its {len(found)} checkpoints is whole; start over with --overwrite, or with another --out")
     return None
 
 

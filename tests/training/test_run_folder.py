@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, dam
         assert len(said) == 1 and "step-000002 is damaged: " in said[0] and name in said[0]
     damage(find_checkpoints(tmp_path)[0] / name)
     if (newest / "state.json").exists():
-        with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; start anew"):
+        with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; start over"):
             find_last(tmp_path, said.append)
 
 
@@ -141,7 +141,7 @@ def test_what_is_saved_is_what_stood_there_when_it_was_asked_for(trained, tmp_pa
 
 def test_a_folder_that_cannot_be_is_named_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/run: cannot be written to \(Not a directory\); mend that, or choose another --out"):
+    with pytest.raises(OSError, match=r"file/run: cannot be written to \(Not a directory\); fix that, or choose another --out"):
         RunFolder(tmp_path / "file" / "run")
 
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_one_befo
     with monkeypatch.context() as patch:
         patch.setattr(tensors, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         run.save(2, *snapshot(*trained), {})
-        with pytest.raises(OSError, match=r"step-000002.*could not be written .*No space left.*make room or mend the folder; --resume goes on from step-000001"):
+        with pytest.raises(OSError, match=r"step-000002.*could not be written .*No space left.*make room or fix the folder; --resume goes on from step-000001"):
             run.wait()
     assert find_checkpoints(tmp_path) == [path] and os.listdir(path.parent) == ["step-000001"]
     run.close()
