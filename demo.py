@@ -20,7 +20,7 @@ import torch
 
 import data
 from model import Gemma3
-from storage.atomic import whole_file, write_json
+from storage.atomic import atomic_file, write_json
 from storage.pretrained import config_from_dict, save_model
 from tokenizer import Control, Segment, Tokenizer
 from tokenizer.model_file import train_model_file
@@ -185,7 +185,7 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0, config: dict = SMALL) -
         by_query.setdefault(row["query"], row)
     made = list(by_query.values())
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "rows.jsonl") as temporary:
+    with atomic_file(folder / "rows.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
     texts = [text for row in made[:6_000] for text in texts_between_controls(data.parse_row(row, "demo").segments())]

@@ -35,7 +35,7 @@ from data import Conversation
 from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
 from gradients import meet
 from model import Gemma3
-from storage.adapters import load_tuned, system_of
+from storage.adapters import load_tuned, system_prompt_of
 from storage.atomic import write_json
 from storage.pretrained import check_device, choose_dtype, load_tokenizer
 from tokenizer import Tokenizer, parse_calls
@@ -393,7 +393,7 @@ def main(args: argparse.Namespace) -> int:
 def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device: torch.device) -> dict:
     """Evaluate on `--data`, a share of the rows in each of the processes, and print the figures; returns them."""
     skipped = data.Skipped() if args.skip_invalid else None
-    system = system_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
+    system = system_prompt_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
     found = list(data.read_sources(args.data.split(","), skipped, system))
     rows = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)[1][:args.limit]
     for cause, count in (skipped or {}).items():

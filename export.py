@@ -17,9 +17,9 @@ import torch
 
 from generate import add_model_flags
 from lora import merge
-from storage.adapters import base_of, load_adapter, save_adapter, system_of
-from storage.atomic import whole_folder
-from storage.pretrained import fetch_model, load_model, save_model, save_system
+from storage.adapters import base_of, load_adapter, save_adapter, system_prompt_of
+from storage.atomic import atomic_folder
+from storage.pretrained import fetch_model, load_model, save_model, save_system_prompt
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,13 +43,13 @@ def main(args: argparse.Namespace) -> int:
     model = load_model(folder, torch.float32)
     if args.adapter:
         load_adapter(model, args.adapter)
-    with whole_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         if args.format == "peft":
             save_adapter(model, base, temporary)
         else:
             merge(model)
             save_model(model, folder, temporary)
-        save_system(temporary, system_of(args.model, args.adapter))
+        save_system_prompt(temporary, system_prompt_of(args.model, args.adapter))
     print(f"{args.format} {'adapter' if args.format == 'peft' else 'model'} in {out}: "
           + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.iterdir())))
     return 0

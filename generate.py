@@ -33,7 +33,7 @@ import data
 from attention_kernels import attention, plan
 from cuda_graph import record
 from model import Gemma3
-from storage.adapters import load_tuned, system_of
+from storage.adapters import load_tuned, system_prompt_of
 from storage.atomic import read_json
 from storage.pretrained import DTYPES, load_tokenizer
 from tokenizer import Tokenizer, parse_calls, render_segments
@@ -389,7 +389,7 @@ def main(args: argparse.Namespace) -> int:
                             phrases=call_phrases(tokenizer))
         return tokenizer.decode(answer)
 
-    system = data.system_text(args.system) if args.system is not None else system_of(args.model, args.adapter) if tools else ""
+    system = data.system_text(args.system) if args.system is not None else system_prompt_of(args.model, args.adapter) if tools else ""
     messages = [{"role": "developer", "content": system}] if system else []
     if args.query is None:
         return session(ask, messages, args.raw)

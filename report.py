@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from storage.atomic import read_json, whole_file
+from storage.atomic import atomic_file, read_json
 from survey import described
 
 POINTS = 400                      # at most so many in a line
@@ -126,7 +126,7 @@ def write_data(folder: Path, name: str, found: dict) -> Path:
 def write_page(path: Path, name: str, said: str, sections: Sequence[tuple[str, str]]) -> Path:
     """A whole page: its name, the sentence that says it all, and (heading, HTML) of each section that is not empty."""
     name = text(name)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("\n".join([
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',

@@ -45,7 +45,7 @@ import numpy as np
 import data
 import survey
 from data import Conversation, Example, RowError
-from storage.atomic import flush, read_json, sha256_of, whole_file, whole_folder, write_json
+from storage.atomic import atomic_file, atomic_folder, flush_to_disk, read_json, sha256_of, write_json
 from tokenizer import Tokenizer
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-functiongemma" / "tokens"
@@ -201,7 +201,7 @@ def _cached(path: Path, name: str, weight: float, made_by: str, cache: Path, hel
             if not whole:
                 for left in [folder, *cache.glob(f".{folder.name}.*.tmp")]:
                     shutil.rmtree(left, ignore_errors=True)
-                with whole_folder(folder) as temporary:
+                with atomic_folder(folder) as temporary:
                     build(temporary)
                     if _identity(path) != before:
                         raise ValueError(f"{path}: the file changed while it was read; start again when it is complete")
@@ -254,7 +254,7 @@ def _content(path: Path, cache: Path) -> str:
     settled = time.time_ns() - max(written, changed) > 2e9
     content = _hash_of(path)
     if settled and _identity(path) == identity:
-        with whole_file(seen) as temporary:
+        with atomic_file(seen) as temporary:
             temporary.write_text(content)
     return content
 
@@ -312,7 +312,7 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for _, _, row in lowest]
     (folder / "held_out.jsonl").write_bytes(b"\n".join(lines))
     for file in ("ids.bin", "rows.bin", "held_out.jsonl"):
-        flush(folder / file)
+        flush_to_disk(folder / file)
     checksums = {file: _checksum(folder / file) for file in ("ids.bin", "rows.bin", "held_out.jsonl")}
     summary |= {"held_out": len(lowest), "checksums": checksums}
     write_json(folder / "summary.json", summary | {"checksum": _summary_checksum(summary)})

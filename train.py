@@ -39,25 +39,25 @@ from model import Gemma3
 from storage import hub
 from storage.adapters import load_tuned, save_adapter
 from storage.atomic import read_json, write_json
-from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer, save_model, save_system
+from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer, save_model, save_system_prompt
 from token_cache import Tokens
 from tokenizer import Tokenizer
-from training.host import device_name, keep_memory, peak_gib
-from training.metrics import flops, profiled, utilization
+from training.host import device_name, peak_gib, restart_with_memory_settings
+from training.metrics import flops, step_profiler, utilization
 from training.run_folder import (
     RunFolder,
+    adamw_state,
+    broadcast_start,
     check_same_run,
     checkpoint_folder,
     decoding_copy,
     find_checkpoints,
     find_last,
     load_run,
-    moments,
-    restarted,
-    same_for_all,
+    restarted_by_torchrun,
     snapshot,
 )
-from training.run_log import before_and_after, console_line, open_log, write
+from training.run_log import before_and_after, console_line, open_log, write_record
 from triton_support import compile_passes, has_compiler, multiplies_bf16
 
 
@@ -247,7 +247,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
     for parameter in parameters if device.type == "cpu" else ():            # before the first pass, for the reason that gradients.py gives
-        optimizer.state[parameter] = moments(parameter)
+        optimizer.state[parameter] = adamw_state(parameter)
     weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
     if (weights != 1).any():
@@ -280,12 +280,12 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         if args.steps != 0:
             folder = RunFolder(out, args.keep)
             closing.callback(folder.close)
-        resume = args.resume or restarted(out, restarts)
+        resume = args.resume or restarted_by_torchrun(out, restarts)
         if folder and not (resume or args.overwrite) and (find_checkpoints(out) or (out / "log.jsonl").exists()):
             raise ValueError(f"{out} holds an earlier run; pass --resume to go on with it, --overwrite to lose it, or another --out")
         last = find_last(out, say) if resume else None
         step = int(last.name.removeprefix("step-")) if last else 0
-    step = same_for_all(step, flags["rows"], device) if world > 1 else step
+    step = broadcast_start(step, flags["rows"], device) if world > 1 else step
     if step:
         last = checkpoint_folder(out, step)
         if not last.exists():
@@ -330,7 +330,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         if loss is None:
             return
         say(f"step {step:5d}/{total} | held-out loss {loss:.4f}")
-        write(log, {"step": step, "eval_loss": loss})
+        write_record(log, {"step": step, "eval_loss": loss})
         if step and (state["best_loss"] is None or loss < state["best_loss"]):
             state["best_loss"] = loss
             keep_result()
@@ -343,7 +343,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         elif rank == 0:
             save_adapter(result, args.model, out / "adapter")
         if rank == 0:
-            save_system(out / ("model" if args.full else "adapter"), args.system)
+            save_system_prompt(out / ("model" if args.full else "adapter"), args.system)
 
     def count_calls(model: Gemma3) -> None:
         """Let the model call: figures to the log, every answer to out/calls/step-N.json."""
@@ -353,7 +353,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         result = evaluate(tuned, tokenizer, eval_rows[:args.eval_calls], processes=(rank, world))
         say(f"step {step:5d}/{total} | exact match {result['exact_match']:.1%} | AST match {result['ast_match']:.1%} of {result['rows']} "
             "held-out queries", flush=True)
-        write(log, {"step": step, **{key: result[key] for key in ("rows", "exact_match", "ast_match", "name_accuracy", "parse_failures")}})
+        figures = {key: result[key] for key in ("rows", "exact_match", "ast_match", "name_accuracy", "parse_failures")}
+        write_record(log, {"step": step, **figures})
         if rank == 0:
             (out / "calls").mkdir(exist_ok=True)
             write_json(out / "calls" / f"step-{step:06d}.json", {"step": step, **result})
@@ -390,7 +391,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             yield rows, position, pack_step(rows), sum(trained_lengths[row] for row in rows)
 
     # The loop.
-    profiler = closing.enter_context(profiled(args.profile, out, device)) if args.profile and rank == 0 else None
+    profiler = closing.enter_context(step_profiler(args.profile, out, device)) if args.profile and rank == 0 else None
     first_step, started = step, time.perf_counter()
     coming, ended, stopping = prepared(), started, False
     upcoming = next(coming, None)
@@ -429,7 +430,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
                   "tokens_per_second": tokens_done / seconds, "trained_tokens_per_second": trained_tokens / seconds,
                   "data_wait": packing / seconds, "tflops": tflops, "mfu": utilization(tflops, device),
                   "peak_gib": peak_gib(device)}
-        write(log, record)
+        write_record(log, record)
         if step == total or stopping or (args.log_every and (step == 1 or step % args.log_every == 0)):
             say(console_line(record, total, (now - started) / (step - first_step) * (total - step)), flush=True)
         if step == total or (args.eval_every and step % args.eval_every == 0):
@@ -484,7 +485,7 @@ def pin_sources(args: argparse.Namespace, rank: int, world: int, restarts: int) 
     pinned = [None] * 3
     if rank == 0:
         out = Path(args.out)
-        resume = (args.resume and (out / "config.json").exists()) or restarted(out, restarts)
+        resume = (args.resume and (out / "config.json").exists()) or restarted_by_torchrun(out, restarts)
         stored = read_json(out / "config.json") if resume else {}
         if stored.get("asked") == args.asked:
             pinned = [stored["model"], stored["data"], stored["eval_data"]]
@@ -613,7 +614,7 @@ def cli() -> None:
     try:
         arguments = parse_args()
         if arguments.device == "cpu":
-            keep_memory(globals().get("__file__"))
+            restart_with_memory_settings(globals().get("__file__"))
         sys.exit(main(arguments))
     except torch.OutOfMemoryError as error:
         fail(f"{str(error).partition('. ')[0]}; a lower --micro-tokens or --checkpoint-activations takes less; --resume goes on with it")

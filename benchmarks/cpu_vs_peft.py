@@ -46,7 +46,7 @@ import train  # noqa: E402
 from data import Example  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from storage.pretrained import DTYPES, choose_dtype, load_model  # noqa: E402
-from training.host import MALLOC, PLANS, device_name  # noqa: E402
+from training.host import MALLOC, PRIMITIVE_CACHES, device_name  # noqa: E402
 from triton_support import has_compiler  # noqa: E402
 
 WARMUP_STEPS = 1
@@ -84,7 +84,7 @@ def run_theirs(args: argparse.Namespace, steps: int, folder: Path, mode: str) ->
                *(["--one-set"] if args.one_set else []), *(["--full"] if args.full else [])]
     large = "mmap_max=0" if args.one_set else "mmap_threshold=0x2000000"                    # as ours, with which padded fours do not fit
     malloc = f"{MALLOC}:glibc.malloc.{large}"
-    environment = os.environ | (PLANS | {"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
+    environment = os.environ | (PRIMITIVE_CACHES | {"GLIBC_TUNABLES": malloc} if args.device == "cpu" else {})
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 

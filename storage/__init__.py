@@ -1,1 +1,1 @@
-"""What is read from disk and from the Hub, and what is written for other tools: models and adapters in their published layouts."""
+"""What is on disk and on the Hub: models in the published layout, adapters in PEFT's, atomic files."""

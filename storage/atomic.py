@@ -1,6 +1,7 @@
-"""Write a file or a folder whole or not at all, and read JSON.
+"""Write a file or a folder completely or not at all, and read and write JSON.
 
-What is written appears under a temporary name, is flushed to the disk and is then renamed.
+New content goes to a temporary name, is flushed to the disk, and is then renamed. A process that is killed on
+the way leaves the old content and a `.NAME.PID.tmp`, which `remove_leftovers` deletes.
 """
 from __future__ import annotations
 
@@ -17,14 +18,17 @@ from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it takes `path`'s name only when the block has ended well.  Raises OSError naming `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, and rename it to `path` if the block ends without an error.
+
+    Raises OSError, naming `path`, if it cannot be written.
+    """
+    temporary = temporary_path(path)
     try:
         yield temporary
-        flush(temporary)
+        flush_to_disk(temporary)
         temporary.rename(path)
-        flush(path.parent)
+        flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path}: could not be written ({error}); make room or fix the folder") from None
     finally:
@@ -32,27 +36,40 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder that does not exist yet, filled by way of `whole_file`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)             # left by a killed process of the same number
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder, and rename it to `path` if the block ends without an error.
+
+    `path` must not exist.
+
+    The files inside are to be written with `atomic_file`, which flushes them.
+    """
+    temporary = temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)             # left by a killed process with the same PID
     temporary.mkdir(parents=True)
     try:
         yield temporary
         temporary.rename(path)
-        flush(path.parent)
+        flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where this process prepares, or puts aside, what `path` names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half written in a run's folder."""
-    for left in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    """Delete the temporary files and folders that killed processes left in a folder and in its subfolders."""
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
-def flush(path: Path) -> None:
-    """Until a file, or a folder's list of names, is on the disk."""
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,20 +83,23 @@ def sha256_of(file: Path) -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
+    """The value in a JSON file.  Raises FileNotFoundError or ValueError, naming the file and the remedy."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right folder?") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fix the file, or fetch or write it again") from None
+        remedy = "fix the file, or fetch or write it again"
+        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 
-def read_object(path: Path) -> dict:
+def read_json_object(path: Path) -> dict:
+    """As `read_json`, for a file that must hold a JSON object."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object; fix the file, or fetch or write it again")

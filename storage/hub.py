@@ -1,13 +1,13 @@
-"""Models and rows by name on the Hugging Face Hub: owner/name[@revision], of a dataset also [:split] or [:file].
+"""Models and rows on the Hugging Face Hub, by name: owner/name[@revision], of rows also [:split] or [:file].
 
-    pin("owner/name@main", "model")                              → "owner/name@0123…", the commit that the revision stands for now
-    list_files("owner/name@0123…", "model")                      → ["README.md", "config.json", …]
-    fetch("owner/name@0123…", "model", ["config.json"])          → [Path("…/snapshots/0123…/config.json")]
+    pin("owner/name@main", "model")                      → "owner/name@0123…", the revision's commit now
+    list_files("owner/name@0123…", "model")              → ["README.md", "config.json", …]
+    fetch("owner/name@0123…", "model", ["config.json"])  → [Path("…/snapshots/0123…/config.json")]
 
-A revision is a branch, a tag or a commit; without one it is the branch "main". Files go to the client's cache (HF_HOME) and are
-fetched once. With no network, or HF_HUB_OFFLINE=1, everything is answered from there.
+A revision is a branch, a tag or a commit; without one it is the branch "main". Files go to the client's cache
+(HF_HOME) and are downloaded once. Without a network, or with HF_HUB_OFFLINE=1, the cache answers everything.
 
-What goes wrong is an OSError that says what to do about it. No message holds the token.
+Every failure is an OSError that names the remedy. No message contains the token.
 """
 from __future__ import annotations
 
@@ -34,64 +34,81 @@ class Name(NamedTuple):
 
 
 def parse(source: str) -> Name | None:
-    """What a name on the Hub says; None for a source that is a local path, or looks like one."""
+    """The parts of a name on the Hub; None for a local path, or for what looks like one."""
     match = NAME.fullmatch(source)
-    if not match or Path(source).exists() or Path(source.partition("/")[0]).exists() or match[1].endswith((".json", ".jsonl", ".gz")):
+    if not match or match[1].endswith((".json", ".jsonl", ".gz")):
+        return None
+    if Path(source).exists() or Path(source.partition("/")[0]).exists():
         return None
     return Name(*match.groups())
 
 
 def pin(source: str, kind: str) -> str:
-    """The source at the commit that its revision stands for now; a local path, or a commit, as it is.  kind: "model" or "dataset"."""
+    """The source at the commit that its revision stands for now.
+
+    A local path, or a source at a commit, is returned as it is. kind: "model" or "dataset".
+    """
     name = parse(source)
     if name is None or COMMIT.fullmatch(name.revision or ""):
         return source
     from huggingface_hub import HfApi, constants, resolve_revision
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RevisionResolutionError
-    with explained(name, kind):
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RevisionResolutionError,
+    )
+    of = {"repo_type": kind, "revision": name.revision}
+    with explain_errors(name, kind):
         try:
-            found = HfApi().repo_info(name.repo, repo_type=kind, revision=name.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).id
-            commit = resolve_revision(name.repo, repo_type=kind, revision=name.revision).resolved      # and is kept for offline
+            found = HfApi().repo_info(name.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT, **of).id
+            commit = resolve_revision(name.repo, **of).resolved         # and is recorded for offline use
             if found != name.repo:
                 print(f"{kind} {name.repo} is called {found} now, and is taken from there", file=sys.stderr)
         except (HTTPError, OfflineModeIsEnabled) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
             try:
-                commit = resolve_revision(name.repo, repo_type=kind, revision=name.revision, local_files_only=True).resolved
+                commit = resolve_revision(name.repo, local_files_only=True, **of).resolved
             except RevisionResolutionError:
                 raise error from None
-            print(f"{kind} {name.repo}: the Hub is not asked or does not answer; commit {commit} is taken from the cache", file=sys.stderr)
+            print(f"{kind} {name.repo}: offline, or the Hub does not answer; commit {commit} is taken from "
+                  "the cache", file=sys.stderr)
     return f"{name.repo}@{commit}" + (f":{name.part}" if name.part else "")
 
 
 def list_files(source: str, kind: str) -> list[str]:
-    """All files of a pinned source, whether they are fetched or not."""
+    """The paths of all files of a pinned source, downloaded or not."""
     from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
     name = parse(source)
-    with explained(name, kind):
+    of = {"repo_type": kind, "revision": name.revision}
+    with explain_errors(name, kind):
         try:
-            return sorted(file.path for file in get_cached_repo_tree(name.repo, repo_type=kind, revision=name.revision))
+            return sorted(file.path for file in get_cached_repo_tree(name.repo, **of))
         except CachedRepoTreeNotFoundError:
-            return sorted(HfApi().list_repo_files(name.repo, repo_type=kind, revision=name.revision))
+            return sorted(HfApi().list_repo_files(name.repo, **of))
 
 
 def fetch(source: str, kind: str, files: list[str]) -> list[Path]:
-    """These files of a pinned source, fetched unless they are in the cache; the bar is the client's, and the first process's alone."""
+    """Local paths of these files of a pinned source, downloaded where they are not in the cache.
+
+    The client shows a progress bar, in the first process alone.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bars()
     name = parse(source)
-    with explained(name, kind):
-        folder = snapshot_download(name.repo, repo_type=kind, revision=name.revision, allow_patterns=[glob.escape(file) for file in files])
+    patterns = [glob.escape(file) for file in files]
+    with explain_errors(name, kind):
+        folder = snapshot_download(name.repo, repo_type=kind, revision=name.revision, allow_patterns=patterns)
     return [Path(folder, file) for file in files]
 
 
 @contextlib.contextmanager
-def explained(name: Name, kind: str) -> Iterator[None]:
-    """Whatever the client raises inside becomes an OSError that says what is the matter and what to do."""
+def explain_errors(name: Name, kind: str) -> Iterator[None]:
+    """Raise each of the client's errors as an OSError that says what is wrong and what to do."""
     from huggingface_hub import errors, get_token
     token = get_token()
     if token and not TOKEN.fullmatch(token):
@@ -104,39 +121,48 @@ def explained(name: Name, kind: str) -> Iterator[None]:
 
 
 def _explanation(error: Exception, name: Name, kind: str, has_token: bool) -> tuple[type[OSError], str]:
-    """What to raise instead of the client's error, and what it says."""
+    """What to raise for one of the client's errors: the type and the message."""
     from huggingface_hub import constants, errors
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__                             # why the client looked at the cache alone
+        error = error.__cause__                             # why the client used its cache alone
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    what, cache = f"{kind} {name.repo}", Path(constants.HF_HUB_CACHE)
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name.repo}"
-    set_token = f"set HF_TOKEN to a token from {constants.ENDPOINT}/settings/tokens"
-    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
+    what, cache, endpoint = f"{kind} {name.repo}", Path(constants.HF_HUB_CACHE), constants.ENDPOINT
+    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name.repo}"
+    set_token = f"set HF_TOKEN to a token from {endpoint}/settings/tokens"
+    message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
+    kept = "what was downloaded completely is kept"
 
     if isinstance(error, errors.GatedRepoError):
-        then = "your token's account has not, or the token may not read gated repositories" if has_token else f"then {set_token}"
+        then = f"then {set_token}"
+        if has_token:
+            then = "your token's account has not, or the token may not read gated repositories"
         return PermissionError, f"{what} is gated: accept its licence at {page}; {then}"
     if status == 401 and has_token:
-        return PermissionError, f"the Hub does not accept your token; {set_token}, or unset it for what is public"
+        remedy = f"{set_token}, or unset it for what is public"
+        return PermissionError, f"the Hub does not accept your token; {remedy}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        then = "your token may not read it" if has_token else set_token
-        return FileNotFoundError, f"{what}: there is none at {page}, or it is private; look at the spelling; if it is private, {then}"
+        private = "your token may not read it" if has_token else set_token
+        return FileNotFoundError, (f"{what}: there is none at {page}, or it is private; check the spelling; "
+                                   f"if it is private, {private}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError, f"{what} has no revision {name.revision or 'main'!r}; {page}/tree/main lists its branches and tags"
+        revision, listing = repr(name.revision or "main"), f"{page}/tree/main"
+        return FileNotFoundError, f"{what} has no revision {revision}; {listing} lists its branches and tags"
     if status == 403:
-        return PermissionError, f"{what}: the Hub forbids it (403); look at {page}, and {set_token} with the right to read it"
+        return PermissionError, (f"{what}: the Hub forbids it (403); see {page}, and {set_token} with the "
+                                 "right to read it")
     if status == 429:
-        return ConnectionError, f"{what}: too many requests (429); wait some minutes{'' if has_token else f', or {set_token}'}"
+        or_token = "" if has_token else f", or {set_token}"
+        return ConnectionError, f"{what}: too many requests (429); wait some minutes{or_token}"
     if status and status < 500:
-        return OSError, f"{what}: the Hub answers {status}; look at {page}"
+        return OSError, f"{what}: the Hub answers {status}; see {page}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return FileNotFoundError, f"{what} is not, or not whole, in {cache}, and HF_HUB_OFFLINE=1 forbids to fetch it; run once without"
+        return FileNotFoundError, (f"{what} is not, or not completely, in {cache}, and HF_HUB_OFFLINE=1 "
+                                   "forbids to download it; run once without")
     if status or isinstance(error, errors.HTTPError | errors.EntryNotFoundError):
-        return ConnectionError, (f"{what}: {constants.ENDPOINT} does not answer or breaks off ({said}), and {cache} does not hold all "
-                                 "of it; look at the network and run it again: what came whole is kept")
+        return ConnectionError, (f"{what}: {endpoint} does not answer or broke off ({message}), and {cache} "
+                                 f"does not hold all of it; check the network and run it again: {kept}")
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
-        return OSError, (f"{what}: the disk is full, {free / 2**30:.1f} GiB are free at {cache}; make room, or set HF_HOME to a folder "
-                         "on a larger disk, and run it again: what came whole is kept")
-    return OSError, f"{what}: {said}; run it again: what came whole is kept"
+        return OSError, (f"{what}: the disk is full, {free / 2**30:.1f} GiB are free at {cache}; make room, "
+                         f"or set HF_HOME to a folder on a larger disk, and run it again: {kept}")
+    return OSError, f"{what}: {message}; run it again: {kept}"

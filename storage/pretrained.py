@@ -1,6 +1,6 @@
-"""Models in the published layout: config.json, model*.safetensors and the tokenizer's files; found, loaded and written.
+"""Models in the published layout: config.json, model*.safetensors and the tokenizer's files.
 
-Everything on disk is safetensors and JSON: no pickle, and no code from a model's folder is ever run.
+Files are safetensors and JSON: nothing is unpickled, and no code from a model's folder is ever run.
 """
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ import torch
 
 from model import Gemma3, GemmaConfig
 from storage import hub
-from storage.atomic import read_object, whole_file, write_json
+from storage.atomic import atomic_file, read_json_object, write_json
 from storage.tensors import read_tensors, write_tensors
 from tokenizer import Tokenizer
 from triton_support import multiplies_bf16
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"        # INDEX: of weights in several files
-ADAPTER_CONFIG = "adapter_config.json"                                      # marks an adapter's folder (storage/adapters.py)
-SYSTEM = "system.txt"            # beside the weights: what the model was told before its tools
-TOKENIZER_FILES = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
-MODEL_FILES = ("config.json", INDEX, SYSTEM, *TOKENIZER_FILES)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"          # lists the files of weights in several files
+ADAPTER_CONFIG = "adapter_config.json"          # in an adapter's folder (storage/adapters.py)
+SYSTEM_PROMPT = "system.txt"                    # beside the weights: what the model was told before its tools
+TOKENIZER_FILES = (
+    "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)
+MODEL_FILES = ("config.json", INDEX, SYSTEM_PROMPT, *TOKENIZER_FILES)
 
 # Sizes that a published config.json may leave out (the 4B and larger do), and what they are then.
 DEFAULTS = {
@@ -41,40 +44,62 @@ MAX_SIZE = 1 << 20               # of any other size in a config.json; Gemma's v
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError for a `--device` that is not here."""
+    """Raises ValueError for a `--device` that this machine does not have."""
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch")
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or install a "
+                         "CUDA build of torch")
 
 
 def choose_dtype(name: str, device: str) -> str:
-    """What to compute in, by `--dtype`: "auto" is bf16, or fp32 on a device that cannot multiply bf16."""
-    return name if name != "auto" else "bf16" if multiplies_bf16(torch.device(device)) else "fp32"
+    """The key in DTYPES for a `--dtype`.
+
+    "auto" is bf16, or fp32 on a device that has no instructions for bf16 products.
+    """
+    if name != "auto":
+        return name
+    return "bf16" if multiplies_bf16(torch.device(device)) else "fp32"
 
 
 def fetch_model(name: str) -> Path:
-    """The folder behind `--model`: a local one, or a model's on the Hugging Face Hub (hub.py)."""
-    if found := hub.parse(name):
-        if found.part:
-            raise ValueError(f"{name}: a model is named owner/name or owner/name@revision, with no :{found.part}")
-        pinned = hub.pin(name, "model")
-        files = hub.list_files(pinned, "model")
-        needed = [file for file in files if file in MODEL_FILES or re.fullmatch(r"model[^/]*\.safetensors", file)]
-        if "config.json" not in needed or not any(file.endswith(".safetensors") for file in needed):
-            raise FileNotFoundError(f"{found.repo} holds no config.json and model*.safetensors, only {', '.join(files):.300}; "
-                                    + ("it is an adapter: name its base" if ADAPTER_CONFIG in files else "name a model that has them"))
-        return hub.fetch(pinned, "model", needed)[0].parent
-    if not Path(name).is_dir():
-        raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as owner/name")
+    """The folder of a `--model`: a local one, a run's, or that of a name on the Hub, which is downloaded.
+
+    Raises FileNotFoundError or ValueError for what is not a model, and OSError if the Hub cannot be reached.
+    """
+    if named := hub.parse(name):
+        return _fetch_from_hub(name, named)
     folder = Path(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: no such folder; give a model's folder, or its name on the Hub as "
+                                "owner/name")
     if (folder / "adapter" / ADAPTER_CONFIG).exists() or (folder / ADAPTER_CONFIG).exists():
-        raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base or nothing")
-    return folder / "model" if (folder / "model" / "config.json").exists() else folder           # a run's folder was given
+        raise ValueError(f"{folder} holds an adapter: give it as --adapter {folder}, and as --model the base "
+                         "or nothing")
+    of_run = folder / "model"
+    return of_run if (of_run / "config.json").exists() else folder
+
+
+def _fetch_from_hub(name: str, named: hub.Name) -> Path:
+    if named.part:
+        raise ValueError(f"{name}: a model is named owner/name or owner/name@revision, with no "
+                         f":{named.part}")
+    pinned = hub.pin(name, "model")
+    files = hub.list_files(pinned, "model")
+    weights = [file for file in files if re.fullmatch(r"model[^/]*\.safetensors", file)]
+    if "config.json" not in files or not weights:
+        remedy = "name a model that has them"
+        if ADAPTER_CONFIG in files:
+            remedy = "it is an adapter: name its base"
+        raise FileNotFoundError(f"{named.repo} holds no config.json and model*.safetensors, only "
+                                f"{', '.join(files):.300}; {remedy}")
+    needed = [file for file in files if file in MODEL_FILES or file in weights]
+    return hub.fetch(pinned, "model", needed)[0].parent
 
 
 def config_from_dict(stored: dict) -> GemmaConfig:
     """The model that the contents of a published config.json describe.
 
-    Raises ValueError for a model that is not Gemma 3 text, and for a size or a setting that is not implemented.
+    Raises ValueError for a model that is not Gemma 3 text, and for a size or a setting that is not
+    implemented.
     """
     stored = stored.get("text_config", stored)              # the larger models nest it beside a vision part
     model_type = stored.get("model_type") if isinstance(stored, dict) else stored
@@ -89,16 +114,18 @@ def config_from_dict(stored: dict) -> GemmaConfig:
     values["layer_types"] = _layer_types(stored, values.get("layer_types"), values["num_hidden_layers"])
     config = GemmaConfig(**values)
     if len(config.layer_types) != config.num_hidden_layers:
-        raise ValueError(f"layer_types names {len(config.layer_types)} layers, num_hidden_layers is {config.num_hidden_layers}")
+        raise ValueError(f"layer_types names {len(config.layer_types)} layers, num_hidden_layers is "
+                         f"{config.num_hidden_layers}")
     if config.head_dim % 2:
         raise ValueError(f"head_dim is {config.head_dim}; rotary embedding needs an even one")
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{config.num_attention_heads} query heads do not divide among {config.num_key_value_heads} kv heads")
+        raise ValueError(f"{config.num_attention_heads} query heads do not divide among "
+                         f"{config.num_key_value_heads} kv heads")
     return config
 
 
 def _rope_values(stored: dict) -> dict[str, Any]:
-    """The rotary embedding's values for GemmaConfig, from `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
+    """GemmaConfig's values for RoPE, from `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
     rope = stored.get("rope_parameters") or {}              # transformers 5: one entry for each type of layer
     scaling = (isinstance(rope, dict) and rope.get("full_attention")) or stored.get("rope_scaling") or {}
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
@@ -108,14 +135,15 @@ def _rope_values(stored: dict) -> dict[str, Any]:
         raise ValueError(f"rope_type is {rope_type!r:.60}; only \"default\" and \"linear\" are supported")
     values = {"rope_factor": scaling.get("factor", 1.0)}
     if rope:
-        for key, layer_type in (("rope_theta", "full_attention"), ("rope_local_base_freq", "sliding_attention")):
+        layer_types = {"rope_theta": "full_attention", "rope_local_base_freq": "sliding_attention"}
+        for key, layer_type in layer_types.items():
             parameters = rope.get(layer_type)
             values[key] = parameters.get("rope_theta") if isinstance(parameters, dict) else None
     return values
 
 
 def _check_numbers(values: dict[str, Any]) -> None:
-    """Raises ValueError for a size that is not a positive integer, or a number that is not positive and finite."""
+    """Raises ValueError for a size that is not a positive integer, and for a number not above 0."""
     for key, value in values.items():
         default = GemmaConfig.__dataclass_fields__[key].default
         largest = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
@@ -133,79 +161,117 @@ def _layer_types(stored: dict, named: Any, layers: int) -> tuple[str, ...]:
             raise ValueError(f"sliding_window_pattern is {period!r:.60}; expected an integer from 1")
         named = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
     types = [] if named is None else named
-    if not isinstance(types, list) or any(name not in ("sliding_attention", "full_attention") for name in types):
-        raise ValueError(f"layer_types is {types!r:.80}; expected a list of sliding_attention and full_attention")
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or any(name not in known for name in types):
+        raise ValueError(f"layer_types is {types!r:.80}; expected a list of sliding_attention and "
+                         "full_attention")
     return tuple(types)
 
 
 def load_config(folder: Path) -> GemmaConfig:
-    stored = read_object(folder / "config.json")
+    """The config of a model's folder.  Raises FileNotFoundError or ValueError naming config.json."""
+    path = folder / "config.json"
+    stored = read_json_object(path)
     try:
         return config_from_dict(stored)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}; fix the file, or fetch it again") from None
+        raise ValueError(f"{path}: {error}; fix the file, or fetch it again") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a model's folder.  Raises ValueError for one with ids that the model has no embedding of."""
-    tokenizer, rows = Tokenizer.load(folder), load_config(folder).vocab_size
-    if tokenizer.vocab_size > rows:
-        raise ValueError(f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} pieces, and the model's vocab_size is {rows}; they do "
-                         "not belong together: fetch both again")
+    """The tokenizer of a model's folder.
+
+    Raises ValueError if it has more pieces than the model has embeddings.
+    """
+    tokenizer = Tokenizer.load(folder)
+    embeddings = load_config(folder).vocab_size
+    if tokenizer.vocab_size > embeddings:
+        raise ValueError(f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} pieces, and the model's "
+                         f"vocab_size is {embeddings}; they do not belong together: fetch both again")
     return tokenizer
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
                master_dtype: torch.dtype | None = None) -> Gemma3:
-    """The model in a folder of the published layout (config.json and model*.safetensors).
+    """The model in a folder of the published layout (config.json and model*.safetensors), in eval mode.
 
-    dtype: what it computes in. master_dtype: what its parameters are kept in, `dtype` by default; fp32 masters with
-    bf16 compute are what full fine-tuning wants. Raises FileNotFoundError or ValueError naming the file.
+    dtype: what it computes in. master_dtype: what its parameters are kept in, `dtype` by default; full
+    fine-tuning wants fp32 masters with bf16 compute. Raises FileNotFoundError or ValueError naming the file.
     """
     folder = Path(folder)
     config = load_config(folder)
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and {WEIGHTS}")
-    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
-        index = read_object(folder / INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{folder / INDEX}: no \"weight_map\" in it; fetch it again")
-        if missing := set(map(str, index["weight_map"].values())) - {file.name for file in files}:
-            raise FileNotFoundError(f"{folder / min(missing)}: no such file, though {INDEX} names it; fetch the model again")
     weights = {}
-    for file in files:
+    for file in _weight_files(folder):
         for name, tensor in read_tensors(file).items():
-            name = name.replace("model.language_model.", "model.").removeprefix("language_model.")     # beside a vision part
-            if name != "lm_head.weight" and "vision_tower" not in name and "multi_modal" not in name:   # lm_head: a tied copy
-                if not tensor.is_floating_point():
-                    raise ValueError(f"{file}: {name} is {tensor.dtype}; weights are floating-point numbers; fetch the model again")
-                weights[name] = tensor.to(device=device, dtype=master_dtype or dtype)
+            name = _parameter_name(name)
+            if name is None:
+                continue
+            if not tensor.is_floating_point():
+                raise ValueError(f"{file}: {name} is {tensor.dtype}; weights are floating-point numbers; "
+                                 "fetch the model again")
+            weights[name] = tensor.to(device=device, dtype=master_dtype or dtype)
     with torch.device("meta"):
         model = Gemma3(config, compute_dtype=dtype)
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: weights and config.json do not belong together: {str(error)[:600]}") from None
+        problem = str(error)[:600]
+        raise ValueError(f"{folder}: weights and config.json do not belong together: {problem}") from None
     return model.eval()
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """All model*.safetensors of a folder.
+
+    Raises FileNotFoundError if there is none, or if one that the index lists is missing.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a model's folder holds config.json and "
+                                f"{WEIGHTS}")
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
+        weight_map = read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX}: no \"weight_map\" in it; fetch it again")
+        missing = set(map(str, weight_map.values())) - {file.name for file in files}
+        if missing:
+            raise FileNotFoundError(f"{folder / min(missing)}: no such file, though {INDEX} names it; fetch "
+                                    "the model again")
+    return files
+
+
+def _parameter_name(stored: str) -> str | None:
+    """The parameter that a stored tensor is for.
+
+    None for the vision part, and for the head, which is a copy of the tied embedding.
+    """
+    name = stored.replace("model.language_model.", "model.").removeprefix("language_model.")
+    if name == "lm_head.weight" or "vision_tower" in name or "multi_modal" in name:
+        return None
+    return name
+
+
 def save_model(model: Gemma3, base: Path, folder: Path) -> None:
-    """Write `folder` in the published layout: the weights in bf16, and the base's config and tokenizer files."""
+    """Write a model to `folder` in the published layout.
+
+    The weights are in bf16; config and tokenizer files are copied from the base model's folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (base / name).exists() and base.resolve() != folder.resolve():
-            with whole_file(folder / name) as temporary:
-                shutil.copyfile(base / name, temporary)
-    config = read_object(base / "config.json")
-    config = config.get("text_config", config)                  # the larger models nest it beside a vision part, which is not written
+    if base.resolve() != folder.resolve():
+        for name in TOKENIZER_FILES:
+            if (base / name).exists():
+                with atomic_file(folder / name) as temporary:
+                    shutil.copyfile(base / name, temporary)
+    config = read_json_object(base / "config.json")
+    config = config.get("text_config", config)              # the larger models nest it beside a vision part
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     config |= {"architectures": ["Gemma3ForCausalLM"], "torch_dtype": "bfloat16", "tie_word_embeddings": True}
     write_json(folder / "config.json", config)
-    write_tensors(folder / WEIGHTS, {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()})
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    write_tensors(folder / WEIGHTS, weights)
 
 
-def save_system(folder: Path, text: str) -> None:
-    """Write down what a model was told before its tools in training, beside its weights: it is to be asked the same way."""
-    with whole_file(folder / SYSTEM) as temporary:
+def save_system_prompt(folder: Path, text: str) -> None:
+    """Write what a model was told before its tools in training, so that it can be asked the same way."""
+    with atomic_file(folder / SYSTEM_PROMPT) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, written whole or not at all."""
+"""Read and write safetensors files, atomically."""
 from __future__ import annotations
 
 import os
@@ -8,19 +8,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.atomic import whole_file
+from storage.atomic import atomic_file
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with whole_file(path) as temporary:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary,
-                  metadata={"format": "pt"})
+    """Write tensors, by name, completely or not at all.  Raises OSError naming the file."""
+    on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(on_cpu, temporary, metadata={"format": "pt"})
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)                       # safetensors makes it the owner's alone
+        temporary.chmod(0o666 & ~mask)                       # safetensors lets only the owner read it
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, by name.  Raises FileNotFoundError, ValueError or OSError naming the file."""
     try:
         return load_file(path)
     except FileNotFoundError:

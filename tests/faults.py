@@ -572,7 +572,7 @@ def damaged_checkpoint(bench: Bench, which: tuple = tuple((name, damage) for nam
     for path in find_checkpoints(made.out):
         flip(path / "state.json")
     run = bench.start("damaged", "LoRA", "--resume")
-    assert run.end() == 1 and "none of its 2 checkpoints is whole" in run.message(), run.errors()
+    assert run.end() == 1 and "all of its 2 checkpoints are damaged" in run.message(), run.errors()
     yield {"how": "all of them: refused", "exit": 1, "message": run.message().split(" / ")[-1]}
 
 

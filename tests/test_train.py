@@ -242,7 +242,7 @@ def test_resuming_with_other_flags_is_refused(demo, tmp_path):
     original = rows.read_text()
     try:
         rows.write_text(more.read_text())
-        with pytest.raises(ValueError, match=r"was made with other training rows \(\d+ of .* than --data holds now .*bring those files back"):
+        with pytest.raises(ValueError, match=r"was made with other training rows \(\d+ of .* than --data holds now .*provide the same files"):
             run(demo, tmp_path / "run", *FULL, "--steps", 2, "--resume")
         first, second, *others = original.splitlines()
         rows.write_text("\n".join([second, first, *others]))                       # as many rows and tokens

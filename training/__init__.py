@@ -1,1 +1,1 @@
-"""What training needs beside the loop of train.py: its folder and log, other processes, the machine, and what is measured."""
+"""What the loop in train.py uses: other processes, the run's folder and log, metrics, the machine."""

@@ -1,4 +1,9 @@
-"""A run's folder: one program at a time writes it, checkpoints appear whole or not at all, and a run resumes from the last sound one."""
+"""A run's folder: its lock, its checkpoints, and what decides whether and where a run is resumed.
+
+One program at a time writes a run's folder. A checkpoint appears completely or not at all, with checksums of
+its files; a damaged one is skipped for the one before it. Under torchrun rank 0 alone decides where a run
+begins.
+"""
 from __future__ import annotations
 
 import fcntl
@@ -17,33 +22,36 @@ from torch import Tensor, nn
 
 from gradients import like, whole
 from model import Gemma3
-from storage.atomic import read_json, remove_leftovers, sha256_of, whole_folder, write_json
+from storage.atomic import atomic_folder, read_json, remove_leftovers, sha256_of, temporary_path, write_json
 from storage.tensors import read_tensors, write_tensors
 
-TRAINED, MOMENTS = "trained.safetensors", "optimizer.safetensors"
-MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
+STATE, TRAINED, MOMENTS = "state.json", "trained.safetensors", "optimizer.safetensors"
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")        # AdamW's first and second moment
+Tensors = dict[str, Tensor]                     # by name
 
 
 class RunFolder:
-    """A run's folder, held by one program at a time, and its checkpoints, written in a thread of their own.
+    """A run's folder, locked for this program, and its checkpoints, written by a thread during training.
 
-    Each checkpoint is a folder checkpoints/step-NNNNNN: what is trained and the optimizer's moments as safetensors, and
-    state.json with the sizes and SHA-256 of both. The newest `keep` stay.
+    A checkpoint is a folder checkpoints/step-NNNNNN: the trained parameters and the optimizer's moments as
+    safetensors, and state.json with the sizes and SHA-256 of both. The newest `keep` checkpoints are kept.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        """Raises ValueError where another program holds the folder, OSError where it cannot be written."""
+        """Raises ValueError if another program has locked the folder, OSError if it cannot be written."""
         self.folder, self.keep = folder, keep
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = (folder / ".lock").open("a+")
         except OSError as error:
-            raise OSError(f"{folder}: cannot be written to ({error.strerror}); fix that, or choose another --out") from None
+            problem = f"cannot be written to ({error.strerror})"
+            raise OSError(f"{folder}: {problem}; fix that, or choose another --out") from None
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # the system lets go of it when this process ends
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # released when this process ends
         except BlockingIOError:
             self.lock.seek(0)
-            raise ValueError(f"{folder} is being written by another run (process {self.lock.read().strip() or 'unknown'}); wait for it, "
+            holder = self.lock.read().strip() or "unknown"
+            raise ValueError(f"{folder} is being written by another run (process {holder}); wait for it, "
                              "stop it, or choose another --out") from None
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()} on {platform.node()}")
@@ -52,72 +60,143 @@ class RunFolder:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
 
-    def save(self, step: int, trained: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
-        """Copy what `snapshot` gave and return; the writing goes on beside the training.  Raises what the last one met."""
+    def save(self, step: int, trained: Tensors, moments: Tensors, state: dict) -> None:
+        """Copy what `snapshot` returned, start to write it as the checkpoint of a step, and return.
+
+        Waits for the checkpoint before this one, and raises its error if it failed.
+        """
         self.wait()
-        tensors = [{name: tensor.detach().to("cpu", copy=True) for name, tensor in some.items()} for some in (trained, moments)]
-        self.writing = self.thread.submit(self._write, step, *tensors, state)
+        trained, moments = (_copied_to_cpu(tensors) for tensors in (trained, moments))
+        self.writing = self.thread.submit(self._write, step, trained, moments, state)
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk.  Raises OSError, naming the file and what is left, if it is not."""
+        """Wait until the last checkpoint is on the disk.
+
+        Raises OSError naming the file, and the checkpoint to resume from.
+        """
         if self.writing:
             writing, self.writing = self.writing, None
             writing.result()
 
     def check(self) -> None:
-        """Raises what the writing has met by now."""
+        """Raise the error of the last checkpoint if it has failed by now; does not wait."""
         if self.writing and self.writing.done():
             self.wait()
 
     def close(self) -> None:
-        """Finish what is being written and let go of the folder."""
+        """Finish the last checkpoint and release the folder."""
         try:
             self.wait()
         finally:
             self.thread.shutdown()
             self.lock.close()
 
-    def _write(self, step: int, trained: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> None:
+    def _write(self, step: int, trained: Tensors, moments: Tensors, state: dict) -> None:
         path = checkpoint_folder(self.folder, step)
-        _remove(path)
+        _remove_checkpoint(path)
         try:
-            with whole_folder(path) as temporary:
-                for name, tensors in ((TRAINED, trained), (MOMENTS, moments)):
-                    write_tensors(temporary / name, tensors)
-                state = {"step": step, **state, "files": {name: _fingerprint(temporary / name) for name in (TRAINED, MOMENTS)}}
-                write_json(temporary / "state.json", state | {"sha256": _hash(state)})
+            with atomic_folder(path) as temporary:
+                write_tensors(temporary / TRAINED, trained)
+                write_tensors(temporary / MOMENTS, moments)
+                files = {name: _size_and_hash(temporary / name) for name in (TRAINED, MOMENTS)}
+                state = {"step": step, **state, "files": files}
+                write_json(temporary / STATE, state | {"sha256": _hash_of_state(state)})
         except OSError as error:
-            left = find_checkpoints(self.folder)[-1:]
-            raise OSError(f"{error}; " + (f"--resume goes on from {left[0].name}" if left else "no checkpoint is before it")) from None
+            last = find_checkpoints(self.folder)[-1:]
+            remedy = f"--resume continues from {last[0].name}" if last else "there is no earlier checkpoint"
+            raise OSError(f"{error}; {remedy}") from None
         for older in find_checkpoints(self.folder)[:-self.keep]:
-            _remove(older)
+            _remove_checkpoint(older)
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint's folder; one that a kill leaves half removed is no checkpoint any more."""
+def _copied_to_cpu(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _remove_checkpoint(path: Path) -> None:
+    """Rename a checkpoint's folder, then remove it, so that a half removed one is no checkpoint."""
     if path.exists():
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.tmp")), ignore_errors=True)
+        shutil.rmtree(path.rename(temporary_path(path)), ignore_errors=True)
 
 
-def _hash(state: dict) -> str:
+def _hash_of_state(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(file: Path) -> dict:
+def _size_and_hash(file: Path) -> dict:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def moments(parameter: Tensor, step: int = 0, *kept: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter after so many steps: the first and second moments that are given, or zeros."""
-    kept = kept or (torch.zeros_like(parameter), torch.zeros_like(parameter))
-    return {"step": torch.tensor(float(step), device=parameter.device), **dict(zip(MOMENT_NAMES, kept, strict=True))}
+# ------------------------------------------------------------------------------------------------------------
+# What is in a checkpoint
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What is trained, and the optimizer's moments, by name.  Where they are sharded, all processes must ask."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kept = {f"{key}.{name}": whole(optimizer.state[p][key]) for name, p in trained.items() for key in MOMENT_NAMES if p in optimizer.state}
-    return {name: whole(p) for name, p in trained.items()}, kept
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
+    """The trained parameters, by name, and AdamW's moments, by "exp_avg.NAME" and "exp_avg_sq.NAME".
+
+    Under FSDP all processes must call it, as it gathers the shards.
+    """
+    trained, moments = {}, {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        trained[name] = whole(parameter)
+        if parameter in optimizer.state:
+            for key in MOMENT_NAMES:
+                moments[f"{key}.{name}"] = whole(optimizer.state[parameter][key])
+    return trained, moments
+
+
+def adamw_state(parameter: Tensor, step: int = 0, *moments: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter after `step` steps.
+
+    moments: the first and the second, each of the parameter's shape; zeros by default.
+    """
+    moments = moments or (torch.zeros_like(parameter), torch.zeros_like(parameter))
+    state = dict(zip(MOMENT_NAMES, moments, strict=True))
+    return {"step": torch.tensor(float(step), device=parameter.device)} | state
+
+
+@torch.no_grad()
+def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Load a checkpoint into model and optimizer, in place; returns its state.
+
+    The state is `step`, and what `RunFolder.save` was given.
+
+    Raises ValueError for a checkpoint of a run with other flags.
+    """
+    state = read_json(path / STATE)
+    state = {key: value for key, value in state.items() if key not in ("files", "sha256")}
+    tensors, stored_moments = read_tensors(path / TRAINED), read_tensors(path / MOMENTS)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
+        parameter.copy_(like(parameter, tensors.pop(name)))
+        moments = (like(parameter, stored_moments[f"{key}.{name}"]) for key in MOMENT_NAMES)
+        optimizer.state[parameter] = adamw_state(parameter, state["step"], *moments)
+    if tensors:
+        raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
+    return state
+
+
+def decoding_copy(model: Gemma3) -> Gemma3:
+    """A copy to decode with, of a model without adapters: fp32 masters are rounded once, not at every token.
+
+    Under FSDP all processes must call it, as it gathers the shards.
+    """
+    with torch.device("meta"):
+        copy = Gemma3(model.config, model.compute_dtype)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        weights[name] = whole(tensor.detach()).to(model.compute_dtype)
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which checkpoint, if any, to resume from
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -125,15 +204,15 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = (path for path in (folder / "checkpoints").glob("step-*") if (path / "state.json").exists())
+    """The complete checkpoints of a run's folder, oldest first."""
+    found = (path for path in (folder / "checkpoints").glob("step-*") if (path / STATE).exists())
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_last(folder: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest undamaged checkpoint, or None where a run has none yet.
+    """The newest undamaged checkpoint; None if the run has none yet.
 
-    A damaged one is left where it is and said so. Raises ValueError where all are damaged.
+    A damaged one is reported and left where it is. Raises ValueError if all are damaged.
     """
     found = find_checkpoints(folder)
     for path in reversed(found):
@@ -144,78 +223,65 @@ def find_last(folder: Path, say: Callable[[str], None] = print) -> Path | None:
             continue
         return path
     if found:
-        raise ValueError(f"{folder}: none of its {len(found)} checkpoints is whole; start over with --overwrite, or with another --out")
+        raise ValueError(f"{folder}: all of its {len(found)} checkpoints are damaged; start over with "
+                         "--overwrite, or with another --out")
     return None
 
 
 def verify(path: Path) -> None:
-    """Raises ValueError for a checkpoint whose files are not those that were written."""
+    """Raises ValueError for a checkpoint whose files are not as they were written."""
     try:
-        state = read_json(path / "state.json")
-        if state.pop("sha256", None) == _hash(state):
-            wrong = [name for name, print_ in state["files"].items() if _fingerprint(path / name) != print_]
+        state = read_json(path / STATE)
+        if state.pop("sha256", None) == _hash_of_state(state):
+            files = state["files"].items()
+            changed = [name for name, expected in files if _size_and_hash(path / name) != expected]
         else:
-            wrong = ["state.json"]
+            changed = [STATE]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    if wrong:
-        raise ValueError(f"{path} is damaged: {' and '.join(wrong)} changed after it was written")
+    if changed:
+        raise ValueError(f"{path} is damaged: {' and '.join(changed)} changed after it was written")
 
 
-@torch.no_grad()
-def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Put a checkpoint back into model and optimizer, in place; returns its state: `step`, and what `save` was given."""
-    state = {key: value for key, value in read_json(path / "state.json").items() if key not in ("files", "sha256")}
-    tensors, kept = read_tensors(path / TRAINED), read_tensors(path / MOMENTS)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
-        parameter.copy_(like(parameter, tensors.pop(name)))
-        optimizer.state[parameter] = moments(parameter, state["step"], *(like(parameter, kept[f"{key}.{name}"]) for key in MOMENT_NAMES))
-    if tensors:
-        raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
-    return state
+def launch_id() -> str:
+    """The torchrun that started this process: the id it was given or generated, or else its PID and host."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"process {os.getppid()} on {platform.node()}"
 
 
-def decoding_copy(model: Gemma3) -> Gemma3:
-    """A model without adapters, its fp32 masters rounded to what it computes in once and not at every token; of shards the whole."""
-    with torch.device("meta"):
-        copy = Gemma3(model.config, model.compute_dtype)
-    copy.load_state_dict({name: whole(tensor.detach()).to(model.compute_dtype) for name, tensor in model.state_dict().items()}, assign=True)
-    return copy.eval()
+def restarted_by_torchrun(out: Path, restarts: int) -> bool:
+    """Whether this torchrun began the run in `out`, and has restarted it because a process died."""
+    config = out / "config.json"
+    return restarts > 0 and config.exists() and read_json(config).get("launch") == launch_id()
 
 
-def launch() -> str:
-    """The torchrun that started this process: the id it was given or made, or else its number."""
-    given = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return given if given != "none" else f"process {os.getppid()} on {platform.node()}"
+def broadcast_start(step: int, rows: str, device: torch.device) -> int:
+    """The step that rank 0 starts from.
 
+    Raises ValueError in a process whose training rows differ from rank 0's.
 
-def restarted(out: Path, restarts: int) -> bool:
-    """Whether torchrun began the run in this folder and starts its processes anew because one of them died."""
-    return restarts > 0 and (out / "config.json").exists() and read_json(out / "config.json").get("launch") == launch()
-
-
-def same_for_all(step: int, rows: str, device: torch.device) -> int:
-    """The step that rank 0 begins at.  Raises ValueError in a process that has other rows than rank 0."""
-    mine = int(rows[-15:], 16)
-    shared = torch.tensor([step, mine], device=device)
+    rows: the training rows' fingerprint, which ends in 15 hexadecimal digits.
+    """
+    own = int(rows[-15:], 16)
+    shared = torch.tensor([step, own], device=device)
     dist.broadcast(shared, 0)
-    step, first = shared.tolist()
-    if first != mine:
-        raise ValueError(f"this process has other training rows ({rows}) than rank 0; give all of them the same --data files")
+    step, of_rank_0 = shared.tolist()
+    if of_rank_0 != own:
+        raise ValueError(f"this process has other training rows ({rows}) than rank 0; give all of them the "
+                         "same --data files")
     return step
 
 
 def check_same_run(out: Path, flags: dict) -> None:
-    """Refuse to resume with flags or rows under which the losses would differ."""
+    """Raises ValueError if the run in `out` had flags or training rows with which the losses would differ."""
     stored = read_json(out / "config.json")
-    changed = [f"--{key.replace('_', '-')} {stored.get(key)} → {value}" for key, value in flags.items()
-               if key not in ("asked", "rows") and stored.get(key, value) != value]
+    changed = []
+    for key, value in flags.items():
+        if key not in ("asked", "rows") and stored.get(key, value) != value:
+            changed.append(f"--{key.replace('_', '-')} {stored.get(key)} → {value}")
     if changed:
-        raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, or choose another --out")
+        raise ValueError(f"{out} was made with other flags: {', '.join(changed)}; resume with the same ones, "
+                         "or choose another --out")
     if stored.get("rows") != flags["rows"]:
-        raise ValueError(f"{out} was made with other training rows ({stored.get('rows')}) than --data holds now ({flags['rows']}); "
-                         "bring those files back, or choose another --out")
+        raise ValueError(f"{out} was made with other training rows ({stored.get('rows')}) than --data holds "
+                         f"now ({flags['rows']}); provide the same files, or choose another --out")

@@ -1,4 +1,4 @@
-"""A run's log: config.json, log.jsonl with a record a step, the console's line of it, and the run's result in words."""
+"""A run's log: config.json, log.jsonl with one record a step, and what the console shows of them."""
 from __future__ import annotations
 
 import json
@@ -6,69 +6,114 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import torch
 
-from storage.atomic import read_json, whole_file, write_json
+from storage.atomic import atomic_file, read_json, write_json
 from training.host import device_name
-from training.run_folder import launch
+from training.run_folder import launch_id
 
 
-def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict):
-    """out/config.json and out/log.jsonl, cut back to the records up to `step`; the first line says what ran on what."""
+def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict) -> FileIO:
+    """Write out/config.json, and open out/log.jsonl to append records to.
+
+    At step 0 the results of an earlier run in `out` are removed. Otherwise the log is cut back to the records
+    up to `step`. Either way a header follows: flags, commit, versions, device and `more`.
+    """
     lines = []
     if step:
-        earlier = (out / "log.jsonl").read_text(encoding="utf-8", errors="replace") if (out / "log.jsonl").exists() else ""
-        for line in earlier.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue                                  # the line that a kill tore
-            if record.get("step", 0) <= step:
-                lines.append(line)
+        lines = _records_until(out / "log.jsonl", step)
     else:
         for folder in ("checkpoints", "adapter", "model", "calls"):
             shutil.rmtree(out / folder, ignore_errors=True)
         (out / "report.html").unlink(missing_ok=True)
-    write_json(out / "config.json", flags | {"launch": launch()})
-    try:
-        git = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout
-    except OSError:
-        commit = ""
-    lines.append(json.dumps({"flags": flags, "commit": commit.strip() or None, "python": platform.python_version(),
-                             "torch": torch.__version__, "device": device_name(device), **more, "resumed_at": step or None}))
-    with whole_file(out / "log.jsonl") as temporary:
+    write_json(out / "config.json", flags | {"launch": launch_id()})
+    lines.append(json.dumps({
+        "flags": flags,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device_name(device),
+        **more,
+        "resumed_at": step or None,
+    }))
+    with atomic_file(out / "log.jsonl") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return (out / "log.jsonl").open("ab", buffering=0)
 
 
-def write(log, record: dict) -> None:
+def _records_until(log: Path, step: int) -> list[str]:
+    """The log's lines up to a step, headers included."""
+    if not log.exists():
+        return []
+    lines = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue                                  # cut short when the process was killed
+        if record.get("step", 0) <= step:
+            lines.append(line)
+    return lines
+
+
+def _commit() -> str | None:
+    """This repository's commit, as `git describe` has it; None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def write_record(log: FileIO | None, record: dict) -> None:
+    """Append a record as a line.  Raises OSError naming the file.
+
+    log: None in a process other than rank 0, which writes nothing.
+    """
     if not log:
         return
     line = json.dumps(record).encode() + b"\n"
     try:
         if log.write(line) < len(line):
-            raise OSError("only a part of the line found room")
+            raise OSError("the disk had room for only a part of the line")
     except OSError as error:
-        raise OSError(f"{log.name}: could not be written ({error}); make room, then go on with --resume") from None
+        remedy = "make room, then continue with --resume"
+        raise OSError(f"{log.name}: could not be written ({error}); {remedy}") from None
 
 
 def console_line(record: dict, total: int, seconds_left: float) -> str:
+    """A step's record in one line.  total: steps of the run."""
     speed = record["tokens_per_second"]
-    minutes, seconds = divmod(round(seconds_left), 60)
+    tokens_per_second = f"{speed / 1e3:.1f}k" if speed >= 1e4 else f"{speed:.0f}"
+    return (f"step {record['step']:5d}/{total} | loss {record['loss']:.4f} | grad {record['grad_norm']:.2f} "
+            f"| lr {record['lr']:.1e} | {tokens_per_second} tok/s | {record['peak_gib']:.1f} GiB | "
+            f"{duration(seconds_left)} left")
+
+
+def duration(seconds: float) -> str:
+    """As 12s, 3m20s or 1h05m."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    left = f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-    return (f"step {record['step']:5d}/{total} | loss {record['loss']:.4f} | grad {record['grad_norm']:.2f} | lr {record['lr']:.1e} | "
-            f"{f'{speed / 1e3:.1f}k' if speed >= 1e4 else f'{speed:.0f}'} tok/s | {record['peak_gib']:.1f} GiB | {left} left")
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def before_and_after(out: Path, table: Callable[[dict], str]) -> str:
-    """The first and the last evaluation of a run side by side, and three of its answers."""
+def before_and_after(out: Path, table: Callable[[dict[str, dict]], str]) -> str:
+    """Three answers of a run's first and last evaluation, and a table of both.
+
+    table: {name: evaluation} → text (evaluate.table).
+    """
     files = sorted((out / "calls").glob("step-*.json"))
     before, after = read_json(files[0]), read_json(files[-1])
     earlier = {answer["source"]: answer["text"] for answer in before["answers"]}
-    samples = [f"  query   {a['query']!r}\n  wanted  {json.dumps(a['expected'], ensure_ascii=False)}\n"
-               f"  before  {earlier.get(a['source'], '')[:200]!r}\n  after   {a['text'][:200]!r}" for a in after["answers"][:3]]
+    samples = []
+    for answer in after["answers"][:3]:
+        samples.append(f"  query   {answer['query']!r}\n"
+                       f"  wanted  {json.dumps(answer['expected'], ensure_ascii=False)}\n"
+                       f"  before  {earlier.get(answer['source'], '')[:200]!r}\n"
+                       f"  after   {answer['text'][:200]!r}")
     return "\n\n".join([*samples, table({"before": before, "after": after})])

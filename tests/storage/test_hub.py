@@ -111,7 +111,7 @@ def test_of_a_model_only_what_is_needed_is_fetched_once_and_then_read_with_no_ne
     cases = [("model", "o/m", ""), ("model", f"o/m@{commit}", ""), ("model", "o/gated", "")]
     [*found, [_, missing]], said = ask(*cases, HF_HUB_OFFLINE="1", RANK="1")
     assert found == [[None, [folder]]] * 2 and len(server.log) == before and f"commit {commit} is taken from the cache" in said and "Fetching" not in said
-    assert "o/gated is not, or not whole, in" in missing and "HF_HUB_OFFLINE=1 forbids" in missing
+    assert "o/gated is not, or not completely, in" in missing and "HF_HUB_OFFLINE=1 forbids" in missing
     server.close()
     [*found, [kind, missing]], _ = ask(*cases)
     assert found == [[None, [folder]]] * 2 and kind == "ConnectionError" and "does not answer" in missing and "run it again" in missing
@@ -122,9 +122,9 @@ def test_every_refusal_says_what_to_do_and_never_shows_the_token(server, ask, ne
     page = server.endpoint
     cases = {
         "": [("o/gated", "PermissionError", f"is gated: accept its licence at {page}/o/gated; then set HF_TOKEN to a token from {page}/settings/tokens"),
-             ("o/private", "FileNotFoundError", f"there is none at {page}/o/private, or it is private; look at the spelling; if it is private, set HF_TOKEN"),
+             ("o/private", "FileNotFoundError", f"there is none at {page}/o/private, or it is private; check the spelling; if it is private, set HF_TOKEN"),
              ("o/none", "FileNotFoundError", "there is none"), ("o/m@nope", "FileNotFoundError", f"has no revision 'nope'; {page}/o/m/tree/main lists"),
-             ("o/busy", "ConnectionError", "too many requests"), ("o/down", "ConnectionError", "does not answer or breaks off"),
+             ("o/busy", "ConnectionError", "too many requests"), ("o/down", "ConnectionError", "does not answer or broke off"),
              ("o/m:train", "ValueError", "with no :train"), ("o/adapter", "FileNotFoundError", "it is an adapter: name its base")],
         "hf_stranger": [("o/gated", "PermissionError", "your token's account has not"), ("o/private", "FileNotFoundError", "your token may not read it")],
         "hf_member": [("o/gated", None, ""), ("o/private", None, "")]}[needed]

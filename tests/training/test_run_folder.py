@@ -29,8 +29,8 @@ def save(folder, step, trained, state, keep=2):
 
 def test_a_process_killed_while_saving_leaves_no_checkpoint_and_no_obstacle(demo, trained, tmp_path):
     """Killed after the first of three files, twice with leftovers in the way; then the save goes through."""
-    program = ("import os, sys; sys.path.insert(0, {root!r}); from pathlib import Path; from storage.atomic import whole_folder\n"
-               "with whole_folder(Path({path!r})) as temporary:\n"
+    program = ("import os, sys; sys.path.insert(0, {root!r}); from pathlib import Path; from storage.atomic import atomic_folder\n"
+               "with atomic_folder(Path({path!r})) as temporary:\n"
                "    (temporary / 'trained.safetensors').write_text('x'); os.kill(os.getpid(), 9)")
     path = tmp_path / "checkpoints" / "step-000003"
     done = subprocess.run([sys.executable, "-c", program.format(root=str(ROOT), path=str(path))])
@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, dam
         assert len(said) == 1 and "step-000002 is damaged: " in said[0] and name in said[0]
     damage(find_checkpoints(tmp_path)[0] / name)
     if (newest / "state.json").exists():
-        with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; start over"):
+        with pytest.raises(ValueError, match="all of its 2 checkpoints are damaged; start over"):
             find_last(tmp_path, said.append)
 
 
@@ -120,7 +120,7 @@ def test_a_failed_save_is_known_before_the_next_one(trained, tmp_path, monkeypat
     run.check()
     monkeypatch.setattr(tensors, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     run.save(1, *snapshot(*trained), {})
-    with pytest.raises(OSError, match=r"step-000001.*trained\.safetensors: could not be written .*No space left.*no checkpoint is before it"):
+    with pytest.raises(OSError, match=r"step-000001.*trained\.safetensors: could not be written .*No space left.*there is no earlier checkpoint"):
         while run.writing:
             run.check()
     run.close()
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_one_befo
     with monkeypatch.context() as patch:
         patch.setattr(tensors, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         run.save(2, *snapshot(*trained), {})
-        with pytest.raises(OSError, match=r"step-000002.*could not be written .*No space left.*make room or fix the folder; --resume goes on from step-000001"):
+        with pytest.raises(OSError, match=r"step-000002.*could not be written .*No space left.*make room or fix the folder; --resume continues from step-000001"):
             run.wait()
     assert find_checkpoints(tmp_path) == [path] and os.listdir(path.parent) == ["step-000001"]
     run.close()
@@ -170,17 +170,17 @@ def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, 
     everything = train.token_cache.read_sources([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
     rows, fewer, turned = (train.fingerprint(everything.take(np.array(which))) for which in ([0, 1], [0], [1, 0]))
     monkeypatch.setattr(run_folder.dist, "broadcast", lambda tensor, source: tensor.copy_(torch.tensor([7, int(rows[-15:], 16)])))
-    assert run_folder.same_for_all(0, rows, torch.device("cpu")) == 7
+    assert run_folder.broadcast_start(0, rows, torch.device("cpu")) == 7
     for other in (fewer, turned):
         with pytest.raises(ValueError, match=r"other training rows \([12] of \d+ tokens, SHA-256 \w+\) than rank 0; give all of them the same"):
-            run_folder.same_for_all(0, other, torch.device("cpu"))
+            run_folder.broadcast_start(0, other, torch.device("cpu"))
 
 
 def test_only_the_torchrun_that_began_a_run_goes_on_with_it_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    write_json(tmp_path / "config.json", {"launch": run_folder.launch()})
-    assert not run_folder.restarted(tmp_path, 0)                                         # its first start
-    assert run_folder.restarted(tmp_path, 1) and not run_folder.restarted(tmp_path / "new", 1)
+    write_json(tmp_path / "config.json", {"launch": run_folder.launch_id()})
+    assert not run_folder.restarted_by_torchrun(tmp_path, 0)                                         # its first start
+    assert run_folder.restarted_by_torchrun(tmp_path, 1) and not run_folder.restarted_by_torchrun(tmp_path / "new", 1)
     for other in ("another", "none"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
-        assert not run_folder.restarted(tmp_path, 1)
+        assert not run_folder.restarted_by_torchrun(tmp_path, 1)
