@@ -33,12 +33,12 @@ import data
 import report
 from data import Conversation
 from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
-from gradients import meet
 from model import Gemma3
 from storage.adapters import load_tuned, system_prompt_of
 from storage.atomic import write_json
 from storage.pretrained import check_device, choose_dtype, load_tokenizer
 from tokenizer import Tokenizer, parse_calls
+from training.distributed import init_distributed
 from training.host import device_name
 
 CAUSES = ("no call", "unparsable", "wrong count", "wrong function", "missing argument", "extra argument", "wrong type", "wrong argument",
@@ -368,7 +368,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     check_device(args.device)
-    rank, world, device = meet(args.device) if args.data is not None else (0, 1, torch.device(args.device))
+    rank, world, device = init_distributed(args.device) if args.data is not None else (0, 1, torch.device(args.device))
     if rank:                                             # answers its share of the rows, and is silent
         with contextlib.redirect_stdout(None):
             evaluate_files(args, (rank, world), device)

@@ -33,7 +33,6 @@ import survey
 import token_cache
 from cuda_graph import RecordedPasses
 from evaluate import evaluate, table
-from gradients import Sharded, Summed, highest, meet, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from storage import hub
@@ -42,6 +41,7 @@ from storage.atomic import read_json, write_json
 from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer, save_model, save_system_prompt
 from token_cache import Tokens
 from tokenizer import Tokenizer
+from training.distributed import AllReduceGradients, FSDPGradients, all_reduce_max, init_distributed, shutdown_distributed, total_norm
 from training.host import device_name, peak_gib, restart_with_memory_settings
 from training.metrics import flops, step_profiler, utilization
 from training.run_folder import (
@@ -200,12 +200,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
-    rank, world, device = meet(args.device)
+    rank, world, device = init_distributed(args.device)
     say = print if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
     if args.compile:
         compile_passes()
-    restarts = highest(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device)               # each machine counts its own
+    restarts = all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device)               # each machine counts its own
 
     # Rows → examples, some of them held out.
     pin_sources(args, rank, world, restarts)
@@ -243,10 +243,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
     model.checkpoint_activations = args.checkpoint_activations
     size, trained_size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False))
-    gradients = Sharded(model) if args.shard else Summed(model, world, recorded=args.cuda_graph)
+    gradients = FSDPGradients(model) if args.shard else AllReduceGradients(model, world, recorded=args.cuda_graph)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    for parameter in parameters if device.type == "cpu" else ():            # before the first pass, for the reason that gradients.py gives
+    for parameter in parameters if device.type == "cpu" else ():        # before the first pass: see training/distributed.py
         optimizer.state[parameter] = adamw_state(parameter)
     weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
@@ -300,7 +300,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
     def forward_and_backward(batch: data.Batch, seed: int) -> torch.Tensor:
         """Add a batch's gradients; returns its loss."""
-        loss = loss_sum(model, batch, seed, gradients.into)
+        loss = loss_sum(model, batch, seed, gradients.weight_grad_out)
         loss.backward()
         return loss.detach()
 
@@ -310,7 +310,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         """The batches, and with --shard so many idle ones that all processes go through the layers together."""
         if not args.shard:
             return batches
-        return batches + [data.IDLE] * (highest(len(batches), device) - len(batches))
+        return batches + [data.IDLE] * (all_reduce_max(len(batches), device) - len(batches))
 
     def held_out_loss() -> float | None:
         """Mean nats a trained token over the held-out rows, shared among the processes."""
@@ -454,7 +454,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     if step < total:
         number = stop_signal[0] if stop_signal else signal.SIGTERM
         say(f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is saved, go on with --resume")
-        return leave(128 + number)
+        return shutdown_distributed(128 + number)
     if state["best_loss"] is None:                                                  # nothing held out: the last is the best
         keep_result()
     if args.eval_calls and eval_rows:
@@ -468,7 +468,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         say(f"report {report.write(out)}")
     best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
     say(f"done   {step} steps{best}; {'model' if args.full else 'adapter'} in {out / ('model' if args.full else 'adapter')}")
-    return leave(0)
+    return shutdown_distributed(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,14 +570,6 @@ def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0, into: torch.Tensor
 def hash_seed(*numbers: int) -> int:
     """One seed out of several numbers, the same on every machine."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def leave(code: int) -> int:
-    """The exit code, after the other processes have come as far."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return code
 
 
 @torch.no_grad()

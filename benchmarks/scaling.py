@@ -35,12 +35,12 @@ from tables import add_result_flags, keep_result  # noqa: E402
 
 import data  # noqa: E402
 from data import Example  # noqa: E402
-from gradients import Sharded, Summed, highest, total_norm  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.pretrained import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import loss_sum  # noqa: E402
+from training.distributed import AllReduceGradients, FSDPGradients, all_reduce_max, total_norm  # noqa: E402
 from training.host import device_name, peak_gib  # noqa: E402
 
 SHAPES = {"small": GemmaConfig(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, head_dim=128),
@@ -106,8 +106,8 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
     batches = data.pack_groups(data.deal(examples, world)[rank], MICRO_TOKENS)
     tokens, trained = sum(len(batch.tokens) for batch in batches), sum(example.trained_tokens for example in examples)
     if way == "full --shard":
-        batches += [data.IDLE] * (highest(len(batches), device) - len(batches))
-    gradients = Sharded(model) if way == "full --shard" else Summed(model, world)
+        batches += [data.IDLE] * (all_reduce_max(len(batches), device) - len(batches))
+    gradients = FSDPGradients(model) if way == "full --shard" else AllReduceGradients(model, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 

@@ -38,11 +38,11 @@ import loss_kernels  # noqa: E402
 import norm_kernels  # noqa: E402
 from cuda_graph import RecordedPasses  # noqa: E402
 from data import Example, pack  # noqa: E402
-from gradients import Summed  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from train import loss_sum  # noqa: E402
+from training.distributed import AllReduceGradients  # noqa: E402
 from training.host import device_name, peak_gib  # noqa: E402
 
 # A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
@@ -114,7 +114,7 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
         batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
-        gradients = Summed(model, 1, recorded)
+        gradients = AllReduceGradients(model, 1, recorded)
         passes = RecordedPasses(model, tokens) if recorded else None
 
         def step(i: int) -> tuple[Tensor, Tensor]:

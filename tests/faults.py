@@ -72,7 +72,7 @@ def at_step(fault):
             fault(passed)
             return finish(self, extra)
         return finish_with_fault
-    for gradients in (train.Summed, train.Sharded):
+    for gradients in (train.AllReduceGradients, train.FSDPGradients):
         patch(gradients, "finish", wrap)
 
 {fault}

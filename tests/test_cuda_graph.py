@@ -8,11 +8,11 @@ from test_train import by_kernels
 import data
 import train
 from cuda_graph import RecordedPasses, size_for
-from gradients import Summed
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
 from storage import pretrained
 from storage.pretrained import load_model
+from training.distributed import AllReduceGradients
 
 MODES = {"lora": {"rank": 4, "dropout": 0.3}, "full": None}
 
@@ -83,7 +83,7 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
     if device == "cpu":
         by_kernels(monkeypatch)
     model = made(demo, MODES[mode], dtype, device, "triton")
-    gradients = Summed(model, 1, recorded=True)
+    gradients = AllReduceGradients(model, 1, recorded=True)
     recorded = RecordedPasses(model, largest=16)
     monkeypatch.setattr("cuda_graph.size_for", lambda count, steps: -(-count // 16) * 16)
 

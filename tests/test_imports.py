@@ -14,7 +14,7 @@ ORDER = (
     ("model",),
     ("lora", "storage.pretrained"),
     ("storage.adapters",),
-    ("data", "gradients"),
+    ("data", "training.distributed"),
     ("cuda_graph", "survey", "training.run_folder", "training.metrics"),
     ("generate", "report", "token_cache", "training.run_log"),
     ("evaluate", "export"),

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradients import like, whole
 from model import Gemma3
 from storage.atomic import atomic_folder, read_json, remove_leftovers, sha256_of, temporary_path, write_json
 from storage.tensors import read_tensors, write_tensors
+from training.distributed import full_tensor, shard_like
 
 STATE, TRAINED, MOMENTS = "state.json", "trained.safetensors", "optimizer.safetensors"
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")        # AdamW's first and second moment
@@ -140,10 +140,10 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensor
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        trained[name] = whole(parameter)
+        trained[name] = full_tensor(parameter)
         if parameter in optimizer.state:
             for key in MOMENT_NAMES:
-                moments[f"{key}.{name}"] = whole(optimizer.state[parameter][key])
+                moments[f"{key}.{name}"] = full_tensor(optimizer.state[parameter][key])
     return trained, moments
 
 
@@ -173,8 +173,8 @@ def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             continue
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
-        parameter.copy_(like(parameter, tensors.pop(name)))
-        moments = (like(parameter, stored_moments[f"{key}.{name}"]) for key in MOMENT_NAMES)
+        parameter.copy_(shard_like(parameter, tensors.pop(name)))
+        moments = (shard_like(parameter, stored_moments[f"{key}.{name}"]) for key in MOMENT_NAMES)
         optimizer.state[parameter] = adamw_state(parameter, state["step"], *moments)
     if tensors:
         raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
@@ -190,7 +190,7 @@ def decoding_copy(model: Gemma3) -> Gemma3:
         copy = Gemma3(model.config, model.compute_dtype)
     weights = {}
     for name, tensor in model.state_dict().items():
-        weights[name] = whole(tensor.detach()).to(model.compute_dtype)
+        weights[name] = full_tensor(tensor.detach()).to(model.compute_dtype)
     copy.load_state_dict(weights, assign=True)
     return copy.eval()
 

@@ -17,11 +17,11 @@ import torch
 import torch.distributed.run
 
 import data
-import gradients
 import train
 from lora import LoRAConfig, wrap
 from model import Gemma3, GemmaConfig
 from tokenizer import Tokenizer
+from training import distributed
 from training.metrics import flops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,14 +130,14 @@ def test_each_start_under_one_torchrun_has_keys_of_its_own(monkeypatch):
     """One store, as torchrun keeps it; what the first start left in it the second does not see."""
     store, seen = torch.distributed.HashStore(), []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(gradients.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
-    monkeypatch.setattr(gradients.dist, "init_process_group", lambda backend, store, **_: seen.append(store))
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, store, **_: seen.append(store))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for restarts in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        gradients.meet("cpu")
+        distributed.init_distributed("cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")                                    # a second machine, which may have counted otherwise
-    gradients.meet("cpu")
+    distributed.init_distributed("cpu")
     seen[0].set("address of rank 1", "gone")
     assert [start.check(["address of rank 1"]) for start in seen] == [True, False, True]
 

@@ -6,9 +6,9 @@ A process has some of a step's batches; the step's gradient is the sum over all 
     extra = gradients.finish(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
     optimizer.step(); gradients.clear()
 
-`Summed` keeps every parameter whole in every process. Adapters (15 MB) go through one all-reduce with `extra` at its end; where
+`AllReduceGradients` keeps every parameter whole in every process. Adapters (15 MB) go through one all-reduce with `extra` at its end; where
 everything is trained (1.07 GB) a bucket of layers is sent as soon as the last backward pass has finished with it, while the
-layers below are still being computed. `Sharded` is PyTorch's FSDP2: each process keeps a share of every parameter, of its
+layers below are still being computed. `FSDPGradients` is PyTorch's FSDP2: each process keeps a share of every parameter, of its
 gradient and of the optimizer's moments, and gathers a layer's weights when it comes to that layer.
 """
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT = timedelta(minutes=30)         # for the slowest process between two me
 BUCKET = 8_000_000          # numbers sent together at least: large enough that latency does not count (32 MB of fp32)
 
 
-class Summed:
+class AllReduceGradients:
     """Gradients added up over `world` processes.  Between `begin_pass(last=True)` and `finish` parts of them are on their way.
 
     On a CPU they keep their memory from step to step: made anew in each they would lie among what a pass leaves again, and
@@ -56,7 +56,7 @@ class Summed:
                     parameter.register_post_accumulate_grad_hook(partial(self._finished, number))
 
     @property
-    def into(self) -> Tensor | None:
+    def weight_grad_out(self) -> Tensor | None:
         """Where the tied embedding's gradient may be added to directly (Gemma3.forward), 0.67 GB less; None: nowhere."""
         return self.model.head.grad if self.model.head.device.type == "cpu" else None
 
@@ -101,10 +101,10 @@ class Summed:
             self.model.zero_grad()
 
 
-class Sharded:
+class FSDPGradients:
     """Parameters, gradients and moments in `world` shards (FSDP2).  Every process must make equally many passes."""
 
-    into = None
+    weight_grad_out = None
 
     def __init__(self, model: Gemma3) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -125,7 +125,7 @@ class Sharded:
         self.model.zero_grad()
 
 
-def meet(kind: str) -> tuple[int, int, torch.device]:
+def init_distributed(kind: str) -> tuple[int, int, torch.device]:
     """This process's rank, the number of processes, and its device of a kind ("cuda" or "cpu"), after joining the others.
 
     torchrun keeps one store of addresses for all its starts, so each start gets keys of its own; else a process may read there
@@ -143,18 +143,26 @@ def meet(kind: str) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor behind a shard; every process must ask for it.  A whole tensor is itself."""
+def shutdown_distributed(code: int) -> int:
+    """Wait for the other processes and leave their group; returns `code`, the exit code."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor behind a shard; every process must ask for it.  A tensor that is not a shard is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """`whole` on the device of `tensor`, or this process's shard of it where `tensor` is one."""
-    whole = whole.to(tensor.device)
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else whole
+def shard_like(tensor: Tensor, full: Tensor) -> Tensor:
+    """`full` on the device of `tensor`, or this process's shard of it where `tensor` is one."""
+    full = full.to(tensor.device)
+    return distribute_tensor(full, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else full
 
 
-def highest(number: int, device: torch.device) -> int:
+def all_reduce_max(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers."""
     if not dist.is_initialized():
         return number
@@ -165,4 +173,4 @@ def highest(number: int, device: torch.device) -> int:
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients together: a scalar, the same in all processes."""
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
