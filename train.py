@@ -38,10 +38,27 @@ from model import Gemma3
 from storage import hub
 from storage.adapters import load_tuned, save_adapter
 from storage.atomic import read_json, write_json
-from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer, save_model, save_system_prompt
+from storage.pretrained import (
+    DTYPES,
+    check_device,
+    choose_dtype,
+    fetch_model,
+    load_model,
+    load_tokenizer,
+    save_model,
+    save_system_prompt,
+)
 from token_cache import Tokens
 from tokenizer import Tokenizer
-from training.distributed import AllReduceGradients, FSDPGradients, all_reduce_max, init_distributed, shutdown_distributed, total_norm
+from training.distributed import (
+    AllReduceGradients,
+    FSDPGradients,
+    all_reduce_max,
+    decoding_copy,
+    init_distributed,
+    shutdown_distributed,
+    total_norm,
+)
 from training.host import device_name, peak_gib, restart_with_memory_settings
 from training.metrics import flops, step_profiler, utilization
 from training.run_folder import (
@@ -50,7 +67,6 @@ from training.run_folder import (
     broadcast_start,
     check_same_run,
     checkpoint_folder,
-    decoding_copy,
     find_checkpoints,
     find_last,
     load_run,

@@ -102,7 +102,10 @@ class AllReduceGradients:
 
 
 class FSDPGradients:
-    """Parameters, gradients and moments in `world` shards (FSDP2).  Every process must make equally many passes."""
+    """Parameters, gradients and moments in shards, one a process (FSDP2).
+
+    All processes must make the same number of passes.
+    """
 
     weight_grad_out = None
 
@@ -126,51 +129,70 @@ class FSDPGradients:
 
 
 def init_distributed(kind: str) -> tuple[int, int, torch.device]:
-    """This process's rank, the number of processes, and its device of a kind ("cuda" or "cpu"), after joining the others.
+    """Join torchrun's other processes, if any; returns this one's rank, their number, and this one's device.
 
-    torchrun keeps one store of addresses for all its starts, so each start gets keys of its own; else a process may read there
-    where one that died could be reached. Several machines count restarts each for itself, and so agree on no such name.
+    kind: of the device, "cuda" or "cpu". torchrun keeps one store of addresses for all its restarts, so each
+    restart gets a key prefix of its own; else a process could read there the address of one that died. Several
+    machines count their restarts separately, and so cannot agree on such a prefix.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
     if world > 1:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else 0}", store)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if one_machine else 0
+        store = dist.PrefixStore(f"start-{restarts}", store)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     if kind == "cuda":
         torch.cuda.set_device(device)
     return rank, world, device
 
 
-def shutdown_distributed(code: int) -> int:
-    """Wait for the other processes and leave their group; returns `code`, the exit code."""
+def shutdown_distributed(exit_code: int) -> int:
+    """Wait for the other processes and leave their group; returns `exit_code`."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    return code
+    return exit_code
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor behind a shard; every process must ask for it.  A tensor that is not a shard is returned as it is."""
+    """The tensor that a shard is of; all processes must call it.  Any other tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, full: Tensor) -> Tensor:
-    """`full` on the device of `tensor`, or this process's shard of it where `tensor` is one."""
+    """`full` on the device of `tensor`; this process's shard of it if `tensor` is one."""
     full = full.to(tensor.device)
-    return distribute_tensor(full, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else full
+    if isinstance(tensor, DTensor):
+        return distribute_tensor(full, tensor.device_mesh, tensor.placements)
+    return full
 
 
 def all_reduce_max(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers."""
     if not dist.is_initialized():
         return number
-    most = torch.tensor(number, device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients together: a scalar, the same in all processes."""
     return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def decoding_copy(model: Gemma3) -> Gemma3:
+    """A copy to decode with, of a model without adapters: fp32 masters are rounded once, not at every token.
+
+    Under FSDP all processes must call it, as it gathers the shards.
+    """
+    with torch.device("meta"):
+        copy = Gemma3(model.config, model.compute_dtype)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        weights[name] = full_tensor(tensor.detach()).to(model.compute_dtype)
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()

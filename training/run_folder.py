@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import Gemma3
 from storage.atomic import atomic_folder, read_json, remove_leftovers, sha256_of, temporary_path, write_json
 from storage.tensors import read_tensors, write_tensors
 from training.distributed import full_tensor, shard_like
@@ -179,20 +178,6 @@ def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     if tensors:
         raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
     return state
-
-
-def decoding_copy(model: Gemma3) -> Gemma3:
-    """A copy to decode with, of a model without adapters: fp32 masters are rounded once, not at every token.
-
-    Under FSDP all processes must call it, as it gathers the shards.
-    """
-    with torch.device("meta"):
-        copy = Gemma3(model.config, model.compute_dtype)
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        weights[name] = full_tensor(tensor.detach()).to(model.compute_dtype)
-    copy.load_state_dict(weights, assign=True)
-    return copy.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------
