@@ -383,7 +383,7 @@ def main(args: argparse.Namespace) -> int:
             checkpoint.write_json(out, result)
     if args.report is not None:
         run = Path(args.report or args.adapter or args.model or "runs/last")
-        print(f"report {report.write(run.parent if run.name in ('adapter', 'model') else run)}")
+        print(f"report {report.write_run_report(run.parent if run.name in ('adapter', 'model') else run)}")
     return 0
 
 

@@ -452,7 +452,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         if rank == 0:
             say("\n" + before_and_after(out) + "\n")
     if rank == 0:
-        say(f"report {report.write(out)}")
+        say(f"report {report.write_run_report(out)}")
     best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
     say(f"done   {step} steps{best}; {'model' if args.full else 'adapter'} in {out / ('model' if args.full else 'adapter')}")
     return leave(0)
@@ -493,7 +493,7 @@ def survey_rows(args: argparse.Namespace, model_folder: Path, tokenizer: Tokeniz
     """Look at every row of `--data`, the bad ones too, and say what was seen."""
     found = read_tokens(args, args.data, model_folder, tokenizer, skip_invalid=True).figures(tokenizer, args.max_tokens)
     say(survey.console(found))
-    say(f"\nreport {report.write_data(Path(args.out), args.data, found)}")
+    say(f"\nreport {report.write_data_report(Path(args.out), args.data, found)}")
     return 0
 
 
