@@ -40,8 +40,9 @@ import report
 import survey
 import token_cache
 from cuda_graph import RecordedPasses
-from evaluate import evaluate, table
+from evaluate import evaluate
 from gradients import Sharded, Summed, highest, meet, total_norm
+from inference.scoring import table
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from token_cache import Tokens

@@ -12,6 +12,7 @@ ORDER = (
     ("model",),
     ("lora", "data", "gradients"),
     ("checkpoint", "cuda_graph", "survey"),
+    ("inference",),
     ("generate", "report", "token_cache"),
     ("evaluate", "export"),
     ("train", "demo"),
@@ -49,8 +50,8 @@ def test_run_time_files_import_six_packages_and_the_standard_library_alone():
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
-def test_the_tokenizer_needs_no_torch():
-    for path in ROOT.glob("tokenizer/*.py"):
+def test_the_tokenizer_and_the_scores_need_no_torch():
+    for path in [*ROOT.glob("tokenizer/*.py"), ROOT / "inference/scoring.py"]:
         assert "torch" not in imports(path), path.name
 
 
