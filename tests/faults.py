@@ -706,7 +706,7 @@ if __name__ == "__main__":
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/faults.json")
     args = parser.parse_args()
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    from demo import write
+    from examples.demo import write
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(args.jobs) as pool:
         folder = Path(place)
         write(folder / "demo", rows=600)

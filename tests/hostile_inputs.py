@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
-import demo  # noqa: E402
+from examples import demo  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from tokenizer.model_file import BYTE, BYTE_PIECES, NORMAL, UNKNOWN, USER_DEFINED, control_names  # noqa: E402
 

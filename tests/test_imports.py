@@ -15,7 +15,7 @@ ORDER = (
     ("inference",),
     ("generate", "report", "token_cache"),
     ("evaluate", "export"),
-    ("train", "demo"),
+    ("train", "examples"),
 )
 RUN_TIME = {"torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub"}
 PACKAGES = [path.parent for path in ROOT.glob("*/__init__.py")]

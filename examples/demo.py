@@ -1,6 +1,6 @@
 """The embedded default: a small Gemma 3 and generated rows, so that `make finetune` learns something with nothing else.
 
-    python demo.py build/demo      # writes build/demo/{model, rows.jsonl}
+    python examples/demo.py build/demo      # writes build/demo/{model, rows.jsonl}
 
 `model/` is a folder in the published layout: a Gemma 3 of 0.8 M random parameters with every branch of the real one
 (local and global layers, shared kv head, tied embedding) and a vocabulary that sentencepiece learns from the rows, in
@@ -17,6 +17,9 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+
+if __name__ == "__main__":              # run as a script: the project's modules are in the folder above this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import checkpoint
 import data

@@ -1,13 +1,13 @@
-"""demo.py: what `make finetune` trains on; generate.py and evaluate.py on it."""
+"""examples/demo.py: what `make finetune` trains on; generate.py and evaluate.py on it."""
 import json
 
 import pytest
 import torch
 
 import data
-import demo as demo_module
 from checkpoint import load_model
 from evaluate import evaluate
+from examples import demo as demo_module
 from generate import STOP_IDS, generate
 from model import GemmaConfig
 from tokenizer import Tokenizer, parse_calls
