@@ -1,5 +1,5 @@
-"""A run's report and a report on rows: one self-contained HTML file each."""
-from report.data_report import write_data as write_data_report
-from report.run_report import write as write_run_report
+"""Reports on a run and on rows, each one self-contained HTML file: no script, no font or image to fetch."""
+from report.data_report import write_data_report
+from report.run_report import write_run_report
 
 __all__ = ["write_data_report", "write_run_report"]

@@ -1,52 +1,68 @@
-"""The report on rows."""
+"""The report on rows: data.html, and the section "Data" of a run's report.
+
+    python train.py --model MODEL --data rows.jsonl --survey --out DIR      # DIR/data.html
+"""
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
 
 from report.charts import bar
-from report.formatting import text
+from report.formatting import html_text
 from report.page import table, write_page
 from survey import described
 
 
-def write_data(folder: Path, name: str, found: dict) -> Path:
-    """Write data.html, about a survey's figures (`Survey.figures`), into a folder; returns its path."""
+def write_data_report(folder: Path, name: str, stats: dict) -> Path:
+    """Write data.html into `folder`; returns its path.  stats: a survey's figures (`Tokens.figures`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    said = f"{found['kept']:,} of {found['rows']:,} rows can be trained on" if found["kept"] else "No row can be trained on"
-    sections = (("In figures", figures_of(found)), ("Rows by their tokens", lengths_of(found)), ("Samples", samples_of(found)))
-    return write_page(folder / "data.html", name, said, sections)
+    headline = "No row can be trained on"
+    if stats["kept"]:
+        headline = f"{stats['kept']:,} of {stats['rows']:,} rows can be trained on"
+    sections = (
+        ("In figures", stats_table(stats)),
+        ("Rows by their tokens", length_histogram(stats)),
+        ("Samples", sample_rows(stats)),
+    )
+    return write_page(folder / "data.html", name, headline, sections)
 
 
-def rows_of(found: dict) -> str:
-    """The survey of a run's training rows, folded but for its figures."""
-    if not found:
+def data_section(stats: dict) -> str:
+    """A survey of the training rows within a run's report: the figures, and the rest folded."""
+    if not stats:
         return ""
-    folded = (("Rows by their tokens", lengths_of(found)), ("Samples", samples_of(found)))
-    return figures_of(found) + "".join(f"<details><summary>{title}</summary>{content}</details>" for title, content in folded)
+    folded = (("Rows by their tokens", length_histogram(stats)), ("Samples", sample_rows(stats)))
+    details = [f"<details><summary>{title}</summary>{content}</details>" for title, content in folded]
+    return stats_table(stats) + "".join(details)
 
 
-def figures_of(found: dict) -> str:
-    return table([], [[text(what, 120), text(value, 1_000)] for what, value in described(found)], "facts")
+def stats_table(stats: dict) -> str:
+    rows = [[html_text(label, 120), html_text(value, 1_000)] for label, value in described(stats)]
+    return table([], rows, "facts")
 
 
-def lengths_of(found: dict) -> str:
+def length_histogram(stats: dict) -> str:
     """How many rows have how many tokens, as bars."""
-    if not found["kept"]:
+    if not stats["kept"]:
         return ""
-    start, width, counts = (found["histogram"][key] for key in ("from", "width", "rows"))
+    start, width, counts = (stats["histogram"][key] for key in ("from", "width", "rows"))
     borders = [start + i * width for i in range(len(counts) + 1)]
-    return table([], [[f"{low:,} – {high - 1:,}", bar(count, max(counts), "first")]
-                      for (low, high), count in zip(itertools.pairwise(borders), counts, strict=True)], "causes")
+    rows = []
+    for (low, high), count in zip(itertools.pairwise(borders), counts, strict=True):
+        rows.append([f"{low:,} – {high - 1:,}", bar(count, max(counts), "first")])
+    return table([], rows, "causes")
 
 
-def samples_of(found: dict) -> str:
-    """A few rows as the model sees them, what is trained marked."""
-    if not found["kept"]:
+def sample_rows(stats: dict) -> str:
+    """A few rows as the model sees them. Text that carries loss is marked."""
+    if not stats["kept"]:
         return ""
     out = ['<p class="note">Marked: what the model is trained to say.</p>']
-    for sample in found["samples"]:
-        runs = "".join(f'<mark class="wanted">{text(said, 9_000)}</mark>' if trained else text(said, 9_000)
-                       for said, trained in sample["runs"])
-        out.append(f"<article><small>{text(sample['source'], 200)} · {sample['tokens']:,} tokens</small><pre>{runs}</pre></article>")
+    for sample in stats["samples"]:
+        text = ""
+        for piece, carries_loss in sample["runs"]:
+            escaped = html_text(piece, 9_000)
+            text += f'<mark class="wanted">{escaped}</mark>' if carries_loss else escaped
+        caption = f"{html_text(sample['source'], 200)} · {sample['tokens']:,} tokens"
+        out.append(f"<article><small>{caption}</small><pre>{text}</pre></article>")
     return "".join(out)

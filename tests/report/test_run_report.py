@@ -7,8 +7,8 @@ import pytest
 from html_page import HOSTILE, Page
 
 from report import write_run_report
-from report.answers import HITS, MISSES
-from report.charts import POINTS
+from report.answers import MAX_HITS, MAX_MISSES
+from report.charts import MAX_POINTS
 
 FLAGS = {"model": "base", "data": "rows.jsonl", "steps": 40, "lr": 0.0003}
 HEADER = {"flags": FLAGS, "commit": "abc1234", "python": "3.11.7", "torch": "2.13.0", "device": "CPU (2 threads)", "resumed_at": None}
@@ -157,7 +157,7 @@ def test_a_long_run_is_drawn_with_few_points_and_keeps_its_spike(run):
     steps = [{"step": i, "loss": 50.0 if i == 6_543 else 2.0, "lr": 1e-4, "tokens_per_second": 100 + i % 7} for i in range(1, 20_001)]
     page = run(log=steps, calls={})
     lines = [path["d"] for path in page.all("path", "line")]
-    assert lines and all(len(re.findall("[ML]", line)) <= POINTS for line in lines)
+    assert lines and all(len(re.findall("[ML]", line)) <= MAX_POINTS for line in lines)
     heights = [float(y) for y in re.findall(r",([\d.]+)", lines[0])]
     assert heights.count(min(heights)) == 1 and sorted(heights)[1] > min(heights) + 50
 
@@ -182,7 +182,7 @@ def test_misses_come_first_by_cause_each_cause_gets_its_turn_then_hits(run):
     page = run(calls={40: evaluation(0.5, many)})
     titles = [page.between(i) for i, (tag, _) in enumerate(page.tags) if tag == "h3"]
     assert titles[3:7] == ["Missed: wrong argument", "Missed: not to the letter", "Missed: rare", "Right"]
-    assert "22 of 100" in page.text and "6 of 49" in page.text and len(page.all("article")) == MISSES + HITS
+    assert "22 of 100" in page.text and "6 of 49" in page.text and len(page.all("article")) == MAX_MISSES + MAX_HITS
 
 
 def test_an_earlier_answer_to_the_same_row_stands_beside_the_last(run):
