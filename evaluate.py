@@ -1,15 +1,11 @@
-"""What a model is worth: the share of queries that it answers with the right calls, and why it misses the others.
+"""A model's accuracy on rows: how many queries it answers with the right calls, and why it misses others.
 
     python evaluate.py --model DIR --adapter runs/mine --data rows.jsonl --json result.json
-    python evaluate.py --adapter runs/mine --data rows.jsonl --held-out 0.05      # only what train.py held out of them
-    torchrun --nproc-per-node 8 evaluate.py …                                     # the rows shared among eight processes
-    python evaluate.py --report runs/mine                                         # runs/mine/report.html
+    python evaluate.py --adapter runs/mine --data rows.jsonl --held-out 0.05   # those train.py held out
+    torchrun --nproc-per-node 8 evaluate.py …                                  # 8 processes share the rows
+    python evaluate.py --report runs/mine                                      # runs/mine/report.html
 
-Two measures, beside each other. *Exact match*: the same calls, in any order, with equal names and arguments. *AST match*:
-the Berkeley Function-Calling Leaderboard's rules for Python, under which strings compare without case, spaces and
-punctuation, an int may stand for a float, and an argument may have several accepted values.
-
-Source: the leaderboard's rules (gorilla.cs.berkeley.edu/leaderboard.html), written anew.
+inference/scoring.py says which answers are right, by exact match and by AST match.
 """
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,89 +28,150 @@ import report
 from data import Conversation
 from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
 from gradients import meet
-from inference.scoring import Score, accepted_values, score, summary, table
+from inference.scoring import Score, accepted_values, results_table, score, summarize
 from model import Gemma3
 from tokenizer import Tokenizer, parse_calls
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # A model on many rows
 
 
-def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], *, max_new_tokens: int | None = None,
-             batch_rows: int = 16, say: Callable[[str], None] = lambda _: None, processes: tuple[int, int] = (0, 1)) -> dict:
-    """Answer every row greedily, and compare; returns what `--json` writes.
+class AnsweredRow(NamedTuple):
+    """A row with the model's answer to it. record: its entry in the result's `answers`."""
 
-    Of a conversation the first answer counts and each later one that has calls, after what was truly said until then.
-    max_new_tokens: of an answer; by default twice as many as are wanted, and 64 at least: a longer one is wrong. say:
-    hears of the progress. processes: (rank, number) of those that share the rows; each gets the whole result. Fractions are
-    of 1; `answers` has an entry for each of them, in order.
+    record: dict
+    score: Score
+    generated_tokens: int
+    cut: bool                    # the answer had no end within max_new_tokens
+
+
+def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], *,
+             max_new_tokens: int | None = None, batch_rows: int = 16,
+             say: Callable[[str], None] = lambda _: None, processes: tuple[int, int] = (0, 1)) -> dict:
+    """Answer every row greedily and compare the answers with the rows' own; returns what `--json` writes.
+
+    In a conversation the first answer counts and each later one that has calls. Each is given after the
+    conversation's own messages before it.
+
+    max_new_tokens: of an answer; by default twice the length of the row's own, at least 64. say: receives
+    progress lines. processes: (rank, count) of those that share the rows; each returns the whole result.
     """
     rank, world = processes
-    rows = [answer for row in rows for answer in row.answers()]
-    examples = [data.tokenize(row, tokenizer) for row in rows]
-    begins = [int(np.flatnonzero(~example.trained)[-1]) + 1 for example in examples]        # the answer is what is trained at the end
-    prompts = [example.ids[:begin].tolist() for example, begin in zip(examples, begins, strict=True)]
-    limits = [max_new_tokens or max(64, 2 * (len(example.ids) - begin)) for example, begin in zip(examples, begins, strict=True)]
-    answers: list[dict] = [{} for _ in rows]
-    scores: dict[int, Score] = {}
-    generated, cut = 0, 0
-    began = told = time.perf_counter()
-    own = range(rank, len(rows), world)
-    for n, ids in stream(model, prompts[rank::world], limits[rank::world], batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
-        i = own[n]
-        text, row = tokenizer.decode(ids), rows[i]
-        calls, wanted = parse_calls(text), data.called(row.messages[-1])
-        scores[i] = score(row.accepted or [accepted_values(call) for call in wanted], calls, row.tools, calls.unread)
-        fault = scores[i].fault
-        asked = next((data.said(message) for message in reversed(row.messages) if message["role"] == "user"), "")
-        answers[i] = {"source": row.source, "query": asked, "expected": wanted, "given": list(calls), "text": text,
-                      "cause": fault and fault.cause, "detail": fault and fault.detail, "exact": scores[i].exact, "ast": scores[i].ast}
-        if row.accepted:
-            answers[i]["accepted"] = list(row.accepted)
-        generated, cut = generated + len(ids), cut + (ids[-1] not in STOP_IDS)
-        if time.perf_counter() - told > 10:
-            told = time.perf_counter()
-            say(f"{len(scores)}/{len(own)} answered | {sum(s.exact for s in scores.values()) / len(scores):.1%} exact | "
-                f"{generated / (told - began):.0f} tok/s")
+    rows = [turn for row in rows for turn in row.answers()]
+    prompts, limits = tokenize_prompts(rows, tokenizer, max_new_tokens)
+    own_rows = range(rank, len(rows), world)
+    answered: dict[int, AnsweredRow] = {}
+    started = reported = time.perf_counter()
+    answers = stream(model, prompts[rank::world], limits[rank::world], batch_rows=batch_rows,
+                     phrases=call_phrases(tokenizer))
+    for n, ids in answers:
+        i = own_rows[n]
+        answered[i] = compare_answer(rows[i], ids, tokenizer)
+        if time.perf_counter() - reported > 10:
+            reported = time.perf_counter()
+            say(progress_line(answered, len(own_rows), reported - started))
     if world > 1:
         parts: list = [None] * world
-        dist.all_gather_object(parts, ({i: answers[i] for i in own}, scores, generated, cut))
-        generated, cut = sum(part[2] for part in parts), sum(part[3] for part in parts)
-        for its_answers, its_scores, *_ in parts:
-            scores |= its_scores
-            for i, answer in its_answers.items():
-                answers[i] = answer
-    seconds = time.perf_counter() - began
-    result = summary([scores[i] for i in range(len(rows))])
-    of_file: dict[str, list[Score]] = {}
-    for i, row in enumerate(rows):
-        of_file.setdefault(row.source.rpartition(":")[0], []).append(scores[i])
-    if len(of_file) > 1:
-        result["files"] = {file: summary(of_file[file]) for file in sorted(of_file)}
-    return result | {"prompt_tokens": sum(map(len, prompts)), "generated_tokens": generated, "seconds": seconds,
-                     "tokens_per_second": generated / max(seconds, 1e-9), "cut_answers": cut, "answers": answers}
+        dist.all_gather_object(parts, answered)
+        answered = {i: row for part in parts for i, row in part.items()}
+
+    seconds = time.perf_counter() - started
+    in_order = [answered[i] for i in range(len(rows))]
+    generated_tokens = sum(row.generated_tokens for row in in_order)
+    result = summarize([row.score for row in in_order])
+    files = summarize_files(in_order)
+    if len(files) > 1:
+        result["files"] = files
+    return result | {
+        "prompt_tokens": sum(map(len, prompts)),
+        "generated_tokens": generated_tokens,
+        "seconds": seconds,
+        "tokens_per_second": generated_tokens / max(seconds, 1e-9),
+        "cut_answers": sum(row.cut for row in in_order),
+        "answers": [row.record for row in in_order],
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def tokenize_prompts(rows: Sequence[Conversation], tokenizer: Tokenizer,
+                     max_new_tokens: int | None) -> tuple[list[list[int]], list[int]]:
+    """The ids of each row up to its last answer, and the most tokens to generate after them."""
+    prompts, limits = [], []
+    for row in rows:
+        example = data.tokenize(row, tokenizer)
+        # The answer is the run of tokens with loss at the row's end.
+        answer_start = int(np.flatnonzero(~example.trained)[-1]) + 1
+        answer_tokens = len(example.ids) - answer_start
+        prompts.append(example.ids[:answer_start].tolist())
+        limits.append(max_new_tokens or max(64, 2 * answer_tokens))
+    return prompts, limits
+
+
+def compare_answer(row: Conversation, ids: list[int], tokenizer: Tokenizer) -> AnsweredRow:
+    """Compare a generated answer with the row's own."""
+    text = tokenizer.decode(ids)
+    given, expected = parse_calls(text), data.called(row.messages[-1])
+    accepted = row.accepted or [accepted_values(call) for call in expected]
+    result = score(accepted, given, row.tools, given.unread)
+    queries = (data.said(message) for message in reversed(row.messages) if message["role"] == "user")
+    record = {
+        "source": row.source,
+        "query": next(queries, ""),
+        "expected": expected,
+        "given": list(given),
+        "text": text,
+        "cause": result.fault and result.fault.cause,
+        "detail": result.fault and result.fault.detail,
+        "exact": result.exact,
+        "ast": result.ast,
+    }
+    if row.accepted:
+        record["accepted"] = list(row.accepted)
+    return AnsweredRow(record, result, len(ids), cut=ids[-1] not in STOP_IDS)
+
+
+def progress_line(answered: dict[int, AnsweredRow], total: int, seconds: float) -> str:
+    exact = sum(row.score.exact for row in answered.values()) / len(answered)
+    speed = sum(row.generated_tokens for row in answered.values()) / seconds
+    return f"{len(answered)}/{total} answered | {exact:.1%} exact | {speed:.0f} tok/s"
+
+
+def summarize_files(answered: Sequence[AnsweredRow]) -> dict[str, dict]:
+    """The figures of each file of rows, by its name."""
+    scores: dict[str, list[Score]] = {}
+    for row in answered:
+        file = row.record["source"].rpartition(":")[0]
+        scores.setdefault(file, []).append(row.score)
+    return {file: summarize(scores[file]) for file in sorted(scores)}
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Count how many queries a model answers with the right calls, and why it misses others.")
+    parser = argparse.ArgumentParser(
+        description="Count how many queries a model answers with the right calls, and why it misses others.")
     add = parser.add_argument_group("what to evaluate on").add_argument
-    add("--data", default=None, metavar="A,B,…", help="files or folders of rows, or datasets on the Hub, as for train.py; or the "
-        "leaderboard's, with several accepted values for an argument")
-    add("--held-out", type=float, default=None, metavar="F", help="only the rows that train.py holds out with --eval-fraction F")
-    add("--system", default=None, metavar="TEXT", help="what the model is told before the tools, or @FILE that holds it; rows with a "
-        "developer or system message of their own keep theirs (default: what it was told in training)")
+    add("--data", default=None, metavar="A,B,…",
+        help="files or folders of rows, or datasets on the Hub, as for train.py; or the leaderboard's, with "
+             "several accepted values for an argument")
+    add("--held-out", type=float, default=None, metavar="F",
+        help="only the rows that train.py holds out with --eval-fraction F")
+    add("--system", default=None, metavar="TEXT",
+        help="what the model is told before the tools, or @FILE that holds it; rows with a developer or "
+             "system message of their own keep theirs (default: what it was told in training)")
     add("--limit", type=int, default=None, metavar="N", help="at most N rows, chosen by a hash of the query")
-    add("--skip-invalid", action="store_true", help="leave out rows that cannot be right, instead of stopping")
-    add("--max-new-tokens", type=int, default=None, metavar="N", help="longest answer (default: twice as long as the wanted one)")
-    add("--batch-rows", type=int, default=16, metavar="N", help="rows answered at a time (default: %(default)s)")
+    add("--skip-invalid", action="store_true",
+        help="leave out rows that cannot be right, instead of stopping")
+    add("--max-new-tokens", type=int, default=None, metavar="N",
+        help="longest answer (default: twice as long as the wanted one)")
+    add("--batch-rows", type=int, default=16, metavar="N",
+        help="rows answered at a time (default: %(default)s)")
     add = parser.add_argument_group("what to write").add_argument
     add("--json", default=None, metavar="OUT", help="write the figures and every answer to this file")
-    add("--report", nargs="?", const="", default=None, metavar="RUN", help="write report.html into this run's folder, from what the run "
-        "itself left there (default: the --adapter's, or runs/last)")
+    add("--report", nargs="?", const="", default=None, metavar="RUN",
+        help="write report.html into this run's folder, from what the run itself left there (default: the "
+             "--adapter's, or runs/last)")
     add_model_flags(parser)
     add_machine_flags(parser)
     args = parser.parse_args(argv)
@@ -129,49 +187,84 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     checkpoint.check_device(args.device)
-    rank, world, device = meet(args.device) if args.data is not None else (0, 1, torch.device(args.device))
-    if rank:                                             # answers its share of the rows, and is silent
+    rank, world, device = 0, 1, torch.device(args.device)
+    if args.data is not None:
+        rank, world, device = meet(args.device)
+    if rank:                                               # rank 0 prints and writes for all
         with contextlib.redirect_stdout(None):
             evaluate_files(args, (rank, world), device)
         return 0
     out = Path(args.json) if args.json else None
-    if out and out.is_dir():
-        raise ValueError(f"{out} is a folder; --json names a file")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):                     # better refused now than after the work
-            pass
+        check_writable(out)
     if args.data is not None:
         result = evaluate_files(args, (rank, world), device)
         if out:
             checkpoint.write_json(out, result)
     if args.report is not None:
         run = Path(args.report or args.adapter or args.model or "runs/last")
-        print(f"report {report.write_run_report(run.parent if run.name in ('adapter', 'model') else run)}")
+        if run.name in ("adapter", "model"):
+            run = run.parent
+        print(f"report {report.write_run_report(run)}")
     return 0
 
 
+def check_writable(path: Path) -> None:
+    """Fail before the work, and not after it, if a file cannot be written there."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; --json names a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device: torch.device) -> dict:
-    """Evaluate on `--data`, a share of the rows in each of the processes, and print the figures; returns them."""
+    """Evaluate on `--data`, a share of the rows in each process, and print the figures; returns them."""
+    if args.system is None:
+        system = checkpoint.system_of(args.model, args.adapter)
+    else:
+        system = data.system_text(args.system)
+    rows = read_rows(args, system)
+    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, device)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    result = evaluate(model, tokenizer, rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
+                      say=lambda text: print(text, flush=True), processes=processes)
+    print_result(result)
+    return result | {
+        "model": args.model,
+        "adapter": args.adapter,
+        "data": args.data,
+        "held_out": args.held_out,
+        "system": system,
+        "dtype": checkpoint.choose_dtype(args.dtype, args.device),
+        "device": checkpoint.device_name(torch.device(args.device)),
+        "torch": torch.__version__,
+    }
+
+
+def read_rows(args: argparse.Namespace, system: str) -> list[Conversation]:
+    """The rows of `--data` that are left after `--held-out` and `--limit`; at least one."""
     skipped = data.Skipped() if args.skip_invalid else None
-    system = checkpoint.system_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
     found = list(data.read_sources(args.data.split(","), skipped, system))
-    rows = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)[1][:args.limit]
+    _, held_out = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)
+    rows = held_out[:args.limit]
     for cause, count in (skipped or {}).items():
         print(f"{count} rows skipped: {cause}; the first: {skipped.first[cause]}")
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
-    model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, device)
-    result = evaluate(model, checkpoint.load_tokenizer(folder), rows, max_new_tokens=args.max_new_tokens, batch_rows=args.batch_rows,
-                      say=lambda text: print(text, flush=True), processes=processes)
+    return rows
+
+
+def print_result(result: dict) -> None:
     files = result.get("files", {})
-    print(table({**(files if len(files) <= 6 else {}), "all": result}))
+    columns = {"all": result}
+    if len(files) <= 6:
+        columns = files | columns
+    print(results_table(columns))
     for name, (low, high) in result["intervals"].items():
         print(f"{name:<26}{low:>9.1%} to {high:.1%} (95 % of bootstrap samples)")
-    print(f"{result['generated_tokens']} tokens in {result['seconds']:.0f} s, {result['tokens_per_second']:.0f} tok/s")
-    return result | {"model": args.model, "adapter": args.adapter, "data": args.data, "held_out": args.held_out, "system": system,
-                     "dtype": checkpoint.choose_dtype(args.dtype, args.device), "device": checkpoint.device_name(torch.device(args.device)),
-                     "torch": torch.__version__}
+    tokens, seconds, speed = (result[key] for key in ("generated_tokens", "seconds", "tokens_per_second"))
+    print(f"{tokens} tokens in {seconds:.0f} s, {speed:.0f} tok/s")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import token_cache
 from cuda_graph import RecordedPasses
 from evaluate import evaluate
 from gradients import Sharded, Summed, highest, meet, total_norm
-from inference.scoring import table
+from inference.scoring import results_table
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from token_cache import Tokens
@@ -629,7 +629,7 @@ def before_and_after(out: Path) -> str:
     earlier = {answer["source"]: answer["text"] for answer in before["answers"]}
     samples = [f"  query   {a['query']!r}\n  wanted  {json.dumps(a['expected'], ensure_ascii=False)}\n"
                f"  before  {earlier.get(a['source'], '')[:200]!r}\n  after   {a['text'][:200]!r}" for a in after["answers"][:3]]
-    return "\n\n".join([*samples, table({"before": before, "after": after})])
+    return "\n\n".join([*samples, results_table({"before": before, "after": after})])
 
 
 def fingerprint(rows: Tokens) -> str:

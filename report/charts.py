@@ -123,8 +123,8 @@ def line_chart(title: str, unit: str, lines: list[Line], note: str = "",
                band: Sequence[tuple[float, float, float]] = (), log: bool = False) -> str:
     """A chart over the steps as HTML; "" if no line has a value.
 
-    band: (step, low, high), an area to shade behind the lines. note: HTML below the chart. log: use a logarithmic
-    scale if the values span more than a factor of 8; otherwise the axis starts at 0.
+    band: (step, low, high), an area to shade behind the lines. note: HTML below the chart.
+    log: use a logarithmic scale if the values span more than a factor of 8; otherwise the axis starts at 0.
     """
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:

@@ -3,9 +3,9 @@
     python evaluate.py --report runs/mine
 
 It shows what training and evaluation left in the folder (config.json, log.jsonl, data.json and
-calls/step-NNNNNN.json): accuracy before and after, curves, causes of misses, answers side by side, the data and
-the flags. Records may be torn, lack keys or come from an older version. Text from rows and flags enters the page
-only through `html_text`.
+calls/step-NNNNNN.json): accuracy before and after, curves, causes of misses, answers side by side, the data
+and the flags. Records may be torn, lack keys or come from an older version. Text from rows and flags enters
+the page only through `html_text`.
 """
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ BeforeAfter = list[tuple[int, dict]]
 def write_run_report(run: Path) -> Path:
     """Write report.html into a run's folder; returns its path.
 
-    Raises FileNotFoundError if there is no log.jsonl; ValueError if there is neither a step nor an evaluation,
+    Raises FileNotFoundError if there is no log.jsonl; ValueError if there is neither a step nor an evaluation
     or if config.json, data.json or a file in calls/ is not JSON.
     """
     run = Path(run)

@@ -4,7 +4,15 @@ import math
 import pytest
 
 from data import parse_row
-from inference.scoring import CAUSES, accepted_values, accepts, interval, score, summary, table
+from inference.scoring import (
+    CAUSES,
+    accepted_values,
+    bootstrap_interval,
+    results_table,
+    score,
+    summarize,
+    value_matches,
+)
 from tokenizer import parse_calls, render
 
 TOOLS = [{"type": "function", "function": {"name": "book", "description": "", "parameters": {
@@ -112,7 +120,7 @@ def test_an_empty_text_among_other_values_says_only_that_it_may_be_left_out(give
 def test_recall_counts_an_optional_argument_where_it_was_given():
     with_optional = judged([{"book": {"city": ["Rome"], "nights": [2, ""]}}], [call(city="Rome", nights=2)])
     missing = judged([call(city="Rome")], [call()])
-    got = summary([with_optional, missing])
+    got = summarize([with_optional, missing])
     assert got["argument_recall"] == 2 / 3 and got["argument_precision"] == 1.0
 
 
@@ -126,7 +134,7 @@ def test_silence_is_right_where_no_call_is_wanted():
 
 def test_arguments_are_counted_call_by_call():
     got = judged([call(city="Rome", nights=2), call("cancel")], [call(city="Rome", nights=3, pets=True)])
-    assert (got.right_arguments, got.given_arguments, got.wanted_arguments) == (1, 3, 2)
+    assert (got.correct_arguments, got.given_arguments, got.expected_arguments) == (1, 3, 2)
     assert not got.names
 
 
@@ -150,8 +158,8 @@ def test_hostile_declarations_are_no_crash():
                        {"properties": {"p": {"type": "array", "items": "string"}}}, {"required": "p"}, {"required": [["p"]]}, {"required": ["q"]}):
         tools = [{"function": {"name": "f", "parameters": parameters}}]
         assert score([accepted_values(call("f", p=["x"]))], [call("f", p=["x"])], tools).ast
-    assert not accepts({"a": [1]}, {"b": 1}, {"properties": 3}, exact=False)
-    assert not accepts(float("nan"), float("nan"), {}, exact=True)
+    assert not value_matches({"a": [1]}, {"b": 1}, {"properties": 3}, exact=False)
+    assert not value_matches(float("nan"), float("nan"), {}, exact=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,19 +169,19 @@ def test_hostile_declarations_are_no_crash():
 def test_figures_over_rows_are_the_shares_counted_by_hand():
     scores = [judged([call(city="Rome")], [call(city="Rome")]), judged([call(city="Rome")], [call(city="rome")]),
               judged([call(city="Rome")], [call(city="Oslo")]), judged([call(city="Rome")], [], ["?"]), judged([], []), judged([], [call("cancel")])]
-    got = summary(scores)
+    got = summarize(scores)
     assert got["rows"] == 6 and got["counts"] == {"exact_match": 2, "ast_match": 3, "name_accuracy": 4}
     assert got["exact_match"] == 2 / 6 and got["ast_match"] == 3 / 6 and got["name_accuracy"] == 4 / 6
     assert got["parse_failures"] == 1 / 6 and got["no_call_rows"] == 2 and got["correct_silence"] == 1 / 2
     assert got["argument_precision"] == 2 / 3 and got["argument_recall"] == 2 / 4
     assert got["causes"] == {"unparsable": 1, "wrong argument": 1, "unwanted call": 1}
-    assert "33.3%" in table({"all": got}) and "missed: wrong argument" in table({"all": got})
+    assert "33.3%" in results_table({"all": got}) and "missed: wrong argument" in results_table({"all": got})
 
 
 def test_the_interval_holds_the_share_and_shrinks_with_the_rows():
-    few, many = interval([True] * 5 + [False] * 5), interval([True] * 500 + [False] * 500)
+    few, many = bootstrap_interval([True] * 5 + [False] * 5), bootstrap_interval([True] * 500 + [False] * 500)
     assert few[0] < 0.5 < few[1] and many[0] < 0.5 < many[1]
     assert math.isclose(many[1] - many[0], 2 * 1.96 * 0.5 / math.sqrt(1000), rel_tol=0.1)
-    assert interval([]) is None and interval([True] * 3) == [1.0, 1.0]
+    assert bootstrap_interval([]) is None and bootstrap_interval([True] * 3) == [1.0, 1.0]
 
 
