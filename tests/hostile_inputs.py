@@ -284,7 +284,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         with contextlib.redirect_stdout(None):
-            demo.write(Path(made), rows=50)
+            demo.write_demo(Path(made), rows=50)
         MODEL = Path(made, "model")
         TOKENIZER = checkpoint.load_tokenizer(MODEL)
         adapted = checkpoint.load_model(MODEL)

@@ -7,7 +7,7 @@ import torch
 import data
 from checkpoint import load_model
 from evaluate import evaluate
-from examples import demo as demo_module
+from examples.demo import write_demo
 from generate import STOP_IDS, generate
 from model import GemmaConfig
 from tokenizer import Tokenizer, parse_calls
@@ -19,7 +19,7 @@ def rows(demo):
 
 
 def test_the_same_seed_writes_the_same_folder(demo, tmp_path):
-    demo_module.write(tmp_path, rows=600)
+    write_demo(tmp_path, rows=600)
     for name in ("rows.jsonl", "model/tokenizer.model", "model/config.json", "model/model.safetensors"):
         assert (tmp_path / name).read_bytes() == (demo / name).read_bytes(), name
 
