@@ -34,7 +34,7 @@ setup-dev: setup $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready-dev)     
 	@touch $@
 
 finetune: setup          ## train: the embedded demo, or MODEL=name-or-folder DATA=name-or-file [OUT=…] [FLAGS="…"]
-	$(if $(DEMO),$(PYTHON) demo.py build/demo)
+	$(if $(DEMO),$(PYTHON) examples/demo.py build/demo)
 	$(PYTHON) train.py --model $(MODEL) --data $(DATA) --out $(OUT) $(if $(DEMO),$(DEMO_FLAGS) --overwrite) $(FLAGS)
 
 report: setup            ## a run's report.html: make report OUT=runs/mine; or rows': make report DATA=rows.jsonl MODEL=… → OUT/data.html

@@ -32,7 +32,8 @@ import report
 import survey
 import token_cache
 from cuda_graph import RecordedPasses
-from evaluate import evaluate, table
+from evaluate import evaluate
+from inference.scoring import results_table
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from storage import hub
@@ -479,9 +480,9 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         result = (str(out), None) if args.full else (str(model_folder), str(out))   # what the user gets, not what is at hand
         count_calls(load_tuned(*result, args.dtype, args.device)[0])
         if rank == 0:
-            say("\n" + before_and_after(out, table) + "\n")
+            say("\n" + before_and_after(out, results_table) + "\n")
     if rank == 0:
-        say(f"report {report.write(out)}")
+        say(f"report {report.write_run_report(out)}")
     best = "" if state["best_loss"] is None else f", best held-out loss {state['best_loss']:.4f}"
     say(f"done   {step} steps{best}; {'model' if args.full else 'adapter'} in {out / ('model' if args.full else 'adapter')}")
     return shutdown_distributed(0)
@@ -522,7 +523,7 @@ def survey_rows(args: argparse.Namespace, model_folder: Path, tokenizer: Tokeniz
     """Look at every row of `--data`, the bad ones too, and say what was seen."""
     found = read_tokens(args, args.data, model_folder, tokenizer, skip_invalid=True).figures(tokenizer, args.max_tokens)
     say(survey.console(found))
-    say(f"\nreport {report.write_data(Path(args.out), args.data, found)}")
+    say(f"\nreport {report.write_data_report(Path(args.out), args.data, found)}")
     return 0
 
 

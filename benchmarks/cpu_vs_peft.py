@@ -215,9 +215,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if missing:
-            import demo
+            from examples import demo
             print(f"{', '.join(missing)}: not here; random weights of full size and the demo's rows instead", file=sys.stderr)
-            demo.write(folder / "demo", rows=2_000, config=demo.FULL_SIZE)
+            demo.write_demo(folder / "demo", rows=2_000, config=demo.FULL_SIZE)
             args.model, args.data = str(folder / "demo/model"), str(folder / "demo/rows.jsonl")
         if args.one_set:
             with_one_set_of_tools(args.data, folder / Path(args.data).name)

@@ -61,9 +61,9 @@ def real_model() -> Path:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """The embedded demo, small: a random model of every branch, its vocabulary, and 600 rows."""
-    from demo import write
+    from examples.demo import write_demo
     folder = tmp_path_factory.mktemp("demo")
-    write(folder, rows=600)
+    write_demo(folder, rows=600)
     return folder
 
 

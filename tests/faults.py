@@ -760,10 +760,10 @@ if __name__ == "__main__":
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/faults.json")
     args = parser.parse_args()
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    from demo import write
+    from examples.demo import write_demo
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(args.jobs) as pool:
         folder = Path(place)
-        write(folder / "demo", rows=600)
+        write_demo(folder / "demo", rows=600)
         shared = Bench(folder / "demo", folder / "whole")
         names = [name for name in FAULTS if args.only in name]
         benches = [Bench(folder / "demo", folder / str(i), shared) for i in range(len(names))]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import demo  # noqa: E402
+from examples import demo  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from storage import adapters, pretrained  # noqa: E402
 from tokenizer.model_file import BYTE, BYTE_PIECES, NORMAL, UNKNOWN, USER_DEFINED, control_names  # noqa: E402
@@ -284,7 +284,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         with contextlib.redirect_stdout(None):
-            demo.write(Path(made), rows=50)
+            demo.write_demo(Path(made), rows=50)
         MODEL = Path(made, "model")
         TOKENIZER = pretrained.load_tokenizer(MODEL)
         adapted = pretrained.load_model(MODEL)

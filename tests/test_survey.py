@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import HOSTILE, Page
+from html_page import HOSTILE, Page
 
 import data
 import report
@@ -120,7 +120,7 @@ def test_rows_of_which_none_is_left_are_described(tmp_path, tokenizer):
     found = surveyed(tmp_path / "bad.jsonl", tokenizer)
     assert described(found) == [("rows to train on", "0; 1 dropped"), ("dropped: missing column", f"1; the first: {found['dropped']['missing column']['first']}")]
     assert "missing column" in console(found)
-    page = Page(report.write_data(tmp_path / "out", "bad.jsonl", found).read_text(encoding="utf-8"))
+    page = Page(report.write_data_report(tmp_path / "out", "bad.jsonl", found).read_text(encoding="utf-8"))
     assert page.headings == ["In figures"] and "No row can be trained on" in page.text
 
 
@@ -169,6 +169,6 @@ def test_hostile_rows_get_into_the_page_as_text(tmp_path, tokenizer):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (row(hostile, call(hostile), tools=[tool]), {hostile: 1},
                                                                                       row("x", call(hostile + "y"), tools=[tool]))))
     found = surveyed(tmp_path / "rows.jsonl", tokenizer, 100_000)
-    page = Page(report.write_data(tmp_path, hostile, found).read_text(encoding="utf-8"))
+    page = Page(report.write_data_report(tmp_path, hostile, found).read_text(encoding="utf-8"))
     assert found["kept"] == 1 and not {"script", "img"} & {tag for tag, _ in page.tags} and not [a for _, a in page.tags if "onerror" in a]
     assert not set("\u202e\x00\x1b") & set(page.source) and "<script>alert(1)</script>" in page.text

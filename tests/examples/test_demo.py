@@ -1,12 +1,12 @@
-"""demo.py: what `make finetune` trains on; generate.py and evaluate.py on it."""
+"""examples/demo.py: what `make finetune` trains on; generate.py and evaluate.py on it."""
 import json
 
 import pytest
 import torch
 
 import data
-import demo as demo_module
 from evaluate import evaluate
+from examples.demo import write_demo
 from generate import STOP_IDS, generate
 from storage.pretrained import config_from_dict, load_model
 from tokenizer import Tokenizer, parse_calls
@@ -18,7 +18,7 @@ def rows(demo):
 
 
 def test_the_same_seed_writes_the_same_folder(demo, tmp_path):
-    demo_module.write(tmp_path, rows=600)
+    write_demo(tmp_path, rows=600)
     for name in ("rows.jsonl", "model/tokenizer.model", "model/config.json", "model/model.safetensors"):
         assert (tmp_path / name).read_bytes() == (demo / name).read_bytes(), name
 

@@ -1,12 +1,14 @@
-"""report.py: one page with nothing to fetch, whatever the rows say and whatever is missing."""
+"""report/run_report.py: one page with nothing to fetch, whatever the rows say and whatever is missing."""
 import json
 import os
 import re
-from html.parser import HTMLParser
 
 import pytest
+from html_page import HOSTILE, Page
 
-import report
+from report import write_run_report
+from report.answers import MAX_HITS, MAX_MISSES
+from report.charts import MAX_POINTS
 
 FLAGS = {"model": "base", "data": "rows.jsonl", "steps": 40, "lr": 0.0003}
 HEADER = {"flags": FLAGS, "commit": "abc1234", "python": "3.11.7", "torch": "2.13.0", "device": "CPU (2 threads)", "resumed_at": None}
@@ -15,7 +17,6 @@ STEPS = [{"step": i, "loss": 8 / i, "grad_norm": 1.0, "lr": 0.0003, "tokens": 10
 HELD_OUT = [{"step": 0, "eval_loss": 7.98}, {"step": 40, "eval_loss": 0.215}]
 ROME = {"name": "get_weather", "arguments": {"city": "Rome", "day": "today"}}
 NO_NUMBER = re.compile(r"\b(nan|inf|None)\b")
-HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">&amp;\' \u202e\x00\x1b[31m ça 日本 😀 \ud83d </style>--> ' + "x" * 9000
 
 
 def answer(source, cause=None, given=(ROME,), **more):
@@ -46,44 +47,9 @@ def run(tmp_path):
             (folder / "config.json").write_text(json.dumps(config))
         for step, value in ({0: BEFORE, 40: AFTER} if calls is None else calls).items():
             (folder / "calls" / f"step-{step:06d}.json").write_text(json.dumps(value))
-        assert report.write(folder) == folder / "report.html"
+        assert write_run_report(folder) == folder / "report.html"
         return Page((folder / "report.html").read_text(encoding="utf-8"))
     return make
-
-
-class Page(HTMLParser):
-    """A parsed page: every tag is closed in its turn, or this raises."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.source, self.open, self.tags, self.texts = source, [], [], []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"left open: {self.open}"
-        self.text = re.sub(r"\s+", " ", "".join(self.texts))                 # a narrow space is a space here
-        self.headings = [self.between(i) for i, (tag, _) in enumerate(self.tags) if tag == "h2"]
-
-    def handle_starttag(self, tag, attributes):
-        self.handle_startendtag(tag, attributes)
-        if tag not in ("meta", "br", "wbr"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes) | {"": len(self.texts)}))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-        self.texts += [" "] * (tag not in ("b", "i", "mark", "span"))
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.texts.append(data)
-
-    def between(self, i):
-        return self.texts[self.tags[i][1][""]].strip()
-
-    def all(self, tag, kind=""):
-        return [attributes for name, attributes in self.tags if name == tag and kind in (attributes.get("class") or "").split() + [""]]
 
 
 def test_the_report_is_one_well_formed_page_that_fits_a_phone(run):
@@ -116,7 +82,7 @@ def test_a_folder_of_any_name_can_be_reported_on(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     (folder / "log.jsonl").write_text(json.dumps(STEPS[0]))
-    page = Page(report.write(folder).read_text(encoding="utf-8"))
+    page = Page(write_run_report(folder).read_text(encoding="utf-8"))
     assert page.all("h1") and not page.all("i")
 
 
@@ -191,16 +157,9 @@ def test_a_long_run_is_drawn_with_few_points_and_keeps_its_spike(run):
     steps = [{"step": i, "loss": 50.0 if i == 6_543 else 2.0, "lr": 1e-4, "tokens_per_second": 100 + i % 7} for i in range(1, 20_001)]
     page = run(log=steps, calls={})
     lines = [path["d"] for path in page.all("path", "line")]
-    assert lines and all(len(re.findall("[ML]", line)) <= report.POINTS for line in lines)
+    assert lines and all(len(re.findall("[ML]", line)) <= MAX_POINTS for line in lines)
     heights = [float(y) for y in re.findall(r",([\d.]+)", lines[0])]
     assert heights.count(min(heights)) == 1 and sorted(heights)[1] > min(heights) + 50
-
-
-def test_the_running_mean_is_flatter_and_keeps_gaps_and_the_start():
-    points = [(x, None if x == 7 else 5.0 + (-1) ** x) for x in range(600)]
-    means = report.smooth(points)
-    assert [x for x, _ in means] == list(range(600)) and means[7][1] is None and means[0][1] == 6.0
-    assert all(abs(y - 5) < 0.1 for _, y in means[20:])
 
 
 def test_every_chart_names_itself_and_its_lines(run):
@@ -217,27 +176,13 @@ def test_causes_stand_in_the_order_of_what_is_left_with_their_sum(run):
     assert "often 1 3 seldom 0 2 rare 9 0 all 10 5" in page.text
 
 
-def test_arguments_are_compared_one_by_one():
-    given = {"name": "get_weather", "arguments": {"city": "Rom", "year": 7}}
-    wanted, found = report.compare([ROME], {"given": [given]})
-    assert '≠</i>city: <mark class="wanted">&quot;Rome&quot;' in wanted and '+</i>day: <mark class="wanted">&quot;today&quot;' in wanted
-    assert '≠</i>city: <mark class="given">&quot;Rom&quot;' in found and '−</i>day: <mark class="given">absent' in found
-    assert '+</i>year: <mark class="given">7' in found and "year" not in wanted
-    assert "<mark" not in "".join(report.compare([ROME, given], {"given": [given, ROME]})), "each call is compared with the one most like it"
-    wanted, found = report.compare([ROME, given], {"given": [ROME]})
-    assert wanted.count("<mark") == 1 and "no call of get_weather" in found
-    wanted, found = report.compare([], {"given": [ROME]})
-    assert "no call" in wanted and '<mark class="given">+ <b>get_weather' in found
-    assert "no call: &lt;b&gt;" in report.compare([ROME], {"given": [], "text": "<b>"})[1]
-
-
 def test_misses_come_first_by_cause_each_cause_gets_its_turn_then_hits(run):
     many = [answer(f"b:{i}") for i in range(50)] + [answer(f"a:{i}", "wrong argument", []) for i in range(100)] + [answer("c:1", "rare", [])]
     many[0]["exact"] = False
     page = run(calls={40: evaluation(0.5, many)})
     titles = [page.between(i) for i, (tag, _) in enumerate(page.tags) if tag == "h3"]
     assert titles[3:7] == ["Missed: wrong argument", "Missed: not to the letter", "Missed: rare", "Right"]
-    assert "22 of 100" in page.text and "6 of 49" in page.text and len(page.all("article")) == report.MISSES + report.HITS
+    assert "22 of 100" in page.text and "6 of 49" in page.text and len(page.all("article")) == MAX_MISSES + MAX_HITS
 
 
 def test_an_earlier_answer_to_the_same_row_stands_beside_the_last(run):
@@ -247,21 +192,15 @@ def test_an_earlier_answer_to_the_same_row_stands_beside_the_last(run):
     assert "nap nap nap" not in unnamed.text
 
 
-def test_every_colour_is_defined_for_light_and_for_dark():
-    light, dark = (set(re.findall(r"--([a-z-]+): #", part)) for part in report.STYLE.partition("@media screen and (prefers-color-scheme: dark)")[::2])
-    assert light == dark and set(re.findall(r"var\(--([a-z-]+)\)", report.STYLE)) <= light | {"tone"}
-    assert not re.findall(r"#[0-9a-f]{3,6}", report.STYLE.partition("* {")[2])
-
-
 def test_a_run_with_nothing_to_report_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"log\.jsonl: no such file; give the folder of a run"):
-        report.write(tmp_path)
+        write_run_report(tmp_path)
     (tmp_path / "log.jsonl").write_text(json.dumps(HEADER))
     with pytest.raises(ValueError, match="no step and no evaluation"):
-        report.write(tmp_path)
+        write_run_report(tmp_path)
     (tmp_path / "log.jsonl").write_text(json.dumps(STEPS[0]))
     (tmp_path / "calls").mkdir()
     (tmp_path / "calls" / "step-000001.json").write_text("{")
     with pytest.raises(ValueError, match=r"step-000001\.json: not valid JSON"):
-        report.write(tmp_path)
+        write_run_report(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["calls", "log.jsonl"]

@@ -1,0 +1,1 @@
+"""From prompts to answers, and from answers to scores."""
