@@ -96,8 +96,8 @@ class RecordedPasses:
             raise ValueError("--cuda-graph needs attention by kernels: bf16, a GPU of Ampere or newer, the triton package; leave it out")
         carrying = size_for(len(rows), STEPS)
         more = carrying + 64 * (carrying == len(tokens)) - len(rows)                     # dropout knows the two by their number
-        without_loss = int(batch.targets.argmin())                      # a token: `IGNORE` is below 0
-        rows, targets = F.pad(rows, (0, more), value=without_loss), F.pad(targets, (0, more), value=IGNORE)
+        # The rows that are added may be of any token, here the first: what they give back to it is zero.
+        rows, targets = F.pad(rows, (0, more)), F.pad(targets, (0, more), value=IGNORE)
         plans = {window: _filled(plan, len(tokens)) for window, plan in plans.items()}
         own = tokens, sent(positions, self.device), rows, targets, token_numbers(self.model, batch.keys, seed)
 
@@ -116,14 +116,10 @@ class RecordedPasses:
 
     def _size(self, batch: Batch) -> int:
         """How many tokens a batch is filled up to."""
-        # Rows that are added stand for a token without loss. Where there is none, the filling brings one.
-        needed = len(batch.tokens)
-        if batch.trained_tokens == needed:
-            needed += 1
-        if not self.recorded:
-            needed = max(needed, self.largest)
-        size = size_for(needed, STEPS)
-        return min(size, self.largest) if needed <= self.largest else size
+        tokens = len(batch.tokens)
+        if tokens > self.largest:
+            return size_for(tokens, STEPS)
+        return min(size_for(tokens, STEPS), self.largest) if self.recorded else self.largest
 
     def _record(self, own: tuple[Tensor | None, ...], plans: Plans) -> _Recorded:
         own = tokens, positions, rows, targets, numbers = tuple(x if x is None else x.clone() for x in own)

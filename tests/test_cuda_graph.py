@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GPU, INTERPRETER
 from test_train import by_kernels
 
@@ -52,13 +53,12 @@ def test_sizes_are_few_and_little_larger():
         assert sizes == sorted(sizes) and len(set(sizes)) < 10 * (steps + 1)
 
 
-@pytest.mark.parametrize("tokens, without_loss, first, later", [
-    (900, 0.9, 1000, 960), (1000, 0.9, 1000, 1000), (20, 0.9, 1000, 64),        # 1000: the largest
-    (1001, 0.9, 1024, 1024), (1025, 0.9, 1152, 1152),                           # a row that is larger yet
-    (1000, 0.0, 1024, 1024), (960, 0.0, 1000, 1000)])                           # every token carries loss
-def test_a_full_pass_is_filled_by_few_tokens(demo, tokens, without_loss, first, later):
+@pytest.mark.parametrize("tokens, first, later", [
+    (20, 1000, 64), (900, 1000, 960), (961, 1000, 1000), (1000, 1000, 1000),            # 1000: the largest
+    (1001, 1024, 1024), (1025, 1152, 1152)])                                            # a row that is larger
+def test_a_full_pass_is_filled_by_few_tokens(demo, tokens, first, later):
     recorded = RecordedPasses(made(demo, None, torch.float32, "cpu", "torch"), largest=1000)
-    [batch] = batches_of([(tokens - 10, 10)], without_loss)
+    [batch] = batches_of([(tokens - 10, 10)])
     assert len(batch.tokens) == tokens and recorded._size(batch) == first
     recorded.recorded["a size"] = None
     assert recorded._size(batch) == later
@@ -91,6 +91,23 @@ def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches, idle):
     assert batch.trained_tokens == batches[0].trained_tokens
     for filled, plain in zip(*seen, strict=True):
         torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+def test_a_row_that_is_there_again_without_loss_changes_nothing(demo):
+    """Of a token that carries loss itself, in a batch where all do."""
+    model, seen = made(demo, None, torch.float32, "cpu", "torch"), []
+    [batch] = batches_of([(18, 11)], without_loss=0)
+    tokens, positions, documents, rows, targets = batch.to(torch.device("cpu"))
+    assert len(rows) == len(tokens) == 29
+    for more in (0, 64):
+        model.zero_grad()
+        own = F.pad(rows, (0, more)), F.pad(targets, (0, more), value=IGNORE)
+        loss = model(tokens, positions, documents, *own)
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for padded, plain in zip(*seen, strict=True):
+        assert plain.any()
+        torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("device", ["cpu", INTERPRETER, GPU], ids=["torch", "interpreted", "cuda"])
