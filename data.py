@@ -61,6 +61,10 @@ def system_text(given: str) -> str:
 # Rows share a beginning of so many tokens at least; fewer are not worth a document of its own.
 SHORTEST_BEGINNING = 32
 
+# Tokens of each document that fills up a batch. For Gemma 3 270M attention's blocks have 16 to 64 tokens: all
+# but the last are full.
+FILLING_TOKENS = 64
+
 # A longer row is an error: FunctionGemma's whole context, 32,768 tokens, is some 100 KB of text.
 MAX_ROW_BYTES = 1 << 20
 
@@ -747,9 +751,14 @@ class Batch:
         return [example.source for example, _, stop in self.parts if stop == len(example)]
 
     def filled(self, tokens: int) -> Batch:
-        """The batch, and after it a document without loss that makes it as large as that."""
+        """The batch, and after it documents without loss that make it as large as that; itself if it is.
+
+        They are short: the longer a document, the longer its last tokens take in attention.
+        """
         idle = tokens - len(self.tokens)
-        return _batch([*self.parts, (Example(np.zeros(idle + 1, np.int32), np.zeros(idle + 1, bool), ""), 0, idle)])
+        document = Example(np.zeros(FILLING_TOKENS + 1, np.int32), np.zeros(FILLING_TOKENS + 1, bool), "")
+        ends = [min(FILLING_TOKENS, idle - start) for start in range(0, idle, FILLING_TOKENS)]
+        return _batch([*self.parts, *((document, 0, end) for end in ends)]) if idle else self
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(tokens, positions, documents, rows, targets): the rows that carry loss (M), and their targets (M).

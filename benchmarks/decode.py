@@ -3,7 +3,8 @@
     python benchmarks/decode.py --model MODEL --adapter RUN --data rows.jsonl --save
 
 Both sides answer the same real queries greedily with the same merged weights in bf16. Reading the prompt is timed apart
-(an answer of one token), so that "decoding" counts the tokens after it.
+(an answer of one token), so that "decoding" counts the tokens after it. On a GPU each call is made once
+before it is timed, as the first of its size records a CUDA graph.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from tables import add_result_flags, keep_result  # noqa: E402
 
 import data  # noqa: E402
-from generate import STOP_IDS, call_phrases, generate  # noqa: E402
+from generate import STOP_IDS, RecordedSteps, call_phrases, generate  # noqa: E402
 from storage.adapters import load_tuned  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from training.host import device_name  # noqa: E402
@@ -49,13 +50,18 @@ def main(args: argparse.Namespace) -> None:
     assert missing == ["lm_head.weight"] and not unknown                            # tied to the embedding
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = list(STOP_IDS), 0
     phrases = call_phrases(tokenizer)
+    recorded = RecordedSteps() if args.device == "cuda" else None
 
     def peer(prompt: list[int], tokens: int) -> list[int]:
         ids = torch.tensor([prompt], device=args.device)
         return theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)[0, len(prompt):].tolist()
 
     def ours(which: list[list[int]], tokens: int, **options) -> list[list[int]]:
-        return generate(model, which, tokens, phrases=phrases, **options)
+        return generate(model, which, tokens, phrases=phrases, recorded=recorded, **options)
+
+    def warm_up(*calls) -> None:
+        for call in calls if recorded else ():
+            call()
 
     peer(prompts[0], 2), ours(prompts[:1], 2)                                     # warm up
     rates = {"transformers": [], "ours": [], "ours, no look-ahead": []}
@@ -66,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
                  "ours, no look-ahead": lambda n, p=prompt: ours([p], n, look_ahead=0)[0]}
         answers = {}
         for side, answer in sides.items():
+            warm_up(partial(answer, 1), partial(answer, args.tokens))
             _, reading = timed(partial(answer, 1))
             answers[side], taken = timed(partial(answer, args.tokens))
             if len(answers[side]) > 1 and taken > reading:
@@ -74,6 +81,7 @@ def main(args: argparse.Namespace) -> None:
         equal += answers["transformers"] == answers["ours"]
     singles, batches = [], []
     short = [prompt[-40:] for prompt in prompts]                                   # little to read, much to write: what batching is for
+    warm_up(lambda: ours(short[:1], args.tokens), lambda: ours(short, args.tokens))
     for _ in range(args.repeats):
         one, seconds_one = timed(lambda: [ours([prompt], args.tokens)[0] for prompt in short])
         many, seconds_many = timed(lambda: ours(short, args.tokens))

@@ -2,11 +2,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GPU, INTERPRETER
 from test_train import by_kernels
 
 import data
 import train
+from attention_kernels import tables
 from cuda_graph import RecordedPasses, size_for
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
@@ -17,14 +19,20 @@ from training.distributed import AllReduceGradients
 MODES = {"lora": {"rank": 4, "dropout": 0.3}, "full": None}
 
 
-@pytest.fixture
-def batches():
-    """Two of two short rows each, the one a little longer than the other."""
+def batches_of(lengths, without_loss=0.7):
+    """A batch of two rows for each pair of lengths.  without_loss: share of a row before any loss."""
     generator = np.random.default_rng(0)
 
     def row(length):
-        return data.Example(generator.integers(110, 1000, length + 1).astype(np.int32), np.arange(length + 1) > 0.7 * length, "a row")
-    return [data.pack([row(18), row(first)], 4096)[0] for first in (11, 12)]
+        trained = np.arange(length + 1) > without_loss * length
+        return data.Example(generator.integers(110, 1000, length + 1).astype(np.int32), trained, "a row")
+    return [data.pack([row(length) for length in pair], 4096)[0] for pair in lengths]
+
+
+@pytest.fixture
+def batches():
+    """Two of two short rows each, the one a little longer than the other."""
+    return batches_of([(18, 11), (18, 12)])
 
 
 def made(demo, mode, dtype, device, choice):
@@ -46,16 +54,61 @@ def test_sizes_are_few_and_little_larger():
         assert sizes == sorted(sizes) and len(set(sizes)) < 10 * (steps + 1)
 
 
-def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches):
+@pytest.mark.parametrize("tokens, first, later", [
+    (20, 1000, 64), (900, 1000, 960), (961, 1000, 1000), (1000, 1000, 1000),            # 1000: the largest
+    (1001, 1024, 1024), (1025, 1152, 1152)])                                            # a row that is larger
+def test_a_full_pass_is_filled_by_few_tokens(demo, tokens, first, later):
+    recorded = RecordedPasses(made(demo, None, torch.float32, "cpu", "torch"), largest=1000)
+    [batch] = batches_of([(tokens - 10, 10)])
+    assert len(batch.tokens) == tokens and recorded._size(batch) == first
+    recorded.recorded["a size"] = None
+    assert recorded._size(batch) == later
+
+
+@pytest.mark.parametrize("idle", [0, 1, 64, 150])
+def test_a_batch_is_filled_by_short_documents_that_waste_no_block(batches, idle):
+    [batch] = batches[:1]
+    filled = batch.filled(len(batch.tokens) + idle)
+    lengths, longer = (each.documents.unique_consecutive(return_counts=True)[1].tolist()
+                       for each in (batch, filled))
+    assert longer == lengths + [64] * (idle // 64) + [idle % 64] * (idle % 64 > 0)
+    added = slice(len(batch.tokens), None)
+    assert (filled.tokens[added] == 0).all() and (filled.targets[added] == data.IGNORE).all()
+    for size in (16, 32, 64):
+        plain, more = (tables(documents, None, torch.device("cpu"), block_q=size, block_k=size)
+                       for documents in (lengths, longer))
+        assert len(more.queries) - len(plain.queries) == len(more.keys) - len(plain.keys) == -(-idle // size)
+
+
+@pytest.mark.parametrize("idle", [50, 150])
+def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches, idle):
     model, seen = made(demo, None, torch.float32, "cpu", "torch"), []
-    for batch in (batches[0], batches[0].filled(len(batches[0].tokens) + 50)):
+    for batch in (batches[0], batches[0].filled(len(batches[0].tokens) + idle)):
         model.zero_grad()
         loss = train.loss_sum(model, batch)
         loss.backward()
         seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    assert len(batch.tokens) == len(batches[0].tokens) + 50 and batch.trained_tokens == batches[0].trained_tokens
+    assert len(batch.tokens) == len(batches[0].tokens) + idle
+    assert batch.trained_tokens == batches[0].trained_tokens
     for filled, plain in zip(*seen, strict=True):
         torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+def test_a_row_that_is_there_again_without_loss_changes_nothing(demo):
+    """Of a token that carries loss itself, in a batch where all do."""
+    model, seen = made(demo, None, torch.float32, "cpu", "torch"), []
+    [batch] = batches_of([(18, 11)], without_loss=0)
+    tokens, positions, documents, rows, targets = batch.to(torch.device("cpu"))
+    assert len(rows) == len(tokens) == 29
+    for more in (0, 64):
+        model.zero_grad()
+        own = F.pad(rows, (0, more)), F.pad(targets, (0, more), value=IGNORE)
+        loss = model(tokens, positions, documents, *own)
+        loss.backward()
+        seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for padded, plain in zip(*seen, strict=True):
+        assert plain.any()
+        torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("device", ["cpu", INTERPRETER, GPU], ids=["torch", "interpreted", "cuda"])
@@ -76,15 +129,15 @@ def test_rows_that_carry_no_loss_give_none_and_no_gradient(device, generator, re
 
 
 @pytest.mark.parametrize("device", [INTERPRETER, GPU])
-@pytest.mark.parametrize("mode", MODES)
-def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypatch, mode, device):
+@pytest.mark.parametrize("mode, largest", [("lora", 16), ("full", 16), ("lora", 30)])   # 30: one is full
+def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypatch, mode, largest, device):
     """Batches of one size share a recording; on a CPU "recorded" is called again on memory that stays."""
     dtype, near = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 0.03)      # the interpreter's bf16 products are wrong
     if device == "cpu":
         by_kernels(monkeypatch)
     model = made(demo, MODES[mode], dtype, device, "triton")
     gradients = AllReduceGradients(model, 1, recorded=True)
-    recorded = RecordedPasses(model, largest=16)
+    recorded = RecordedPasses(model, largest)
     monkeypatch.setattr("cuda_graph.size_for", lambda count, steps: -(-count // 16) * 16)
 
     def of_each(add):

@@ -1,4 +1,5 @@
 """Decoding with cached keys and values gives what running the whole sequence anew gives, whatever shares a batch with it."""
+import copy
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import generate as module
-from generate import Cache, choose, empty_prefix, generate, read, shared_length, stream
+from generate import Cache, RecordedSteps, choose, empty_prefix, generate, read, shared_length, stream
+from lora import LoRAConfig, merge, wrap
 from model import Gemma3, GemmaConfig
 from storage.pretrained import load_model
 from tokenizer import Tokenizer, render
@@ -202,11 +204,139 @@ def test_greedy_ids_equal_transformers_on_real_weights(both, real_model, length)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: no CUDA device")
 def test_a_captured_step_gives_the_cpu_s_answers(small):
-    import copy
     prompts = prompts_of(LENGTHS)
-    on_gpu = copy.deepcopy(small).to("cuda")
-    for batch_rows in (1, 3, 16):
-        assert generate(on_gpu, prompts, 40, batch_rows=batch_rows) == generate(small, prompts, 40, batch_rows=batch_rows)
+    on_gpu, recorded = copy.deepcopy(small).to("cuda"), RecordedSteps()
+    for batch_rows in (1, 3, 16, 3):
+        want = generate(small, prompts, 40, batch_rows=batch_rows)
+        assert generate(on_gpu, prompts, 40, batch_rows=batch_rows) == want
+        assert generate(on_gpu, prompts, 40, batch_rows=batch_rows, recorded=recorded) == want
+    changed = copy.deepcopy(small)
+    for assign in (False, True):
+        changed.load_state_dict(other_weights(changed))
+        weights = {name: tensor.cuda() for name, tensor in changed.state_dict().items()}
+        on_gpu.load_state_dict(weights, assign=assign)
+        want = generate(changed, prompts, 40)
+        assert generate(on_gpu, prompts, 40, batch_rows=3, recorded=recorded) == want
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recorded steps.  A CPU records nothing; these tests record what a step reads, and replay it as a GPU would.
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Counts what is recorded; a replay reads the weights in the memory where they lay then."""
+    def start(model: Gemma3) -> list[int]:
+        made = []
+
+        def record(run, device):
+            run()
+            run()
+            made.append(1)
+            then = [(owner, name, torch.nn.Parameter(parameter.data, requires_grad=False))
+                    for owner in model.modules() for name, parameter in owner.named_parameters(recurse=False)]
+
+            def replay() -> None:
+                now = [owner._parameters[name] for owner, name, _ in then]
+                for owner, name, parameter in then:
+                    owner._parameters[name] = parameter
+                run()
+                for (owner, name, _), parameter in zip(then, now, strict=True):
+                    owner._parameters[name] = parameter
+            return replay
+        monkeypatch.setattr(module, "record", record)
+        return made
+    return start
+
+
+def test_recorded_steps_are_kept_for_prompts_of_similar_lengths(small, recordings):
+    made, recorded = recordings(small), RecordedSteps()
+    prompts = prompts_of((1, 5, 20, 15, 110, 120))
+    want = generate(small, prompts, 20)
+    for _ in range(2):
+        assert [generate(small, [prompt], 20, recorded=recorded)[0] for prompt in prompts] == want
+        assert len(made) == 2                                       # room for 64 positions, and for 192
+        for step in recorded.steps.values():
+            for tensor in (*step.cache.keys, *step.cache.values):
+                tensor.fill_(torch.nan)                             # what a call left must not be seen
+    assert generate(small, prompts, 20, batch_rows=3, recorded=recorded) == want
+    assert generate(small, prompts, 20, batch_rows=3, look_ahead=0, recorded=recorded) == want
+    assert len(made) == 4
+
+
+def test_the_recorded_steps_used_last_are_kept(small, recordings, monkeypatch):
+    monkeypatch.setattr(module, "MOST_STEPS", 2)
+    made, recorded = recordings(small), RecordedSteps()
+    [prompt] = prompts_of([5])
+    for look_ahead, recorded_so_far in ((0, 1), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+        generate(small, [prompt], 4, recorded=recorded, look_ahead=look_ahead)
+        assert len(made) == recorded_so_far and len(recorded.steps) <= 2
+
+
+def test_answers_given_side_by_side_share_no_recorded_step(small, recordings):
+    made, recorded = recordings(small), RecordedSteps()
+    prompts = prompts_of((5, 6, 7, 8))
+    want = generate(small, prompts, 10)
+    left, right = (stream(small, two, 10, batch_rows=1, recorded=recorded)
+                   for two in (prompts[:2], prompts[2:]))
+    seen = [answer for both in zip(left, right, strict=True) for _, answer in both]
+    assert sorted(seen) == sorted(want) and len(made) == 2 and len(recorded.steps) == 1
+    next(stream(small, prompts, 10, batch_rows=1, recorded=recorded))           # left before its end
+    assert generate(small, prompts, 10, batch_rows=1, recorded=recorded) == want and len(made) == 3
+
+
+def other_weights(model: Gemma3) -> dict:
+    other = copy.deepcopy(model)
+    other.init_weights(torch.Generator().manual_seed(5))
+    others = other.state_dict()
+    return {name: torch.lerp(tensor, others[name], 0.5) for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def assign_data(model: Gemma3) -> None:
+    for parameter, tensor in zip(model.parameters(), other_weights(model).values(), strict=True):
+        parameter.data = tensor
+
+
+def merge_an_adapter(model: Gemma3) -> None:
+    wrap(model, LoRAConfig(rank=4), torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    merge(model)
+
+
+CHANGES = {"in place": (0, lambda model: model.load_state_dict(other_weights(model))),
+           "loaded": (1, lambda model: model.load_state_dict(other_weights(model), assign=True)),
+           "new data": (1, assign_data), "adapter merged": (1, merge_an_adapter)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_weights_is_seen_by_recorded_steps(small, recordings, change):
+    model, prompts = copy.deepcopy(small), prompts_of((5, 20))
+    made, recorded = recordings(model), RecordedSteps()
+    before = generate(model, prompts, 20, recorded=recorded)
+    under_way = stream(model, prompts, 20, recorded=recorded, batch_rows=1)
+    next(under_way)
+    more, alter = CHANGES[change]
+    alter(model)
+    want = generate(model, prompts, 20)
+    assert generate(model, prompts, 20, recorded=recorded) == want != before
+    assert len(made) == 2 + more
+    list(under_way)                                                 # what it recorded is of other weights
+    assert len(recorded.steps) == (1 if more else 2)
+    assert all(step.model_state is recorded.model_state for step in recorded.steps.values())
+
+
+def test_a_head_that_is_cast_may_change_in_place_under_a_recorded_step(recordings):
+    model = Gemma3(SMALL, torch.bfloat16)                           # fp32 masters
+    model.init_weights(torch.Generator().manual_seed(0))
+    made, recorded, prompts = recordings(model), RecordedSteps(), prompts_of((5, 20))
+    before = generate(model, prompts, 20, recorded=recorded)
+    with torch.no_grad():
+        model.head.copy_(model.head.flip(0).clone())
+    want = generate(model, prompts, 20, recorded=RecordedSteps())
+    assert generate(model, prompts, 20, recorded=recorded) == want != before and len(made) == 2
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,25 @@ def test_no_trained_row_gives_loss_zero(generator):
     assert loss.item() == 0 and hidden.grad.norm() == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("words, parts", [(512, 1), (512, 16), (500, 16), (512, 4)])
+def test_the_hidden_gradient_by_parts_of_the_words_is_rounded_once(words, parts, dtype, device, generator):
+    """The parts' products are large and nearly cancel out: rounded to 16 bits before, their sum is off."""
+    dlogits, matrix = torch.randn(30, words, generator=generator), torch.randn(words, 24, generator=generator)
+    half = words // 2
+    matrix[half:] = matrix[:half]
+    dlogits[:, half:] = dlogits[:, half:] / 64 - dlogits[:, :half]
+    dlogits, matrix = dlogits.to(device, dtype), matrix.to(device, dtype)
+    rows = torch.full((32, 24), torch.nan, dtype=dtype, device=device)
+    loss_kernels._hidden_gradient(rows[1:31], dlogits, matrix, parts)
+    exact = dlogits.double() @ matrix.double()
+    assert rows[[0, 31]].isnan().all() and error(rows[1:31], exact) < max(torch.finfo(dtype).eps / 2, 1e-4)
+    if words % parts == 0 and parts > 1 and dtype != FP32:
+        pieces = zip(dlogits.chunk(parts, 1), matrix.chunk(parts), strict=True)
+        assert error(sum((left @ right).double() for left, right in pieces), exact) > torch.finfo(dtype).eps
+
+
 def test_full_precision_masters_get_full_precision_gradients(generator):
     hidden, weight, targets = draw(40, 16, 50, generator)
     weight.requires_grad_()
