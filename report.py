@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint import read_json, whole_file
-from survey import described
+from dataset.stats import described
 
 POINTS = 400                      # at most so many in a line
 MISSES, HITS = 24, 6              # answers shown

@@ -37,14 +37,13 @@ import checkpoint
 import data
 import hub
 import report
-import survey
-import token_cache
 from cuda_graph import RecordedPasses
+from dataset import stats, token_cache
+from dataset.token_dataset import Tokens
 from evaluate import evaluate, table
 from gradients import Sharded, Summed, highest, meet, total_norm
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
-from token_cache import Tokens
 from tokenizer import Tokenizer
 from triton_support import compile_passes, has_compiler, multiplies_bf16
 
@@ -204,7 +203,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     train, eval_examples, surveyed = read_examples(args, model_folder, tokenizer, say)
     if args.preview:
         for i in range(min(args.preview, len(train))):
-            say(survey.colored(data.runs(train[i], tokenizer)), end="\n\n")
+            say(stats.colored(data.runs(train[i], tokenizer)), end="\n\n")
         return 0
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
@@ -492,7 +491,7 @@ def read_tokens(args: argparse.Namespace, sources: str, model_folder: Path, toke
 def survey_rows(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> int:
     """Look at every row of `--data`, the bad ones too, and say what was seen."""
     found = read_tokens(args, args.data, model_folder, tokenizer, skip_invalid=True).figures(tokenizer, args.max_tokens)
-    say(survey.console(found))
+    say(stats.console(found))
     say(f"\nreport {report.write_data(Path(args.out), args.data, found)}")
     return 0
 
@@ -515,7 +514,7 @@ def read_examples(args: argparse.Namespace, model_folder: Path, tokenizer: Token
     found = train.figures(tokenizer, args.max_tokens)
     train, held_out = (without_long(examples, args.max_tokens, name, say) for name, examples in
                        (("training", train), ("held-out", held_out.take(np.arange(min(evaluated, len(held_out)))))))
-    for line in survey.headlines(found) if train else ():
+    for line in stats.headlines(found) if train else ():
         say(f"data   {line}")
     return train, held_out, found
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                     # not this folder: `data` is the module, not this file
 
 import data  # noqa: E402
-import token_cache  # noqa: E402
+from dataset import token_cache  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 BATCH_TOKENS = 16_896

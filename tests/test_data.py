@@ -413,7 +413,7 @@ def test_rows_that_begin_alike_hold_their_beginning_once():
 @pytest.mark.parametrize("bound", [90, 200, 1000])
 def test_sharing_loses_no_row_and_no_loss_whatever_rows_share(seed, bound, monkeypatch):
     """Random trees of beginnings: rows that branch off one another anywhere."""
-    monkeypatch.setattr(data, "SHORTEST_BEGINNING", 3)
+    monkeypatch.setattr("dataset.prefix_sharing.SHORTEST_BEGINNING", 3)
     rng = np.random.default_rng(seed)
     made = []
     for i in range(40):
@@ -611,7 +611,7 @@ def test_a_tool_that_is_tokenized_once_gives_each_row_the_ids_of_its_whole_rende
 
 
 def test_tools_are_one_object_where_they_are_equal_and_only_there(monkeypatch):
-    monkeypatch.setattr(data, "MOST_TOOLS", 3)
+    monkeypatch.setattr("dataset.tools.MOST_TOOLS", 3)
     def read(**changes):
         return parse_row(row(tools=[{**XLAM["tools"][0], **changes}], answers=[]), "x").tools[0]
     assert read() is read()

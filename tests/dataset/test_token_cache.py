@@ -1,4 +1,4 @@
-"""token_cache.py: the same examples as row by row, by any number of processes; made once, whole, and again when anything changed."""
+"""dataset/token_cache.py: the same examples as row by row, by any number of processes; made once, whole, and again when anything changed."""
 import errno
 import gzip
 import json
@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT, torchrun
 
 import data
-import token_cache
 import train
 from data import RowError
+from dataset import token_cache
 from tokenizer import Tokenizer
 
 
@@ -242,7 +242,7 @@ def test_of_processes_that_start_at_once_one_builds_and_all_read(demo, read, tmp
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path, number):
     (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 32)
-    code = ("import signal, sys, token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
+    code = ("import signal, sys; from dataset import token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
             "signal.signal(signal.SIGINT, signal.default_int_handler); "                # which a shell's background job ignores
             "token_cache.read_sources([sys.argv[2]], model, Tokenizer.load(model), Path(sys.argv[3]), 9, False)")
     process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT,
@@ -291,7 +291,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(demo, read, tmp_path, mon
         if when != "after":
             yield from rows(path)
 
-    monkeypatch.setattr(data, "_raw_rows", growing)
+    monkeypatch.setattr(token_cache, "_raw_rows", growing)
     with pytest.raises(ValueError, match=r"rows\.jsonl: the file changed while it was read; start again when it is complete"):
         read(file)
     assert not folders(tmp_path / "tokens")
@@ -311,7 +311,7 @@ def test_a_full_disk_is_named_with_the_remedy_and_leaves_nothing(demo, read, tmp
 
 
 def test_a_worker_that_is_killed_is_an_error_with_a_remedy(demo, read, many, monkeypatch):
-    monkeypatch.setattr(data, "parse_row", lambda row, source, system: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(token_cache, "parse_row", lambda row, source, system: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ChildProcessError, match="was killed, most likely for want of memory; start again on fewer cores"):
         read(demo / "rows.jsonl")
 

@@ -23,147 +23,43 @@ import hashlib
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import zlib
-from array import array
-from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import data
-import survey
 from checkpoint import flush, read_json, sha256_of, whole_file, whole_folder, write_json
-from data import Conversation, Example, RowError
+from dataset import stats
+from dataset.errors import RowError, placed
+from dataset.examples import tokenize
+from dataset.files import _raw_rows, fetch, named_files, parse_weight
+from dataset.rows import DEVELOPER_TEXT, parse_row
+from dataset.sampler import query_hash
+from dataset.token_dataset import ROW, TRAINED, TokenFile, Tokens
 from tokenizer import Tokenizer
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-functiongemma" / "tokens"
 DAYS_KEPT = 30
-SOURCE = [Path(__file__), Path(data.__file__), Path(survey.__file__), *sorted((Path(__file__).parent / "tokenizer").glob("*.py"))]
+SOURCE = sorted(path for package in ("dataset", "tokenizer") for path in (Path(__file__).parent.parent / package).glob("*.py"))
 
-TRAINED = np.uint32(1 << 31)                    # beside an id, which has 18 bits
-ROW = np.dtype([*survey.SEEN.descr, ("hash", "<f8"), ("place", "S32")])
 CHUNK_ROWS = 128                                # handed to a process at once
 BYTES_A_PROCESS = 1 << 19                       # fewer are not worth another process
 LEAST_HELD_OUT = 1024                           # rows kept for evaluation at least, lest more of them need a new folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-class TokenFile:
-    """One folder: the examples of one file of rows.  name: of that file, as errors call it; weight: of its rows."""
-
-    def __init__(self, folder: Path, name: str, weight: float) -> None:
-        self.name, self.weight = name, weight
-        self.summary = read_json(folder / "summary.json")
-        self.rows = _mapped(folder / "rows.bin", ROW)
-        self.ids = _mapped(folder / "ids.bin", np.uint32)
-        self.ends = np.cumsum(self.rows["tokens"])
-        lines = (folder / "held_out.jsonl").read_bytes().split(b"\n")
-        self.held_out = dict(zip(np.argsort(self.rows["hash"], kind="stable").tolist(), lines, strict=False))     # {row: its JSON}
-
-    def example(self, row: int) -> Example:
-        stop = int(self.ends[row])
-        stored = self.ids[stop - int(self.rows["tokens"][row]):stop]
-        return Example((stored & ~TRAINED).view(np.int32), stored >= TRAINED, self.source(row))
-
-    def conversation(self, row: int) -> Conversation:
-        """Of one of the rows with the lowest hashes."""
-        return data.parse_row(self.held_out[row], self.source(row), self.summary["system"])
-
-    def source(self, row: int) -> str:
-        return f"{self.name}:{self.rows['place'][row].decode()}"
-
-
-class Tokens(Sequence[Example]):
-    """Rows out of token files as a sequence of examples, each read from the disk when it is asked for.
-
-    rows: numbers of rows, counted through all the files. lengths: what `len` gives for each example; hashes: of its query.
-    """
-
-    def __init__(self, files: list[TokenFile], rows: np.ndarray | None = None) -> None:
-        self.files = files
-        self.starts = list(accumulate((len(file.rows) for file in files), initial=0))
-        self.rows = np.arange(self.starts[-1]) if rows is None else rows
-        self.lengths = array("q", (self.column("tokens") - 1).tobytes())            # gives plain ints
-        self.hashes = self.column("hash")
-        self.weights = np.repeat([file.weight for file in files], [len(file.rows) for file in files])[self.rows]
-
-    def column(self, name: str) -> np.ndarray:
-        return np.concatenate([np.empty(0, ROW[name]), *(file.rows[name] for file in self.files)])[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Example:
-        file, row = self._at(i)
-        return file.example(row)
-
-    def conversation(self, i: int) -> Conversation:
-        file, row = self._at(i)
-        return file.conversation(row)
-
-    def source(self, i: int) -> str:
-        file, row = self._at(i)
-        return file.source(row)
-
-    def figures(self, tokenizer: Tokenizer, max_tokens: int) -> dict:
-        """The survey of these rows; types and skipped rows are those of the whole files."""
-        seen = np.empty(len(self), survey.SEEN)
-        for name in survey.SEEN.names:
-            seen[name] = self.column(name)
-        drawn = random.Random(0).sample(range(len(self)), min(len(self), survey.SAMPLED))
-        types = sum((Counter(file.summary["types"]) for file in self.files), Counter())
-        return survey.figures(seen, self.source, [self[i] for i in sorted(drawn)], types, tokenizer, max_tokens, self.skipped)
-
-    def _at(self, i: int) -> tuple[TokenFile, int]:
-        number = int(self.rows[i])
-        file = bisect_right(self.starts, number) - 1
-        return self.files[file], number - self.starts[file]
-
-    def take(self, which: np.ndarray) -> Tokens:
-        """The examples of these indices, or those where a mask is true."""
-        return Tokens(self.files, self.rows[which])
-
-    def hold_out(self, fraction: float) -> tuple[Tokens, Tokens]:
-        """The same split, in the same orders, as `data.hold_out`."""
-        by_hash = np.argsort(self.hashes, kind="stable")
-        return self.take(self.hashes >= fraction), self.take(by_hash[self.hashes[by_hash] < fraction])
-
-    @property
-    def trained_tokens(self) -> int:
-        return int(self.column("trained").sum())
-
-    @property
-    def skipped(self) -> dict[str, dict]:
-        """Bad rows of the files: {cause: {"rows": how many, "first": the first, and what is wrong with it}}."""
-        found: dict[str, dict] = {}
-        for file in self.files:
-            for cause, entry in file.summary["skipped"].items():
-                first = f"{file.name}:{entry['place']}: {entry['message']}"
-                found.setdefault(cause, {"rows": 0, "first": first})["rows"] += entry["rows"]
-        return found
-
-
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)      # no bytes cannot be mapped
-
-
 def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenizer, cache: Path | None, held_out: int,
-                 skip_invalid: bool, system: str = data.DEVELOPER_TEXT) -> Tokens:
+                 skip_invalid: bool, system: str = DEVELOPER_TEXT) -> Tokens:
     """The tokens of every row of a list of `--data` sources, out of the cache or, the first time, into it.
 
     held_out: so many conversations with the lowest hashes can be had. Raises RowError at the first bad row, in the order of
@@ -172,8 +68,8 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
     files = []
     inputs = (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")
     made_by = _hash(sys.version, *map(_hash_of, inputs), system)        # which letters are alike differs between Pythons
-    for source, weight in [data.parse_weight(source) for source in sources]:
-        for path, name in data.named_files(data.fetch(source)):
+    for source, weight in [parse_weight(source) for source in sources]:
+        for path, name in named_files(fetch(source)):
             build = functools.partial(_build, path, name, tokenizer, held_out, skip_invalid, system)
             if cache:
                 files.append(_cached(path, name, weight, made_by, cache, held_out, build))
@@ -183,7 +79,7 @@ def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenize
                     files.append(TokenFile(Path(folder), name, weight))
             bad = files[-1].summary["first_bad"]
             if bad and not skip_invalid:
-                raise data.placed(f"{name}:{bad['place']}", bad["cause"], bad["message"])
+                raise placed(f"{name}:{bad['place']}", bad["cause"], bad["message"])
     return Tokens(files)
 
 
@@ -298,7 +194,7 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
             for fault in bad.values():
                 summary["first_bad"] = summary["first_bad"] or fault
                 if not skip_invalid:
-                    raise data.placed(f"{name}:{fault['place']}", fault["cause"], fault["message"])
+                    raise placed(f"{name}:{fault['place']}", fault["cause"], fault["message"])
                 summary["skipped"].setdefault(fault["cause"], {"rows": 0, **fault})["rows"] += 1
             if error:
                 raise error
@@ -322,7 +218,7 @@ def _chunks(path: Path) -> Iterator[tuple[list[tuple[str, Any]], Exception | Non
     """The rows of a file, some at a time, and what was wrong with the file after the last of them."""
     chunk, error = [], None
     try:
-        for row in data._raw_rows(path):
+        for row in _raw_rows(path):
             chunk.append(row)
             if len(chunk) == CHUNK_ROWS:
                 yield chunk, None
@@ -378,13 +274,13 @@ def _tokenize(rows: list[tuple[str, Any]], system: str, tokenizer: Tokenizer | N
     ids, trained, records, bad, types = [np.empty(0, np.int32)], [np.empty(0, bool)], [], {}, Counter()
     for i, (place, row) in enumerate(rows):
         try:
-            conversation = data.parse_row(row, place, system)
+            conversation = parse_row(row, place, system)
         except RowError as error:
             bad[i] = {"place": place, "cause": error.cause, "message": str(error)}
             continue
-        example = data.tokenize(conversation, tokenizer or _tokenizer)
+        example = tokenize(conversation, tokenizer or _tokenizer)
         ids.append(example.ids)
         trained.append(example.trained)
-        records.append((*survey.seen(conversation, example), data.query_hash(conversation.query), place.encode()))
+        records.append((*stats.seen(conversation, example), query_hash(conversation.query), place.encode()))
         types.update(word[:60] for word in conversation.unknown_types)
     return np.concatenate(ids).view(np.uint32) | np.concatenate(trained) * TRAINED, np.array(records, ROW), bad, types

@@ -1,4 +1,4 @@
-"""survey.py: its figures are those counted by hand, of however many rows; the page and the console say them."""
+"""dataset/stats.py: its figures are those counted by hand, of however many rows; the page and the console say them."""
 import json
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ from test_report import HOSTILE, Page
 
 import data
 import report
-import survey as module
-import token_cache
 import train
-from survey import console, described, headlines
+from dataset import stats as module
+from dataset import token_cache
+from dataset.stats import console, described, headlines
 from tokenizer import Tokenizer
 
 TOOL = {"name": "f", "description": "", "parameters": {"x": {"type": "str"}, "when": {"type": "datetime"}, "type": {"type": "str"}}}

@@ -1,0 +1,1 @@
+"""Rows in files → conversations → token ids, in the order in which they are trained on."""
