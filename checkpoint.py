@@ -24,11 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hub
-from data import DEVELOPER_TEXT
 from gradients import like, whole
 from lora import LoRAConfig, adapters, merge, wrap
 from model import Gemma3, GemmaConfig
-from tokenizer import Tokenizer
+from tokenizer import DEVELOPER_TEXT, Tokenizer
 from triton_support import multiplies_bf16
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

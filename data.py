@@ -1,170 +1,246 @@
-"""Rows → conversations → token ids → packed batches.
+"""Examples → the packed batches of each optimizer step. No token is padding, and no row is cut.
 
-    dict ──read_rows──▶ Conversation ──tokenize──▶ Example(ids, trained) ──pack──▶ Batch(tokens, targets, positions, documents)
+    row (dict) ── dataset/rows ──▶ Conversation ── dataset/examples ──▶ Example(ids, loss_mask) ── this file
+    ──▶ Batch
 
-Rows come as JSONL or as a JSON array, gzipped or not, in one of three shapes:
-    xLAM         {"query": …, "tools": […] or its JSON string, "answers": [{"name", "arguments"}] or its JSON string}; [] is for
-                 silence, and "answers" may also be a text, which the model says instead of calling
-    messages     {"messages": […], "tools": […]}   OpenAI's chat format; every assistant turn is trained
-    leaderboard  {"question", "function", "ground_truth": [{name: {parameter: [accepted, …]}}]}, one turn; "ground_truth"
-                 may also stand for "answers" in xLAM's columns. Training takes the first accepted value of each
-A tool is xLAM's {name, description, parameters: {p: {type, description, default?}}}, the same with a JSON Schema as its
-parameters, or OpenAI's envelope {"type": "function", "function": …}.
-
-A row that cannot be right is an error that names file:line and the remedy; nothing is cut or guessed silently. Files are read
-piece by piece, arrays too, and no row may be longer than 1 MiB: whatever a file holds, memory is bounded (docs/hostile.md).
+A step's rows are divided among the ranks. Each rank packs its rows side by side into batches of at most
+--micro-tokens tokens, as documents between which attention never looks. Rows that share a prefix hold it once
+(dataset/prefix_sharing.py).
 """
 from __future__ import annotations
 
 import functools
+import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# What is imported here and not used is what other files import from here for now.
-from dataset.errors import MAX_ROW_BYTES, RowError, Skipped, placed  # noqa: F401
-from dataset.examples import Example, runs, tokenize  # noqa: F401
-from dataset.files import _array_rows, _raw_rows, fetch, files_with_rows, named_files, parse_weight, system_text  # noqa: F401
-from dataset.prefix_sharing import Group, lexicographic, shared_beginnings, tokens_of  # noqa: F401
-from dataset.rows import DEVELOPER_TEXT, Conversation, called, parse_row, read_rows, read_sources, said  # noqa: F401
-from dataset.sampler import (  # noqa: F401
-    TEAM,
-    deal,
-    epoch_at,
-    epoch_order,
-    hold_out,
-    query_hash,
-    steps,
-    team_of,
-    team_rows,
-)
-from dataset.tools import _known_tools, json_type, parse_tools  # noqa: F401
-from loss_kernels import IGNORE
+from dataset import sampler
+from dataset.examples import Example
+from dataset.prefix_sharing import PrefixGroup, lexicographic_order
+from dataset.token_dataset import TokenDataset
+from loss_kernels import IGNORE as IGNORE  # cuda_graph.py fills up rows with it; no batch holds it
 from triton_support import sent
 
-# Of a batch's parts: (example, its tokens from, to).
-Parts = list[tuple[Example, int, int]]
+
+class Span(NamedTuple):
+    """A document of a batch: the tokens of an example from `start` to `stop`."""
+
+    example: Example
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole documents side by side. Each is (T): tokens, targets (`IGNORE` where no loss), positions, documents.
+    """Documents side by side: T tokens, M of which carry loss.
 
-    A beginning that several rows share is there once, as a document of its own; each row then continues it, as a document
-    whose positions go on from there (`Gemma3.forward`).
+    tokens (T) int64; positions (T) int64, of each token in its row; documents (T) int64, the number of its
+    document loss_rows (M) int64: where in `tokens` a next token is predicted with loss; targets (M) int64:
+    that next token
+
+    A prefix that several rows share is a document of its own. Each of these rows continues it, as a document
+    whose positions do not begin at 0 (`Gemma3.forward`).
     """
 
     tokens: Tensor
-    targets: Tensor
     positions: Tensor
     documents: Tensor
-    trained_tokens: int
-    parts: Parts
+    loss_rows: Tensor
+    targets: Tensor
+    spans: list[Span]
+
+    @property
+    def loss_tokens(self) -> int:
+        """M, the tokens that carry loss."""
+        return len(self.targets)
 
     def keys(self) -> Tensor:
-        """(T) int32, of each token a hash of its row up to it, the same wherever the row stands: LoRA's dropout draws by it."""
-        return torch.from_numpy(np.concatenate([prefix_keys(example.ids)[start:stop] for example, start, stop in self.parts]))
+        """(T) int32: for each token a hash of its row up to it, which LoRA's dropout depends on."""
+        hashes = [prefix_hashes(example.ids)[start:stop] for example, start, stop in self.spans]
+        return torch.from_numpy(np.concatenate(hashes))
 
     @property
     def sources(self) -> list[str]:
-        """Of each row."""
-        return [example.source for example, _, stop in self.parts if stop == len(example)]
+        """"file:line" of each row."""
+        return [example.source for example, _, stop in self.spans if stop == len(example)]
 
     def filled(self, tokens: int) -> Batch:
-        """The batch, and after it a document without loss that makes it as large as that."""
-        idle = tokens - len(self.tokens)
-        return _batch([*self.parts, (Example(np.zeros(idle + 1, np.int32), np.zeros(idle + 1, bool), ""), 0, idle)])
+        """The batch filled up to so many tokens with a document that carries no loss."""
+        return build_batch([*self.spans, _no_loss(tokens - len(self.tokens))])
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(tokens, positions, documents, rows, targets): the rows that carry loss (M), and their targets (M).
+        """(tokens, positions, documents, loss_rows, targets), for the model.
 
-        Positions and documents stay on the CPU, where borders are read; nothing waits for the device.
+        Positions and documents stay on the CPU, where the model reads document borders; nothing waits for the
+        device.
         """
-        rows = (self.targets != IGNORE).nonzero().squeeze(1)
-        tokens, rows, targets = (sent(tensor, device) for tensor in (self.tokens, rows, self.targets[rows]))
-        return tokens, self.positions, self.documents, rows, targets
+        tokens, loss_rows, targets = (sent(x, device) for x in (self.tokens, self.loss_rows, self.targets))
+        return tokens, self.positions, self.documents, loss_rows, targets
 
 
-def side_by_side(lengths: Sequence[int], firsts: Sequence[int] | int = 0) -> tuple[Tensor, Tensor]:
-    """positions and documents, (Σ lengths) each, of documents one after another.  firsts: the position each begins with"""
-    starts = np.cumsum(lengths) - lengths
-    documents = np.repeat(np.arange(len(lengths)), lengths)
-    return torch.from_numpy(np.arange(len(documents)) - np.repeat(starts - firsts, lengths)), torch.from_numpy(documents)
+# ------------------------------------------------------------------------------------------------------------
+# Packing
 
 
-def pack(examples: Sequence[Example], max_tokens: int, share: bool = True) -> list[Batch]:
-    """Put the examples into few batches of at most `max_tokens` tokens, in their order, rows that begin alike together.
+def pack(examples: Sequence[Example], max_tokens: int, share_prefixes: bool = True) -> list[Batch]:
+    """Pack the examples, in their order, into few batches of at most `max_tokens` tokens.
 
-    No example is cut: one that is longer than `max_tokens` gets a batch of its own. share: compute a beginning that rows of
-    a batch have in common once; losses and gradients are the same.
+    No example is cut: one that is longer gets a batch of its own. share_prefixes: compute a prefix that rows
+    of a batch have in common once; losses and gradients are the same.
     """
-    return pack_groups(deal(examples, 1, share)[0], max_tokens)
+    return pack_groups(sampler.assign_to_ranks(examples, 1, share_prefixes)[0], max_tokens)
 
 
-def pack_groups(groups: Sequence[Group], max_tokens: int) -> list[Batch]:
-    """As `pack`, of groups that were found before.
+def pack_groups(groups: Sequence[PrefixGroup], max_tokens: int) -> list[Batch]:
+    """Pack groups of rows that share a prefix into as few batches of at most `max_tokens` tokens.
 
-    The batches are about equally large, as the largest one decides how much memory a step takes: 4,700 tokens in passes of at
-    most 4,096 are 2 × 2,350.
+    The batches are about equally large, because the largest one decides how much memory a step takes: 4,700
+    tokens with a maximum of 4,096 become 2 × 2,350. The smallest limit is found by bisection that costs
+    neither more batches nor more tokens, as a prefix is computed in each batch that needs it.
     """
-    def size(batches: list[Parts]) -> tuple[int, int]:
-        """What must not grow: passes, and tokens to compute (a beginning is computed in each batch that needs it)."""
-        return len(batches), sum(stop - start for parts in batches for _, start, stop in parts)
-
-    batches = _filled(groups, max_tokens)
-    passes, tokens = size(batches)
-    if passes > 1:
-        limits = range(-(-tokens // passes), max_tokens)
-        first = bisect_left(limits, True, key=lambda limit: size(_filled(groups, limit)) <= (passes, tokens))
-        batches = _filled(groups, limits[first]) if first < len(limits) else batches
-    return [_batch(parts) for parts in batches]
+    batches = _fill(groups, max_tokens)
+    count, tokens = _cost(batches)
+    if count > 1:
+        limits = range(-(-tokens // count), max_tokens)
+        smallest = bisect_left(limits, True, key=lambda limit: _cost(_fill(groups, limit)) <= (count, tokens))
+        batches = _fill(groups, limits[smallest]) if smallest < len(limits) else batches
+    return [build_batch(spans) for spans in batches]
 
 
-def _filled(groups: Iterable[Group], max_tokens: int) -> list[Parts]:
-    """The groups one after another in batches of at most so many tokens, each as full as it gets."""
-    batches: list[Parts] = []
-    room = 0
-    for shared, group in groups:
-        whole = tokens_of((shared, group))
-        begun = False
-        for example in group:
-            own = len(example) - shared
-            if not batches or own + (0 if begun else shared) > room or (not begun and room < whole <= max_tokens):
+def _cost(batches: list[list[Span]]) -> tuple[int, int]:
+    """(batches, tokens to compute)."""
+    return len(batches), sum(stop - start for spans in batches for _, start, stop in spans)
+
+
+def _fill(groups: Iterable[PrefixGroup], max_tokens: int) -> list[list[Span]]:
+    """The spans of each batch: the groups one after another, each batch as full as it gets."""
+    batches: list[list[Span]] = []
+    free_tokens = 0
+    for group in groups:
+        prefix, group_tokens = group.prefix_tokens, group.computed_tokens
+        has_prefix = False                                   # whether the last batch holds the group's prefix
+        for example in group.examples:
+            needed = len(example) - (prefix if has_prefix else 0)
+            is_split = not has_prefix and free_tokens < group_tokens <= max_tokens
+            if not batches or needed > free_tokens or is_split:
                 batches.append([])
-                room, begun = max_tokens, False
-            if shared and not begun:
-                batches[-1].append((example, 0, shared))
-                room, begun = room - shared, True
-            batches[-1].append((example, shared, len(example)))
-            room -= own
+                free_tokens, has_prefix = max_tokens, False
+            if prefix and not has_prefix:
+                batches[-1].append(Span(example, 0, prefix))
+                free_tokens, has_prefix = free_tokens - prefix, True
+            batches[-1].append(Span(example, prefix, len(example)))
+            free_tokens -= len(example) - prefix
     return batches
 
 
-def _batch(parts: Parts) -> Batch:
-    """The parts side by side; one that does not begin at 0 continues the last that does."""
-    def ids(ahead: int) -> np.ndarray:
-        return np.concatenate([example.ids[start + ahead:stop + ahead] for example, start, stop in parts], dtype=np.int64)
-
-    trained = np.concatenate([example.trained[start + 1:stop + 1] for example, start, stop in parts])
-    targets = np.where(trained, ids(1), IGNORE)
-    positions, documents = side_by_side([stop - start for _, start, stop in parts], [start for _, start, _ in parts])
-    return Batch(torch.from_numpy(ids(0)), torch.from_numpy(targets), positions, documents, np.count_nonzero(trained), parts)
-
-
-# A token without loss: what a process computes that has to go along with others and has no batch left.
-IDLE = _batch([(Example(np.zeros(2, np.int32), np.zeros(2, bool), ""), 0, 1)])
+def build_batch(spans: list[Span]) -> Batch:
+    """The documents of one batch side by side; one that does not begin at 0 continues the last that does."""
+    tokens = np.concatenate([example.ids[start:stop] for example, start, stop in spans])
+    next_tokens = np.concatenate([example.ids[start + 1:stop + 1] for example, start, stop in spans])
+    loss_mask = np.concatenate([example.loss_mask[start + 1:stop + 1] for example, start, stop in spans])
+    loss_rows = np.flatnonzero(loss_mask)
+    lengths, starts = [span.stop - span.start for span in spans], [span.start for span in spans]
+    positions, documents = side_by_side(lengths, starts)
+    targets = next_tokens[loss_rows].astype(np.int64)
+    return Batch(torch.from_numpy(tokens.astype(np.int64)), positions, documents, torch.from_numpy(loss_rows),
+                 torch.from_numpy(targets), spans)
 
 
-def prefix_keys(ids: np.ndarray) -> np.ndarray:
-    """Of each id a hash of all up to it, (n) int32: the upper half of Σ (id + 1) c^position in 64 bits."""
+def side_by_side(lengths: Sequence[int], starts: Sequence[int] | int = 0) -> tuple[Tensor, Tensor]:
+    """(positions, documents), (Σ lengths) int64 each, of documents one after another.
+
+    starts: the position that each document begins with
+    """
+    offsets = np.cumsum(lengths) - lengths
+    documents = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(len(documents)) - np.repeat(offsets - starts, lengths)
+    return torch.from_numpy(positions), torch.from_numpy(documents)
+
+
+def _no_loss(tokens: int) -> Span:
+    """A document without loss."""
+    example = Example(np.zeros(tokens + 1, np.int32), np.zeros(tokens + 1, bool), "")
+    return Span(example, 0, tokens)
+
+
+# One token without loss: what a rank computes that has no batch left while others have one (FSDP).
+IDLE = build_batch([_no_loss(1)])
+
+
+def prefix_hashes(ids: np.ndarray) -> np.ndarray:
+    """(n) int32: for each id a hash of all up to it, the upper half of Σ (id + 1) c^position in 64 bits."""
     powers = _powers(1 << len(ids).bit_length())[:len(ids)]
     return (np.cumsum((ids.astype(np.uint64) + 1) * powers) >> 32).astype(np.uint32).view(np.int32)
 
 
 @functools.lru_cache
-def _powers(most: int) -> np.ndarray:
-    return np.cumprod(np.full(most, 6364136223846793005, np.uint64))
+def _powers(count: int) -> np.ndarray:
+    return np.cumprod(np.full(count, 6364136223846793005, np.uint64))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loader of steps
+
+
+class Step(NamedTuple):
+    """One optimizer step: what this rank computes of it, and what all ranks together train on."""
+
+    rows: list[int]             # of the data set, over all ranks
+    position: int               # rows consumed after the step
+    batches: list[Batch]        # of this rank
+    loss_tokens: int            # tokens that carry loss, over all ranks
+
+
+class StepLoader:
+    """Packs what this rank computes of each optimizer step.
+
+    Every rank selects the same rows for a step. Large runs divide the ranks into groups; the rows go to the
+    groups first, and then to the ranks of a group (`sampler.rank_group`).
+    """
+
+    def __init__(self, dataset: TokenDataset, rank: int, world_size: int, micro_tokens: int,
+                 share_prefixes: bool) -> None:
+        self.dataset, self.rank, self.world_size = dataset, rank, world_size
+        self.micro_tokens, self.share_prefixes = micro_tokens, share_prefixes
+        self.group = sampler.rank_group(rank, world_size)
+        self.order = np.argsort(lexicographic_order(dataset)) if self.group.groups > 1 else None
+        self.loss_tokens = dataset.column("loss_tokens").tolist()
+
+    def steps(self, count: int, start: int, **plan) -> Iterator[Step]:
+        """The next `count` steps, packed one at a time.
+
+        start: rows consumed so far; plan: further arguments of `sampler.steps`
+        """
+        steps = sampler.steps(self.dataset.lengths, start=start, **plan)
+        for rows, position in itertools.islice(steps, count):
+            loss_tokens = sum(self.loss_tokens[row] for row in rows)
+            yield Step(rows, position, self.pack_step(rows), loss_tokens)
+
+    def pack_step(self, rows: list[int]) -> list[Batch]:
+        """This rank's batches of a step.  rows: all rows of the step"""
+        own = sampler.rank_group_rows(rows, self.dataset.lengths, self.order, self.rank, self.world_size)
+        return self._pack([self.dataset[row] for row in own])
+
+    def pack_held_out(self, examples: Sequence[Example]) -> list[Batch]:
+        """This rank's batches of the held-out rows."""
+        return self._pack(list(examples)[self.group.number::self.group.groups])
+
+    def _pack(self, examples: list[Example]) -> list[Batch]:
+        groups = sampler.assign_to_ranks(examples, self.group.size, self.share_prefixes)
+        return pack_groups(groups[self.group.position], self.micro_tokens)
+
+
+def shared_prefix_fraction(examples: Sequence[Example], step_rows: int, max_tokens: int) -> float:
+    """The fraction of tokens that steps of so many rows need not compute, as their rows share prefixes."""
+    if not examples:
+        return 0.0
+    lengths, computed = [len(example) for example in examples], 0
+    for rows, _ in sampler.steps(lengths, 0, batch_rows=step_rows, epochs=1):
+        computed += sum(len(batch.tokens) for batch in pack([examples[row] for row in rows], max_tokens))
+    return 1 - computed / sum(lengths)

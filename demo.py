@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import data
+from dataset.rows import parse_row
 from model import Gemma3, GemmaConfig
 from tokenizer import Control, Segment, Tokenizer
 from tokenizer.model_file import train_model_file
@@ -187,7 +187,7 @@ def write(folder: Path, rows: int = ROWS, seed: int = 0, config: dict = SMALL) -
     with checkpoint.whole_file(folder / "rows.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
 
-    texts = [text for row in made[:6_000] for text in texts_between_controls(data.parse_row(row, "demo").segments())]
+    texts = [text for row in made[:6_000] for text in texts_between_controls(parse_row(row, "demo").segments())]
     train_model_file(texts, folder / "model", VOCABULARY)
     vocabulary = Tokenizer.load(folder / "model").vocab_size
     config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh",

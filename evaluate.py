@@ -30,9 +30,12 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-import data
 import report
-from data import Conversation
+from dataset.errors import SkippedRows
+from dataset.examples import tokenize
+from dataset.files import read_system_text
+from dataset.rows import Conversation, message_calls, message_text, read_sources
+from dataset.sampler import query_hash, split_held_out
 from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
 from gradients import meet
 from model import Gemma3
@@ -242,8 +245,8 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
     """
     rank, world = processes
     rows = [answer for row in rows for answer in row.answers()]
-    examples = [data.tokenize(row, tokenizer) for row in rows]
-    begins = [int(np.flatnonzero(~example.trained)[-1]) + 1 for example in examples]        # the answer is what is trained at the end
+    examples = [tokenize(row, tokenizer) for row in rows]
+    begins = [int(np.flatnonzero(~example.loss_mask)[-1]) + 1 for example in examples]        # the answer is what carries loss at the end
     prompts = [example.ids[:begin].tolist() for example, begin in zip(examples, begins, strict=True)]
     limits = [max_new_tokens or max(64, 2 * (len(example.ids) - begin)) for example, begin in zip(examples, begins, strict=True)]
     answers: list[dict] = [{} for _ in rows]
@@ -254,10 +257,10 @@ def evaluate(model: Gemma3, tokenizer: Tokenizer, rows: Sequence[Conversation], 
     for n, ids in stream(model, prompts[rank::world], limits[rank::world], batch_rows=batch_rows, phrases=call_phrases(tokenizer)):
         i = own[n]
         text, row = tokenizer.decode(ids), rows[i]
-        calls, wanted = parse_calls(text), data.called(row.messages[-1])
+        calls, wanted = parse_calls(text), message_calls(row.messages[-1])
         scores[i] = score(row.accepted or [accepted_values(call) for call in wanted], calls, row.tools, calls.unread)
         fault = scores[i].fault
-        asked = next((data.said(message) for message in reversed(row.messages) if message["role"] == "user"), "")
+        asked = next((message_text(message) for message in reversed(row.messages) if message["role"] == "user"), "")
         answers[i] = {"source": row.source, "query": asked, "expected": wanted, "given": list(calls), "text": text,
                       "cause": fault and fault.cause, "detail": fault and fault.detail, "exact": scores[i].exact, "ast": scores[i].ast}
         if row.accepted:
@@ -389,12 +392,13 @@ def main(args: argparse.Namespace) -> int:
 
 def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device: torch.device) -> dict:
     """Evaluate on `--data`, a share of the rows in each of the processes, and print the figures; returns them."""
-    skipped = data.Skipped() if args.skip_invalid else None
-    system = checkpoint.system_of(args.model, args.adapter) if args.system is None else data.system_text(args.system)
-    found = list(data.read_sources(args.data.split(","), skipped, system))
-    rows = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)[1][:args.limit]
-    for cause, count in (skipped or {}).items():
-        print(f"{count} rows skipped: {cause}; the first: {skipped.first[cause]}")
+    skipped = SkippedRows() if args.skip_invalid else None
+    system = checkpoint.system_of(args.model, args.adapter) if args.system is None else read_system_text(args.system)
+    found = list(read_sources(args.data.split(","), skipped, system))
+    _, held_out = split_held_out([query_hash(row.query) for row in found], 1.0 if args.held_out is None else args.held_out)
+    rows = [found[i] for i in held_out[:args.limit]]
+    for line in skipped.lines() if skipped else ():
+        print(line)
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
     model, folder = checkpoint.load_tuned(args.model, args.adapter, args.dtype, device)

@@ -4,7 +4,7 @@
     python train.py --model MODEL --data rows.jsonl --survey --out DIR      # DIR/data.html: the rows alone
 
 `write` reads what training and evaluation left there (config.json, log.jsonl, data.json, calls/step-NNNNNN.json): accuracy
-before and after, curves, causes of misses, answers side by side, the data, flags; `write_data` takes a survey's figures.
+before and after, curves, causes of misses, answers side by side, the data, flags; `write_data` takes the statistics of rows.
 There is no script, the charts are SVG drawn here, and what rows and flags say gets into the page by way of `text` alone.
 """
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint import read_json, whole_file
-from dataset.stats import described
+from dataset.stats import describe
 
 POINTS = 400                      # at most so many in a line
 MISSES, HITS = 24, 6              # answers shown
@@ -116,7 +116,7 @@ def write(run: Path) -> Path:
 
 
 def write_data(folder: Path, name: str, found: dict) -> Path:
-    """Write data.html, about a survey's figures (`Survey.figures`), into a folder; returns its path."""
+    """Write data.html, about the statistics of rows (`dataset.stats.statistics`), into a folder; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     said = f"{found['kept']:,} of {found['rows']:,} rows can be trained on" if found["kept"] else "No row can be trained on"
     sections = (("In figures", figures_of(found)), ("Rows by their tokens", lengths_of(found)), ("Samples", samples_of(found)))
@@ -417,7 +417,7 @@ def call_lines(own: dict, other: dict | None, tone: str) -> str:
 
 
 def rows_of(found: dict) -> str:
-    """The survey of a run's training rows, folded but for its figures."""
+    """The statistics of a run's training rows; the histogram and the samples are folded."""
     if not found:
         return ""
     folded = (("Rows by their tokens", lengths_of(found)), ("Samples", samples_of(found)))
@@ -425,7 +425,7 @@ def rows_of(found: dict) -> str:
 
 
 def figures_of(found: dict) -> str:
-    return table([], [[text(what, 120), text(value, 1_000)] for what, value in described(found)], "facts")
+    return table([], [[text(what, 120), text(value, 1_000)] for what, value in describe(found)], "facts")
 
 
 def lengths_of(found: dict) -> str:
@@ -439,13 +439,13 @@ def lengths_of(found: dict) -> str:
 
 
 def samples_of(found: dict) -> str:
-    """A few rows as the model sees them, what is trained marked."""
+    """A few rows as the model sees them, what carries loss marked."""
     if not found["kept"]:
         return ""
     out = ['<p class="note">Marked: what the model is trained to say.</p>']
     for sample in found["samples"]:
-        runs = "".join(f'<mark class="wanted">{text(said, 9_000)}</mark>' if trained else text(said, 9_000)
-                       for said, trained in sample["runs"])
+        runs = "".join(f'<mark class="wanted">{text(piece, 9_000)}</mark>' if carries_loss else text(piece, 9_000)
+                       for piece, carries_loss in sample["runs"])
         out.append(f"<article><small>{text(sample['source'], 200)} · {sample['tokens']:,} tokens</small><pre>{runs}</pre></article>")
     return "".join(out)
 

@@ -1,4 +1,4 @@
-"""The order of rows, their steps, and which process computes them."""
+"""Which rows are held out, the order of the others, the steps they make, and the ranks that compute them."""
 from __future__ import annotations
 
 import hashlib
@@ -7,159 +7,219 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from dataset.examples import Example
-from dataset.prefix_sharing import Group, _cut, shared_beginnings, tokens_of
-from dataset.rows import Conversation
+from dataset.prefix_sharing import PrefixGroup, group_by_prefix, split_group
 
-# So many rows may wait for a step of --batch-tokens with room for them; on real rows 32 leave 0.5 % of the tokens empty.
-MOST_WAITING = 32
+# Rows that wait for a step of --batch-tokens with room for them. On real rows 32 leave 0.5 % of the tokens
+# empty.
+MAX_WAITING_ROWS = 32
+
+# Ranks that divide rows among themselves. Larger groups save few tokens more and take longer
+# (docs/scaling.md).
+MAX_GROUP_RANKS = 16
 
 
-# At most so many processes share out rows among themselves; larger teams save few tokens more and take longer (docs/scaling.md).
-TEAM = 16
+# ------------------------------------------------------------------------------------------------------------
+# The held-out rows
 
 
 def query_hash(query: str) -> float:
-    """A number in [0, 1) that depends on the query's words alone, not on case or spaces.
+    """A number in [0, 1) that depends on the words of a query alone, not on case or spaces.
 
-    Queries with a hash below some fraction are held out: a row stays on its side whatever rows are added, and the same
-    question never stands on both sides.
+    Queries whose hash is below some fraction are held out. So a row stays on its side whatever rows are
+    added, and the same question is never on both sides.
     """
     words = " ".join(query.casefold().split())
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big") / 2**48
 
 
-def hold_out(rows: Iterable[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
-    """(the rows to train on, in their order; those whose query's hash is below `fraction`, by that hash).
+def split_held_out(hashes: Sequence[float] | np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(the rows to train on, in their order; the held-out rows, by their hash), as indices.
 
-    In the hash's order the first few held-out rows are a fair share of every source.
+    hashes: `query_hash` of each row. The first held-out rows are a fair sample of every source, as hashes are
+    random.
     """
-    hashed = [(query_hash(row.query), row) for row in rows]
-    kept_apart = sorted((pair for pair in hashed if pair[0] < fraction), key=lambda pair: pair[0])
-    return [row for number, row in hashed if number >= fraction], [row for _, row in kept_apart]
+    hashes = np.asarray(hashes, np.float64)
+    by_hash = np.argsort(hashes, kind="stable")
+    return np.flatnonzero(hashes >= fraction), by_hash[hashes[by_hash] < fraction]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The order of rows
 
 
 def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The rows of an epoch, shuffled, by the seed and the epoch alone: a row of weight w is there w times.
+    """The rows of an epoch, shuffled; it depends on the seed and the epoch alone.
 
-    Of a fraction every row gets its share over the epochs: with 0.5 half of the rows come in one, the other half in the next.
+    weights: how often an epoch takes each row. Of a fraction every row gets its share over the epochs: with a
+    weight of 0.5 half of the rows come in one epoch and the other half in the next.
     """
-    times = times_taken(weights, seed, epoch + 1) - times_taken(weights, seed, epoch)
+    times = times_selected(weights, seed, epoch + 1) - times_selected(weights, seed, epoch)
     return np.random.default_rng([seed, epoch]).permutation(np.repeat(np.arange(len(weights)), times))
 
 
-def times_taken(weights: np.ndarray, seed: int, epochs: int) -> np.ndarray:
-    """How often each row was there in the first epochs; rows of one weight reach a whole number in turn, evenly spread."""
-    turns, rng = np.empty(len(weights)), np.random.default_rng([seed, 0, 1])
+def times_selected(weights: np.ndarray, seed: int, epochs: int) -> np.ndarray:
+    """How often the first epochs have selected each row.
+
+    Rows of one weight reach the next whole number at different times, evenly spaced and in random order.
+    """
+    offsets, rng = np.empty(len(weights)), np.random.default_rng([seed, 0, 1])
     for weight in np.unique(weights):
-        same = np.flatnonzero(weights == weight)
-        turns[same] = rng.permutation(len(same)) / len(same)
-    return np.floor(weights * epochs + turns).astype(np.int64)
+        rows = np.flatnonzero(weights == weight)
+        offsets[rows] = rng.permutation(len(rows)) / len(rows)
+    return np.floor(weights * epochs + offsets).astype(np.int64)
 
 
 def epoch_at(weights: np.ndarray, seed: int, position: int) -> tuple[int, int]:
-    """The epoch that a position in the stream of epochs is in, and the position where that epoch begins."""
-    epoch = max(0, int(position / weights.sum()) - 1)               # never too late: epochs take no more than their weights
-    begin, end = (int(times_taken(weights, seed, epochs).sum()) for epochs in (epoch, epoch + 1))
+    """The epoch of a position in the stream of epochs, and the position where that epoch begins."""
+    # Not too late, as no epoch has more rows than the sum of the weights, rounded up.
+    epoch = max(0, int(position / weights.sum()) - 1)
+    begin, end = (int(times_selected(weights, seed, epochs).sum()) for epochs in (epoch, epoch + 1))
     while end <= position:
-        epoch, begin, end = epoch + 1, end, int(times_taken(weights, seed, epoch + 2).sum())
+        epoch, begin, end = epoch + 1, end, int(times_selected(weights, seed, epoch + 2).sum())
     return epoch, begin
 
 
 def epoch_orders(weights: np.ndarray, seed: int, epochs: float | None, first: int) -> Iterator[list[int]]:
-    """The rows of each epoch from the `first` on: of `epochs` epochs, the last of which may be a part of one, or without end."""
+    """The rows of each epoch from the `first` on.
+
+    epochs: how many in all, the last of them cut short where it is a fraction; None: without end
+    """
     for epoch in itertools.count(first) if epochs is None else range(first, math.ceil(epochs)):
         order = epoch_order(weights, seed, epoch).tolist()
         yield order if epochs is None else order[:round(min(1.0, epochs - epoch) * len(order))]
 
 
-def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None, batch_tokens: int | None = None,
-          epochs: float | None = None, weights: np.ndarray | None = None, start: int = 0) -> Iterator[tuple[list[int], int]]:
-    """Cut the endless stream of shuffled epochs into optimizer steps.
+# ------------------------------------------------------------------------------------------------------------
+# Steps
 
-    lengths: tokens of each row; weights: how often an epoch takes each, once by default. A step is `batch_rows` rows, or as
-    many as fit into `batch_tokens` tokens (`filled_steps`). `start` is the position to go on from: the rows consumed so far,
-    as yielded. The stream ends after `epochs` epochs, or never. Yields (row indices of the step, rows consumed after it).
+
+def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None,
+          batch_tokens: int | None = None, epochs: float | None = None, weights: np.ndarray | None = None,
+          start: int = 0) -> Iterator[tuple[list[int], int]]:
+    """Cut the stream of shuffled epochs into optimizer steps: (rows of the step, rows consumed after it).
+
+    lengths: tokens of each row; weights: how often an epoch takes each row, once by default
+    batch_rows, batch_tokens: a step is so many rows, or as many as `steps_of_tokens` fits into so many tokens
+    epochs: where the stream ends; None: never; start: rows consumed so far, to go on from there
     """
     weights = np.ones(len(lengths)) if weights is None else weights
     epoch, position = epoch_at(weights, seed, start)
     orders = epoch_orders(weights, seed, epochs, epoch)
     if batch_rows:
         stream = itertools.islice(itertools.chain.from_iterable(orders), start - position, None)
-        cut, position = iter(lambda: list(itertools.islice(stream, batch_rows)), []), start
-    else:                                                           # what a step holds depends on those before it in the epoch
+        batches, position = iter(lambda: list(itertools.islice(stream, batch_rows)), []), start
+    else:
+        # What a step holds depends on the steps before it in the epoch: these are made too, and not yielded.
         sizes = np.asarray(lengths).tolist()
-        cut = itertools.chain.from_iterable(filled_steps(order, sizes, batch_tokens) for order in orders)
-    for rows in cut:
+        batches = (rows for order in orders for rows in steps_of_tokens(order, sizes, batch_tokens))
+    for rows in batches:
         position += len(rows)
         if position > start:
             yield rows, position
 
 
-def filled_steps(rows: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut rows into steps of at most `batch_tokens` tokens, or of one row that is longer; the last is as full as it comes.
+def steps_of_tokens(rows: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut rows into steps of at most `batch_tokens` tokens, or of one row that is longer; the last may be
+    small.
 
-    A row that does not fit waits for the next step, and is first in line there. A step ends when `MOST_WAITING` rows wait.
+    A row that does not fit waits, and is the first in the next step. A step ends when `MAX_WAITING_ROWS` rows
+    wait.
     """
     stream, waiting = iter(rows), []
     while True:
-        step, room, passed = [], batch_tokens, []
+        step, free_tokens, skipped = [], batch_tokens, []
         for row in itertools.chain(waiting, stream):
-            if lengths[row] <= room or not step:
+            if lengths[row] <= free_tokens or not step:
                 step.append(row)
-                room -= lengths[row]
+                free_tokens -= lengths[row]
                 continue
-            passed.append(row)
-            if len(passed) == MOST_WAITING:
+            skipped.append(row)
+            if len(skipped) == MAX_WAITING_ROWS:
                 break
         if not step:
             return
         yield step
-        waiting = passed
+        waiting = skipped
 
 
-def team_of(rank: int, processes: int) -> tuple[int, int, int]:
-    """(number of teams, this process's team, its members): of up to `TEAM` processes, every one whose rank leaves the same remainder."""
-    teams = -(-processes // TEAM)
-    return teams, rank % teams, len(range(rank % teams, processes, teams))
+# ------------------------------------------------------------------------------------------------------------
+# Ranks
 
 
-def team_rows(rows: Sequence[int], lengths: Sequence[int], places: np.ndarray, rank: int, processes: int) -> list[int]:
-    """Of a step's rows those that this process's team computes, for `deal` to share out among its members.
+class RankGroup(NamedTuple):
+    """A rank's group of up to `MAX_GROUP_RANKS` ranks, which divide their rows among themselves."""
 
-    To look for shared beginnings among all rows of a thousand processes would take longer than to train on them. So the rows
-    are put in lexicographic order, where those that begin alike are neighbours (`places`: of each row there), cut into as many
-    pieces as there are processes, equal in tokens, and the pieces dealt to the teams in turn.
+    groups: int         # how many groups there are
+    number: int         # of this rank's group, from 0
+    size: int           # ranks in the group
+    position: int       # of this rank in the group, from 0
+
+
+def rank_group(rank: int, world_size: int) -> RankGroup:
+    """The group of a rank: all ranks that leave the same remainder when divided by the number of groups."""
+    groups = -(-world_size // MAX_GROUP_RANKS)
+    number = rank % groups
+    return RankGroup(groups, number, len(range(number, world_size, groups)), rank // groups)
+
+
+def rank_group_rows(rows: Sequence[int], lengths: Sequence[int], order: np.ndarray | None, rank: int,
+                    world_size: int) -> list[int]:
+    """The rows of a step that the group of this rank computes.
+
+    Looking for shared prefixes among the rows of a thousand ranks would take longer than training on them. So
+    the rows are sorted, which makes rows that share a prefix neighbours, and cut into a piece a rank, with
+    equally many tokens each. The pieces go to the groups in turn.
+
+    lengths: tokens of each row of the data set; order: the place of each in `lexicographic_order`, for more
+    than one group
     """
-    teams, team, _ = team_of(rank, processes)
-    if teams == 1:
+    groups, number, *_ = rank_group(rank, world_size)
+    if groups == 1:
         return list(rows)
-    ordered = np.array(rows)[np.argsort(places[rows], kind="stable")]
-    tokens = np.array([lengths[row] for row in ordered])
-    piece = (tokens.cumsum() - tokens / 2) / tokens.sum() * processes            # that the row's middle falls into
-    return ordered[piece.astype(int) % teams == team].tolist()
+    sorted_rows = np.array(rows)[np.argsort(order[rows], kind="stable")]
+    tokens = np.array([lengths[row] for row in sorted_rows])
+    middles = tokens.cumsum() - tokens / 2
+    piece_of_row = (middles / tokens.sum() * world_size).astype(int)
+    return sorted_rows[piece_of_row % groups == number].tolist()
 
 
-def deal(examples: Sequence[Example], processes: int, share: bool = True) -> list[list[Group]]:
-    """The groups of rows that each of so many processes computes, so that the most that one has to compute is little.
+def assign_to_ranks(examples: Sequence[Example], ranks: int,
+                    share_prefixes: bool = True) -> list[list[PrefixGroup]]:
+    """The groups of rows that each of so many ranks computes, balanced in tokens: longest first, to the least
+    loaded rank.
 
-    share: whether a beginning that rows have in common is computed once. A group that is large beside a process's share of the
-    tokens is cut, and its beginning computed in each piece; of several sizes of pieces the one with the best deal is taken.
+    A group that is large beside a rank's share of the tokens is split, and its prefix computed in each piece.
+    Four sizes of pieces are tried, and the most even assignment is used.
     """
-    groups = shared_beginnings(examples) if share else [(0, [example]) for example in examples]
-    if processes == 1:
+    if share_prefixes:
+        groups = group_by_prefix(examples)
+    else:
+        groups = [PrefixGroup(0, [example]) for example in examples]
+    if ranks == 1:
         return [groups]
-    whole, deals = sum(map(tokens_of, groups)), []
-    for finer in (1, 2, 4, sys.maxsize):
-        cut = [piece for group in groups for piece in _cut(group, math.ceil(finer * processes * tokens_of(group) / whole))]
-        shares: list[list[Group]] = [[] for _ in range(processes)]
-        load = [(0, process) for process in range(processes)]
-        for piece in sorted(cut, key=tokens_of, reverse=True):              # the largest first, each to whoever has least
-            tokens, process = heapq.heappop(load)
-            shares[process].append(piece)
-            heapq.heappush(load, (tokens + tokens_of(piece), process))
-        deals.append((max(load)[0], shares))
-    return min(deals, key=lambda deal: deal[0])[1]
+    total = sum(group.computed_tokens for group in groups)
+    assignments = []
+    for pieces_per_rank in (1, 2, 4, sys.maxsize):
+        pieces = []
+        for group in groups:
+            wanted = math.ceil(pieces_per_rank * ranks * group.computed_tokens / total)
+            pieces += split_group(group, wanted)
+        assignments.append(_balance(pieces, ranks))
+    _, assignment = min(assignments, key=lambda entry: entry[0])
+    return assignment
+
+
+def _balance(groups: Iterable[PrefixGroup], ranks: int) -> tuple[int, list[list[PrefixGroup]]]:
+    """(tokens of the most loaded rank, the groups of each rank): longest first, to the least loaded rank."""
+    assignment: list[list[PrefixGroup]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for group in sorted(groups, key=lambda group: group.computed_tokens, reverse=True):
+        tokens, rank = heapq.heappop(loads)
+        assignment[rank].append(group)
+        heapq.heappush(loads, (tokens + group.computed_tokens, rank))
+    return max(loads)[0], assignment

@@ -1,16 +1,18 @@
-"""Rows → token ids by all cores, once; from then on the ids are mapped from the disk.
+"""Files of rows → `TokenDataset`: tokenized once by all cores, and from then on mapped from the disk.
 
-    JSONL, JSON, .gz ──every core──▶ CACHE/KEY/{ids.bin, rows.bin, held_out.jsonl, summary.json} ──▶ Tokens, a sequence of Examples
+    JSONL, JSON, .gz ── every core ──▶ CACHE/KEY/{ids.bin, rows.bin, held_out.jsonl, summary.json} ──▶
+    TokenDataset
 
-A folder holds one file of rows, all of them, whatever a run drops or holds out:
-    ids.bin         uint32 for each token of each row, in order: its id, and in the highest bit whether it is trained
-    rows.bin        a ROW for each row
-    held_out.jsonl  the rows with the lowest hashes as they were read: those that a run evaluates on
-    summary.json    what was counted and skipped, and the other files' sizes and checksums
+A folder holds all rows of one file, whatever a run drops or holds out:
+    ids.bin         uint32 for each token of each row, in order: its id, and in the highest bit whether it
+    carries loss rows.bin        a `token_dataset.ROW` for each row
+    held_out.jsonl  the rows with the lowest query hashes as they were read: those that a run evaluates on
+    summary.json    what was counted and skipped, and the sizes and checksums of the other files
 
-KEY is a hash of the file's content, of the tokenizer's files and of the source that makes ids out of rows, so that a folder
-never goes out of date. It appears whole or not at all; a damaged one is made again, one that nothing has asked for in
-`DAYS_KEPT` days goes when the next is made, and all of them may be removed at any time (`rm -r CACHE`).
+KEY is a hash of the file's content, of the tokenizer's files and of the source of `dataset` and `tokenizer`,
+so that a folder is never out of date. It appears whole or not at all, and a damaged one is built again. When
+a folder is built, those that were not used for `DAYS_KEPT` days are removed. All of them may be removed at
+any time (`rm -r CACHE`).
 """
 from __future__ import annotations
 
@@ -35,72 +37,89 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from checkpoint import flush, read_json, sha256_of, whole_file, whole_folder, write_json
-from dataset import stats
-from dataset.errors import RowError, placed
+from dataset.errors import BadRow, RowError, SkippedRows
 from dataset.examples import tokenize
-from dataset.files import _raw_rows, fetch, named_files, parse_weight
-from dataset.rows import DEVELOPER_TEXT, parse_row
-from dataset.sampler import query_hash
-from dataset.token_dataset import ROW, TRAINED, TokenFile, Tokens
-from tokenizer import Tokenizer
+from dataset.files import RawRow, fetch, named_files, parse_weight, raw_rows
+from dataset.rows import parse_rows
+from dataset.stats import row_stats
+from dataset.token_dataset import LOSS_BIT, ROW, TokenDataset, TokenFile
+from tokenizer import DEVELOPER_TEXT, Tokenizer
 
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-functiongemma" / "tokens"
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE_FILES = sorted([*ROOT.glob("dataset/*.py"), *ROOT.glob("tokenizer/*.py")])
+USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+DEFAULT_CACHE = USER_CACHE / "nano-functiongemma" / "tokens"
+
 DAYS_KEPT = 30
-SOURCE = sorted(path for package in ("dataset", "tokenizer") for path in (Path(__file__).parent.parent / package).glob("*.py"))
+CHUNK_ROWS = 128                                # rows that a process tokenizes at a time
+MIN_PROCESS_BYTES = 1 << 19                     # a smaller part of a file is not worth another process
+MIN_HELD_OUT_ROWS = 1024               # kept for evaluation at least, so that asking for more seldom rebuilds
+SETTLED_NANOSECONDS = 2e9                       # a file that is younger may change without a new time stamp
+PR_SET_PDEATHSIG = 1                        # of prctl(2): the signal that a process gets when its parent ends
 
-CHUNK_ROWS = 128                                # handed to a process at once
-BYTES_A_PROCESS = 1 << 19                       # fewer are not worth another process
-LEAST_HELD_OUT = 1024                           # rows kept for evaluation at least, lest more of them need a new folder
 
+def read_tokens(sources: Iterable[str], model_folder: Path, tokenizer: Tokenizer, cache: Path | None,
+                held_out: int, skip_invalid: bool, system: str = DEVELOPER_TEXT) -> TokenDataset:
+    """All rows of a list of `--data` sources, from the cache or, the first time, into it.
 
-def read_sources(sources: Iterable[str], model_folder: Path, tokenizer: Tokenizer, cache: Path | None, held_out: int,
-                 skip_invalid: bool, system: str = DEVELOPER_TEXT) -> Tokens:
-    """The tokens of every row of a list of `--data` sources, out of the cache or, the first time, into it.
-
-    held_out: so many conversations with the lowest hashes can be had. Raises RowError at the first bad row, in the order of
-    the files, unless `skip_invalid`. cache: None makes them anew, in the system's folder for temporary files.
+    cache: None tokenizes anew, in the system's folder for temporary files
+    held_out: so many rows with the lowest query hashes are kept as conversations
+    Raises RowError at the first bad row, in the order of the files, unless `skip_invalid`.
     """
     files = []
-    inputs = (*SOURCE, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")
-    made_by = _hash(sys.version, *map(_hash_of, inputs), system)        # which letters are alike differs between Pythons
+    inputs = (*SOURCE_FILES, model_folder / "tokenizer.model", model_folder / "tokenizer_config.json")
+    # Python's version is part of the key because its tables of letters, which casefold() uses, change.
+    made_by = _hash(sys.version, *map(_hash_file, inputs), system)
     for source, weight in [parse_weight(source) for source in sources]:
         for path, name in named_files(fetch(source)):
             build = functools.partial(_build, path, name, tokenizer, held_out, skip_invalid, system)
             if cache:
-                files.append(_cached(path, name, weight, made_by, cache, held_out, build))
+                file = _read_cached(path, name, weight, made_by, cache, held_out, build)
             else:
-                with tempfile.TemporaryDirectory() as folder:           # what is mapped stays until nobody maps it
+                with tempfile.TemporaryDirectory() as folder:      # a mapped file stays until nothing maps it
                     build(Path(folder))
-                    files.append(TokenFile(Path(folder), name, weight))
-            bad = files[-1].summary["first_bad"]
-            if bad and not skip_invalid:
-                raise placed(f"{name}:{bad['place']}", bad["cause"], bad["message"])
-    return Tokens(files)
+                    file = TokenFile(Path(folder), name, weight)
+            if file.summary["first_bad"] and not skip_invalid:
+                raise _name_file(BadRow(*file.summary["first_bad"]), name).error()
+            files.append(file)
+    return TokenDataset(files)
 
 
-def _cached(path: Path, name: str, weight: float, made_by: str, cache: Path, held_out: int, build: Callable[[Path], None]) -> TokenFile:
-    """The tokens of a file, out of its folder in the cache, which is built first unless it is there and whole."""
+def _name_file(bad: BadRow, name: str) -> BadRow:
+    """A bad row whose source is its place alone, with the name of its file before it."""
+    return bad._replace(source=f"{name}:{bad.source}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def _read_cached(path: Path, name: str, weight: float, made_by: str, cache: Path, held_out: int,
+                 build: Callable[[Path], None]) -> TokenFile:
+    """The tokens of a file, from its folder in the cache, which is built first unless it is whole."""
     try:
         (cache / "seen").mkdir(parents=True, exist_ok=True)
         before = _identity(path)
-        folder = cache / _hash(_content(path, cache), made_by)
+        folder = cache / _hash(_content_hash(path, cache), made_by)
         with folder.with_suffix(".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if not (whole := _is_whole(folder, held_out)):
+            is_whole = _is_whole(folder, held_out)
+            if not is_whole:
                 fcntl.flock(lock, fcntl.LOCK_EX)                    # one process builds, the others wait here
-                whole = _is_whole(folder, held_out)
-            if not whole:
-                for left in [folder, *cache.glob(f".{folder.name}.*.tmp")]:
-                    shutil.rmtree(left, ignore_errors=True)
+                is_whole = _is_whole(folder, held_out)
+            if not is_whole:
+                for leftover in [folder, *cache.glob(f".{folder.name}.*.tmp")]:
+                    shutil.rmtree(leftover, ignore_errors=True)
                 with whole_folder(folder) as temporary:
                     build(temporary)
                     if _identity(path) != before:
-                        raise ValueError(f"{path}: the file changed while it was read; start again when it is complete")
+                        raise ValueError(f"{path}: the file changed while it was read; "
+                                         "start again when it is complete")
                 _remove_old(cache)
             for used in (folder, lock.name):
                 os.utime(used)
@@ -108,7 +127,8 @@ def _cached(path: Path, name: str, weight: float, made_by: str, cache: Path, hel
     except OSError as error:
         if error.errno is None or not str(error.filename or cache).startswith(str(cache)):
             raise
-        raise OSError(f"{cache}: {error.strerror}; name another folder with --data-cache, or none with --data-cache ''") from None
+        advice = "name another folder with --data-cache, or none with --data-cache ''"
+        raise OSError(f"{cache}: {error.strerror}; {advice}") from None
 
 
 def _is_whole(folder: Path, held_out: int) -> bool:
@@ -116,7 +136,8 @@ def _is_whole(folder: Path, held_out: int) -> bool:
     try:
         summary = read_json(folder / "summary.json")
         return (summary.pop("checksum") == _summary_checksum(summary)
-                and all(_checksum(folder / name) == stored for name, stored in summary["checksums"].items())
+                and all(_file_checksum(folder / name) == stored
+                        for name, stored in summary["checksums"].items())
                 and summary["held_out"] >= min(held_out, summary["rows"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -126,33 +147,33 @@ def _summary_checksum(summary: dict) -> int:
     return zlib.crc32(json.dumps(summary).encode())
 
 
-def _checksum(path: Path) -> list[int]:
+def _file_checksum(path: Path) -> list[int]:
     """[bytes, CRC-32]"""
-    check = 0
+    checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            check = zlib.crc32(block, check)
-        return [file.tell(), check]
+            checksum = zlib.crc32(block, checksum)
+        return [file.tell(), checksum]
 
 
-def _content(path: Path, cache: Path) -> str:
-    """A hash of a file's bytes, taken anew only if the file may have changed.
+def _content_hash(path: Path, cache: Path) -> str:
+    """A hash of a file's bytes, computed again only if the file may have changed.
 
-    Whoever writes to a file or puts another in its place changes its inode or moves its times on, of which nobody can set back
-    the second. Only a write within the clock's tick of the hashing could leave the times alike: a file that is younger than
-    two seconds is hashed again the next time.
+    Whoever writes to a file or replaces it changes its inode or its times, and nobody can set the time of
+    change back. Only a write within the clock's tick of the hashing could leave the times alike: a file that
+    is younger than two seconds is hashed again the next time.
     """
-    *_, written, changed = identity = _identity(path)
-    seen = cache / "seen" / _hash(*map(str, identity))
-    if seen.exists():
-        os.utime(seen)
-        return seen.read_text()
-    settled = time.time_ns() - max(written, changed) > 2e9
-    content = _hash_of(path)
-    if settled and _identity(path) == identity:
-        with whole_file(seen) as temporary:
-            temporary.write_text(content)
-    return content
+    *_, modified, changed = identity = _identity(path)
+    stored = cache / "seen" / _hash(*map(str, identity))
+    if stored.exists():
+        os.utime(stored)
+        return stored.read_text()
+    is_settled = time.time_ns() - max(modified, changed) > SETTLED_NANOSECONDS
+    content_hash = _hash_file(path)
+    if is_settled and _identity(path) == identity:
+        with whole_file(stored) as temporary:
+            temporary.write_text(content_hash)
+    return content_hash
 
 
 def _identity(path: Path) -> tuple[str, int, int, int, int, int]:
@@ -164,10 +185,8 @@ def _hash(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _hash_of(path: Path) -> str:
-    if not path.exists():                                           # tokenizer_config.json may be missing
-        return ""
-    return sha256_of(path)
+def _hash_file(path: Path) -> str:
+    return sha256_of(path) if path.exists() else ""                 # tokenizer_config.json may be missing
 
 
 def _remove_old(cache: Path) -> None:
@@ -178,109 +197,132 @@ def _remove_old(cache: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# ------------------------------------------------------------------------------------------------------------
+# Building a folder
 
 
-def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_invalid: bool, system: str, folder: Path) -> None:
+class Chunk(NamedTuple):
+    """Some consecutive rows of a file.  error: what was wrong with the file after the last of them"""
+
+    rows: list[RawRow]
+    error: Exception | None = None
+
+
+class TokenizedChunk(NamedTuple):
+    """The good rows of a chunk as the cache stores them, and its bad rows."""
+
+    ids: np.ndarray                 # (tokens) uint32, with `LOSS_BIT`
+    rows: np.ndarray                # (good rows) ROW
+    bad: dict[int, BadRow]          # {index in the chunk: what is wrong}
+    unknown_types: Counter[str]
+
+
+def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_invalid: bool, system: str,
+           folder: Path) -> None:
     """Tokenize one file into `folder`; at any time only a few chunks of its rows are in memory."""
-    held_out = max(held_out, LEAST_HELD_OUT)
-    lowest: list[tuple[float, int, Any]] = []                       # (hash, number, row) of those that may be evaluated on
-    summary: dict[str, Any] = {"file": name, "rows": 0, "tokens": 0, "types": Counter(), "skipped": {}, "first_bad": None, "system": system}
+    first_bad: BadRow | None = None
+    skipped, types = SkippedRows(), Counter()
+    rows = tokens = 0
+    held_out = max(held_out, MIN_HELD_OUT_ROWS)
+    lowest: list[tuple[float, int, bytes]] = []                     # (query hash, number of the row, the row)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    made = _in_order(_chunks(path), tokenizer, system, min(cores, path.stat().st_size // BYTES_A_PROCESS))
-    with (folder / "ids.bin").open("wb") as ids_file, (folder / "rows.bin").open("wb") as rows_file, contextlib.closing(made):
-        for raw, error, (ids, rows, bad, types) in made:
-            for fault in bad.values():
-                summary["first_bad"] = summary["first_bad"] or fault
+    processes = min(cores, path.stat().st_size // MIN_PROCESS_BYTES)
+    tokenized = _tokenize_chunks(_chunks(path), tokenizer, system, processes)
+    with ((folder / "ids.bin").open("wb") as ids_file, (folder / "rows.bin").open("wb") as rows_file,
+          contextlib.closing(tokenized)):
+        for chunk, made in tokenized:
+            for bad in made.bad.values():
+                first_bad = first_bad or bad
                 if not skip_invalid:
-                    raise placed(f"{name}:{fault['place']}", fault["cause"], fault["message"])
-                summary["skipped"].setdefault(fault["cause"], {"rows": 0, **fault})["rows"] += 1
-            if error:
-                raise error
-            good = [row for i, (_, row) in enumerate(raw) if i not in bad]
-            lowest = sorted([*lowest, *zip(rows["hash"].tolist(), count(summary["rows"]), good, strict=False)])[:held_out]
-            ids_file.write(ids)
-            rows_file.write(rows)
-            summary["rows"] += len(rows)
-            summary["tokens"] += len(ids)
-            summary["types"].update(types)
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for _, _, row in lowest]
-    (folder / "held_out.jsonl").write_bytes(b"\n".join(lines))
-    for file in ("ids.bin", "rows.bin", "held_out.jsonl"):
+                    raise _name_file(bad, name).error()
+                skipped.add(bad.cause, f"{bad.source}: {bad.message}")
+            if chunk.error:
+                raise chunk.error
+            good = [row for i, (_, row) in enumerate(chunk.rows) if i not in made.bad]
+            candidates = zip(made.rows["query_hash"].tolist(), count(rows), good, strict=False)
+            lowest = sorted([*lowest, *candidates])[:held_out]
+            ids_file.write(made.ids)
+            rows_file.write(made.rows)
+            rows, tokens = rows + len(made.rows), tokens + len(made.ids)
+            types.update(made.unknown_types)
+    (folder / "held_out.jsonl").write_bytes(b"\n".join(row for _, _, row in lowest))
+    files = ("ids.bin", "rows.bin", "held_out.jsonl")
+    for file in files:
         flush(folder / file)
-    checksums = {file: _checksum(folder / file) for file in ("ids.bin", "rows.bin", "held_out.jsonl")}
-    summary |= {"held_out": len(lowest), "checksums": checksums}
+    summary = {"file": name, "rows": rows, "tokens": tokens, "types": types, "skipped": skipped,
+               "first_bad": first_bad, "system": system, "held_out": len(lowest),
+               "checksums": {file: _file_checksum(folder / file) for file in files}}
     write_json(folder / "summary.json", summary | {"checksum": _summary_checksum(summary)})
 
 
-def _chunks(path: Path) -> Iterator[tuple[list[tuple[str, Any]], Exception | None]]:
-    """The rows of a file, some at a time, and what was wrong with the file after the last of them."""
-    chunk, error = [], None
+def _chunks(path: Path) -> Iterator[Chunk]:
+    rows, error = [], None
     try:
-        for row in _raw_rows(path):
-            chunk.append(row)
-            if len(chunk) == CHUNK_ROWS:
-                yield chunk, None
-                chunk = []
+        for row in raw_rows(path):
+            rows.append(row)
+            if len(rows) == CHUNK_ROWS:
+                yield Chunk(rows)
+                rows = []
     except (RowError, OSError) as raised:
         error = raised
-    yield chunk, error
+    yield Chunk(rows, error)
 
 
-def _in_order(chunks: Iterable, tokenizer: Tokenizer, system: str, processes: int) -> Iterator[tuple]:
-    """(rows, error, what `_tokenize` makes of the rows) of every chunk in order; few of them wait in memory at any time.
+def _tokenize_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, system: str,
+                     processes: int) -> Iterator[tuple[Chunk, TokenizedChunk]]:
+    """Tokenize chunks by so many processes, in order; few chunks wait in memory at any time.
 
-    The processes are forked, so that all share one tokenizer. They touch neither a GPU nor another rank, whose threads are not
-    forked with them, and end with this one, even if it is killed.
+    The processes are forked, so that all share one tokenizer. They touch neither a GPU nor another rank,
+    whose threads are not forked with them, and end with this process, even if it is killed.
     """
     if processes < 2:
-        for rows, error in chunks:
-            yield rows, error, _tokenize(rows, system, tokenizer)
+        for chunk in chunks:
+            yield chunk, _tokenize_chunk(chunk.rows, system, tokenizer)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin_worker, (tokenizer, os.getpid()))
+    fork = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(processes, fork, _start_worker, (tokenizer, os.getpid()))
     waiting: deque = deque()
     try:
-        for rows, error in chunks:
-            waiting.append((rows, error, pool.submit(_tokenize, rows, system)))
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_tokenize_chunk, chunk.rows, system)))
             if len(waiting) > 2 * processes:
-                rows, error, made = waiting.popleft()
-                yield rows, error, made.result()
-        for rows, error, made in waiting:
-            yield rows, error, made.result()
+                oldest, future = waiting.popleft()
+                yield oldest, future.result()
+        for chunk, future in waiting:
+            yield chunk, future.result()
     except BrokenProcessPool:
-        raise ChildProcessError("a process that tokenizes rows was killed, most likely for want of memory; start again on fewer cores, "
-                                "such as taskset -c 0-3 python train.py …") from None
+        message = ("a process that tokenizes rows was killed, most likely for want of memory; "
+                   "start again on fewer cores, such as taskset -c 0-3 python train.py …")
+        raise ChildProcessError(message) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_tokenizer: Tokenizer | None = None                                 # of a process that tokenizes
+_worker_tokenizer: Tokenizer | None = None                          # of a process that tokenizes
 
 
-def _begin_worker(tokenizer: Tokenizer, parent: int) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
-    gc.freeze()                                                     # what was forked is neither searched for garbage nor copied
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C goes to all; the parent says what it means
+def _start_worker(tokenizer: Tokenizer, parent: int) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizer
+    gc.freeze()                                                # forked memory is neither collected nor copied
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C reaches all; the parent handles it
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                  # PR_SET_PDEATHSIG: end when the parent does
-    if os.getppid() != parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:                                      # it ended before the line above
         os._exit(1)
 
 
-def _tokenize(rows: list[tuple[str, Any]], system: str, tokenizer: Tokenizer | None = None) -> tuple[np.ndarray, np.ndarray, dict, Counter]:
-    """ids with the trained bit (n), ROW (rows), {index: what is wrong} of the bad rows, unknown types and how often each stands there."""
-    ids, trained, records, bad, types = [np.empty(0, np.int32)], [np.empty(0, bool)], [], {}, Counter()
-    for i, (place, row) in enumerate(rows):
-        try:
-            conversation = parse_row(row, place, system)
-        except RowError as error:
-            bad[i] = {"place": place, "cause": error.cause, "message": str(error)}
+def _tokenize_chunk(raw: list[RawRow], system: str, tokenizer: Tokenizer | None = None) -> TokenizedChunk:
+    """Parse and tokenize raw rows.  tokenizer: None in a worker process, which has its own"""
+    ids, masks, rows, bad, types = [np.empty(0, np.int32)], [np.empty(0, bool)], [], {}, Counter()
+    for i, row in enumerate(parse_rows(raw, system)):
+        if isinstance(row, BadRow):
+            bad[i] = row
             continue
-        example = tokenize(conversation, tokenizer or _tokenizer)
+        example = tokenize(row, tokenizer or _worker_tokenizer)
         ids.append(example.ids)
-        trained.append(example.trained)
-        records.append((*stats.seen(conversation, example), query_hash(conversation.query), place.encode()))
-        types.update(word[:60] for word in conversation.unknown_types)
-    return np.concatenate(ids).view(np.uint32) | np.concatenate(trained) * TRAINED, np.array(records, ROW), bad, types
+        masks.append(example.loss_mask)
+        rows.append(row_stats(row, example, row.source))
+        types.update(word[:60] for word in row.unknown_types)
+    stored = np.concatenate(ids).view(np.uint32) | np.concatenate(masks) * LOSS_BIT
+    return TokenizedChunk(stored, np.array(rows, ROW), bad, types)

@@ -46,7 +46,8 @@ STEPS = 12
 FAULTY = """import os, runpy, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import checkpoint, data, gradients
+import checkpoint, gradients
+from dataset import token_cache
 RANK, LIFE, passed = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), 0
 
 def mark():
@@ -664,7 +665,7 @@ def other_data(bench: Bench) -> Iterator[dict]:
     bench.finish(run, data=path)
     losses(run.out)
     yield {"how": "two rows changed places before --resume: refused", "recomputed": 0, "exit": 1, "message": refused.message()}
-    less = "sound = data.read_sources\nif RANK == 1:\n    data.read_sources = lambda *some: sound(*some)[1:]"
+    less = "sound = token_cache.read_tokens\nif RANK == 1:\n    token_cache.read_tokens = lambda *some: sound(*some).select(slice(1, None))"
     run = bench.start("less", fault=less, processes=2)
     assert run.end() == 1 and "rank 1: this process has other training rows" in run.message(), run.errors()
     yield {"how": "a row less in one rank: refused", "exit": 1, "message": run.message().split(" / ")[-1]}

@@ -6,9 +6,10 @@ from conftest import GPU, INTERPRETER
 from test_train import by_kernels
 
 import checkpoint
-import data
 import train
 from cuda_graph import RecordedPasses, size_for
+from data import pack
+from dataset.examples import Example
 from gradients import Summed
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
@@ -22,8 +23,8 @@ def batches():
     generator = np.random.default_rng(0)
 
     def row(length):
-        return data.Example(generator.integers(110, 1000, length + 1).astype(np.int32), np.arange(length + 1) > 0.7 * length, "a row")
-    return [data.pack([row(18), row(first)], 4096)[0] for first in (11, 12)]
+        return Example(generator.integers(110, 1000, length + 1).astype(np.int32), np.arange(length + 1) > 0.7 * length, "a row")
+    return [pack([row(18), row(first)], 4096)[0] for first in (11, 12)]
 
 
 def made(demo, mode, dtype, device, choice):
@@ -52,7 +53,7 @@ def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches):
         loss = train.loss_sum(model, batch)
         loss.backward()
         seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    assert len(batch.tokens) == len(batches[0].tokens) + 50 and batch.trained_tokens == batches[0].trained_tokens
+    assert len(batch.tokens) == len(batches[0].tokens) + 50 and batch.loss_tokens == batches[0].loss_tokens
     for filled, plain in zip(*seen, strict=True):
         torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 

@@ -10,7 +10,7 @@ from conftest import torchrun
 import evaluate as module
 import train
 from checkpoint import load_model
-from data import parse_row, read_rows
+from dataset.rows import parse_row, read_rows
 from evaluate import accepted_values, accepts, evaluate, interval, score, table
 from tokenizer import Tokenizer, parse_calls, render
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import export
 from checkpoint import load_adapter, load_model, load_tuned, save_adapter
-from data import read_rows
+from dataset.rows import read_rows
 from lora import LoRAConfig, adapters, wrap
 from tokenizer import Tokenizer
 

@@ -12,9 +12,9 @@ import pytest
 from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
 
-import data
 import hub
 from checkpoint import load_model
+from dataset.files import select_row_files
 
 ROOT = Path(__file__).resolve().parent.parent
 XLAM = "Salesforce/xlam-function-calling-60k"
@@ -26,8 +26,8 @@ PROGRAM = """
 import json, os, sys
 from pathlib import Path
 import train, checkpoint, data, hub         # and torch, once for all cases
-WHAT = {"model": lambda source: [str(checkpoint.fetch_model(source))], "files": lambda source: [str(path) for path in data.fetch(source)],
-        "rows": lambda source: [row.query for row in data.read_sources([source])], "pin": lambda source: hub.pin(source, "model"),
+WHAT = {"model": lambda source: [str(checkpoint.fetch_model(source))], "files": lambda source: [str(path) for path in files.fetch(source)],
+        "rows": lambda source: [row.query for row in read_sources([source])], "pin": lambda source: hub.pin(source, "model"),
         "train": lambda flags: train.main(train.parse_args(flags))}
 
 def disk_is_full(url, file, **_):
@@ -233,6 +233,6 @@ def test_a_name_on_the_hub_has_four_forms_and_a_path_is_none_of_them(source, par
 
 def test_files_with_rows_are_chosen_by_split_file_and_folder():
     files = ["README.md", "a/train.jsonl.gz", "a/validation.json", "b/TRAIN.json", "training.json"]
-    assert data.files_with_rows(hub.Name("o/x", None, "train"), files) == ["a/train.jsonl.gz"]
-    assert data.files_with_rows(hub.Name("o/x", None, "b"), files) == ["b/TRAIN.json"]
-    assert data.files_with_rows(hub.Name("o/x", None, None), files[3:]) == files[3:]
+    assert select_row_files(hub.Name("o/x", None, "train"), files) == ["a/train.jsonl.gz"]
+    assert select_row_files(hub.Name("o/x", None, "b"), files) == ["b/TRAIN.json"]
+    assert select_row_files(hub.Name("o/x", None, None), files[3:]) == files[3:]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from attention_kernels import attention, plan
 from checkpoint import load_model
-from data import read_rows
+from dataset.rows import read_rows
 from loss_kernels import linear_cross_entropy
 from model import Gemma3, GemmaConfig, _TiedEmbedding
 from norm_kernels import rms_norm, rotate
@@ -264,7 +264,7 @@ def test_weights_that_do_not_fit_are_refused(demo, tmp_path):
 
 
 def test_every_real_row_fits_the_vocabulary(real_model, shared):
-    from data import tokenize
+    from dataset.examples import tokenize
     tokenizer = Tokenizer.load(real_model)
     for conversation in list(read_rows([shared / "data" / "toolrl.jsonl"]))[:50]:
         assert tokenize(conversation, tokenizer).ids.max() < 262_144

@@ -18,13 +18,17 @@ from conftest import INTERPRETED, NEEDS_COMPILER, ROOT, torchrun
 
 import attention_kernels
 import checkpoint
-import data
 import model as model_file
 import train
 import triton_support
+from data import pack
+from dataset import sampler
+from dataset.examples import tokenize
+from dataset.rows import read_rows
+from dataset.sampler import query_hash
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
-from tokenizer import Tokenizer
+from tokenizer import DEVELOPER_TEXT, Tokenizer
 
 RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "trained_tokens", "seconds", "tokens_per_second", "trained_tokens_per_second",
           "data_wait", "tflops", "mfu", "peak_gib"}
@@ -107,10 +111,10 @@ def test_the_result_is_the_best_held_out_loss(demo, tmp_path, monkeypatch):
     assert min(held_out, key=held_out.get) != 12, "the last step was the best: this run shows nothing"
     model = checkpoint.load_model(tmp_path / "run" / "model", torch.float32)
     tokenizer = Tokenizer.load(demo / "model")
-    rows = [row for row in data.read_rows([demo / "rows.jsonl"]) if data.query_hash(row.query) < 0.05]
-    rows = sorted(rows, key=lambda row: data.query_hash(row.query))[:6]
-    batch = data.pack([data.tokenize(row, tokenizer) for row in rows], 10_000)[0]
-    loss = linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents), model.head, batch.targets).item() / batch.trained_tokens
+    rows = [row for row in read_rows([demo / "rows.jsonl"]) if query_hash(row.query) < 0.05]
+    rows = sorted(rows, key=lambda row: query_hash(row.query))[:6]
+    batch = pack([tokenize(row, tokenizer) for row in rows], 10_000)[0]
+    loss = linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents)[batch.loss_rows], model.head, batch.targets).item() / batch.loss_tokens
     assert loss == pytest.approx(min(held_out.values()), rel=0.05)       # the folder holds bf16
 
 
@@ -119,7 +123,7 @@ def test_steps_0_checks_everything_and_writes_nothing(demo, tmp_path, capsys):
     assert "ready  first row's loss" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-def test_preview_shows_the_trained_tokens_in_green(demo, tmp_path, capsys):
+def test_preview_shows_the_tokens_that_carry_loss_in_green(demo, tmp_path, capsys):
     assert run(demo, tmp_path / "run", "--preview", 3) == 0
     green = re.findall("\033\\[32m(.*?)\033\\[0m", capsys.readouterr().out, flags=re.DOTALL)
     assert len(green) == 3
@@ -194,8 +198,8 @@ def test_the_arithmetic_that_is_counted_is_what_pytorch_counts(demo, mode):
     tokenizer, model = Tokenizer.load(demo / "model"), checkpoint.load_model(demo / "model", torch.float32).train().requires_grad_()
     if mode != FULL:
         train.wrap(model, train.LoRAConfig(16))
-    rows = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 6)]
-    batch = data.pack(rows, 10_000)[0]
+    rows = [tokenize(row, tokenizer) for row in itertools.islice(read_rows([demo / "rows.jsonl"]), 6)]
+    batch = pack(rows, 10_000)[0]
     with FlopCounterMode(display=False) as counted:
         train.loss_sum(model, batch).backward()
     seen = sum(int((batch.positions + 1).clamp(max=window or 10_000).sum()) for window in model.config.windows)
@@ -237,7 +241,7 @@ def test_a_run_goes_on_in_other_processes_and_cut_otherwise_to_the_same_losses(d
     run(demo, tmp_path / "run", *more)
     whole = losses(tmp_path / "run")
     shutil.rmtree(checkpoint.find_checkpoints(tmp_path / "run")[-1])
-    done = torchrun(2, "train.py", *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-beginnings"))
+    done = torchrun(2, "train.py", *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-prefixes"))
     assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
 
@@ -274,8 +278,8 @@ def test_resuming_with_other_flags_is_refused(demo, tmp_path):
 
 
 def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, monkeypatch):
-    everything = train.token_cache.read_sources([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
-    rows, fewer, turned = (train.fingerprint(everything.take(np.array(which))) for which in ([0, 1], [0], [1, 0]))
+    everything = train.token_cache.read_tokens([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
+    rows, fewer, turned = (train.fingerprint(everything.select(np.array(which))) for which in ([0, 1], [0], [1, 0]))
     monkeypatch.setattr(train.dist, "broadcast", lambda tensor, source: tensor.copy_(torch.tensor([7, int(rows[-15:], 16)])))
     assert train.same_for_all(0, rows, torch.device("cpu")) == 7
     for other in (fewer, turned):
@@ -370,7 +374,7 @@ def test_what_a_run_told_its_model_is_what_answers_are_asked_with(demo, tmp_path
         evaluate.main(evaluate.parse_args([*model, "--data", str(demo / "rows.jsonl"), "--limit", "1"]))
         generate.main(generate.parse_args([*model, "--tools", str(tmp_path / "tools.json"), "sail"]))
     told = [text.removeprefix("<bos><start_of_turn>developer\n") for text in heard]
-    assert told == ["You call functions of a boat."] * 4 + ["Another."] * 2 + [data.DEVELOPER_TEXT] * 2
+    assert told == ["You call functions of a boat."] * 4 + ["Another."] * 2 + [DEVELOPER_TEXT] * 2
     with pytest.raises(ValueError, match=r"--system .* → Another"):
         run(demo, tmp_path / "run", *mode, "--steps", 2, "--resume", "--system", "Another.")
 
@@ -390,8 +394,8 @@ def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, tmp_pat
     """The loss is made NaN where "Vienna" is to be said."""
     tokenizer = Tokenizer.load(demo / "model")
     piece = tokenizer.encode("Vienna")[0]
-    examples = [data.tokenize(row, tokenizer) for row in data.read_rows([demo / "rows.jsonl"])]
-    bad = {example.source for example in examples if piece in example.ids[example.trained]}
+    examples = [tokenize(row, tokenizer) for row in read_rows([demo / "rows.jsonl"])]
+    bad = {example.source for example in examples if piece in example.ids[example.loss_mask]}
     assert 0 < len(bad) < 60
 
     def poisoned(hidden, weight, targets, **more):
@@ -510,12 +514,12 @@ def test_every_flag_has_a_help_text():
 
 
 @pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
-def test_a_shared_beginning_is_computed_once_to_the_same_losses_and_gradients(demo, tmp_path, mode):
+def test_a_shared_prefix_is_computed_once_to_the_same_losses_and_gradients(demo, tmp_path, mode):
     """Rows with one set of tools, some of them longer than the window; several forward passes a step."""
     rows = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()][:40]
     every = {tool["name"]: tool for row in rows for tool in json.loads(row["tools"])}
     (tmp_path / "one_set.jsonl").write_text("".join(json.dumps(row | {"tools": list(every.values())}) + "\n" for row in rows))
-    for name, flag in (("once", "--share-beginnings"), ("each", "--no-share-beginnings")):
+    for name, flag in (("once", "--share-prefixes"), ("each", "--no-share-prefixes")):
         run(demo, tmp_path / name, *mode, "--steps", 6, "--data", tmp_path / "one_set.jsonl", "--micro-tokens", 1200, "--batch-rows", 6, flag)
     once, each = log(tmp_path / "once"), log(tmp_path / "each")
     for a, b in zip(once, each, strict=True):
@@ -568,11 +572,11 @@ def losses_of(demo, steps, full, choice):
         choose_kernels(tuned, choice, 64)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3, fused=True)
     tokenizer = Tokenizer.load(demo / "model")
-    examples = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 100)]
+    examples = [tokenize(row, tokenizer) for row in itertools.islice(read_rows([demo / "rows.jsonl"]), 100)]
     lengths, seen = [len(example) for example in examples], []
-    for rows, _ in itertools.islice(data.steps(lengths, 0, batch_rows=1), steps):
-        [batch] = data.pack([examples[row] for row in rows], 4096)
-        loss = train.loss_sum(tuned, batch) / batch.trained_tokens
+    for rows, _ in itertools.islice(sampler.steps(lengths, 0, batch_rows=1), steps):
+        [batch] = pack([examples[row] for row in rows], 4096)
+        loss = train.loss_sum(tuned, batch) / batch.loss_tokens
         (64 * loss).backward()                                                  # small gradients would be 0 in fp16
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad /= 64
