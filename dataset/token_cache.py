@@ -239,6 +239,8 @@ def _build(path: Path, name: str, tokenizer: Tokenizer, held_out: int, skip_inva
             if chunk.error:
                 raise chunk.error
             good = [row for i, (_, row) in enumerate(chunk.rows) if i not in made.bad]
+            # A row of an array may have several lines. Inside strings JSON has no line breaks.
+            good = [row.replace(b"\n", b" ") for row in good]
             candidates = zip(made.rows["query_hash"].tolist(), count(rows), good, strict=False)
             lowest = sorted([*lowest, *candidates])[:held_out]
             ids_file.write(made.ids)

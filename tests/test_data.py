@@ -1,11 +1,15 @@
-"""data.py: packing loses nothing and keeps its bounds; rows that share a prefix hold it once."""
+"""data.py: packing loses nothing and keeps its bounds; rows that share a prefix hold it once; each row is one rank's."""
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from sample_rows import examples, rows_with_prefixes
 
-from data import pack
+from data import StepLoader, pack, shared_prefix_fraction
 from dataset.examples import Example
+from dataset.token_cache import read_tokens
+from tokenizer import Tokenizer
 
 NO_LOSS = -1           # in `targets_of`
 
@@ -133,3 +137,57 @@ def test_a_tokens_key_depends_on_its_row_up_to_it_alone():
             assert key % 2**32 == total >> 32
             assert sums.setdefault(key, total) == total
         assert len(batch.keys()) == tokens and len(sums) == 40 + 10 + 20 + 9
+
+
+# The loader of steps
+
+
+@pytest.fixture(scope="module")
+def dataset(demo):
+    return read_tokens([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), None, 100, False)
+
+
+def loaders(dataset, world_size, share_prefixes=True):
+    return [StepLoader(dataset, rank, world_size, 2_000, share_prefixes) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("world_size", [1, 3, 20])
+def test_a_loader_gives_every_row_of_a_step_to_one_rank_alone(dataset, world_size, share_prefixes):
+    """Of 20 ranks there are two groups."""
+    ranks = [list(loader.steps(3, 0, seed=1, batch_rows=60)) for loader in loaders(dataset, world_size, share_prefixes)]
+    for steps in zip(*ranks, strict=True):
+        rows, position = steps[0].rows, steps[0].position
+        assert all((step.rows, step.position, step.loss_tokens) == (rows, position, steps[0].loss_tokens) for step in steps)
+        batches = [batch for step in steps for batch in step.batches]
+        assert sorted(source for batch in batches for source in batch.sources) == sorted(dataset.source(row) for row in rows)
+        assert sum(batch.loss_tokens for batch in batches) == steps[0].loss_tokens == sum(dataset[row].loss_tokens for row in rows)
+        tokens = sum(len(batch.tokens) for batch in batches)
+        assert tokens < sum(dataset.lengths[row] for row in rows) if share_prefixes else tokens == sum(dataset.lengths[row] for row in rows)
+        assert max(len(batch.tokens) for batch in batches) <= 2_000
+
+
+@pytest.mark.parametrize("world_size", [1, 20])
+def test_a_loader_goes_on_from_any_position(dataset, world_size):
+    loader = loaders(dataset, world_size)[-1]
+    steps = list(loader.steps(6, 0, seed=1, batch_tokens=3_000))
+    for i, step in enumerate(steps[:-1]):
+        later = list(loader.steps(5 - i, step.position, seed=1, batch_tokens=3_000))
+        assert [(a.rows, a.position) for a in later] == [(b.rows, b.position) for b in steps[i + 1:]]
+        for a, b in itertools.zip_longest(later[0].batches, steps[i + 1].batches):
+            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 20])
+def test_every_held_out_row_is_one_ranks(dataset, world_size):
+    examples = dataset.split(0.2)[1]
+    packed = [source for loader in loaders(dataset, world_size) for batch in loader.pack_held_out(examples) for source in batch.sources]
+    assert sorted(packed) == sorted(example.source for example in examples) and len(packed) > 60
+
+
+def test_the_fraction_of_shared_prefixes_is_what_steps_need_not_compute():
+    made = rows_with_prefixes((60, [70] * 4))
+    assert shared_prefix_fraction(made, 4, 1000) == pytest.approx(1 - (60 + 4 * 10) / 280)
+    assert shared_prefix_fraction(made, 2, 1000) == pytest.approx(1 - 2 * (60 + 2 * 10) / 280)
+    assert shared_prefix_fraction(made, 4, 80) == pytest.approx(1 - 2 * (60 + 2 * 10) / 280), "a prefix is computed in each batch that needs it"
+    assert shared_prefix_fraction([], 4, 1000) == 0

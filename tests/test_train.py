@@ -510,7 +510,18 @@ def test_every_flag_has_a_help_text():
         assert re.search(rf"^  {flag}\b.*\S", text, flags=re.MULTILINE), flag
 
 
-# Beginnings that rows share
+# Prefixes that rows share
+
+
+@pytest.mark.parametrize(("given", "shares"), [([], True), (["--share-prefixes"], True), (["--no-share-prefixes"], False), (["--share-beginnings"], True),
+                                               (["--no-share-beginnings"], False), (["--no-share-beginnings", "--share-prefixes"], True)])
+def test_share_prefixes_is_still_called_by_its_old_name(given, shares, capsys):
+    args = train.parse_args(["--model", "m", "--data", "d", *given])
+    assert args.share_prefixes is shares and not hasattr(args, "share_beginnings")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "--no-share-prefixes" in text and "beginnings" not in text
 
 
 @pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])

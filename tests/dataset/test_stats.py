@@ -166,6 +166,12 @@ def test_rows_with_nothing_remarkable_get_one_line(demo, tokenizer):
     assert re.fullmatch(r"longest row rows\.jsonl:\d+, \d+ tokens; rows in steps of 32 share \d+% of their tokens as prefixes", line)
 
 
+def test_statistics_in_the_data_json_of_an_older_run_are_still_described(demo, tokenizer):
+    found = statistics_of(demo / "rows.jsonl", tokenizer)
+    older = {"beginnings" if key == "shared_prefixes" else key: value for key, value in found.items()}
+    assert "beginnings" in older and describe(older) == describe(found) and headlines(older) == headlines(found)
+
+
 def test_hostile_rows_get_into_the_page_as_text(tmp_path, tokenizer):
     hostile = HOSTILE.replace("\ud83d", "")                            # half a character makes a row unreadable
     tool = {"name": hostile, "description": hostile, "parameters": {hostile: {"type": hostile}}}

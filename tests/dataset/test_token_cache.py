@@ -69,10 +69,12 @@ def folders(cache):
 # The same as row by row
 
 
-@pytest.mark.parametrize("shape", ["jsonl", "json", "jsonl.gz"])
+@pytest.mark.parametrize("shape", ["jsonl", "json", "indented.json", "jsonl.gz"])
 def test_several_processes_give_each_row_the_ids_of_one(demo, tokenizer, read, many, tmp_path, shape):
     lines = (demo / "rows.jsonl").read_text().splitlines()[:100]
     text = "\n\n".join(lines) if shape.startswith("jsonl") else "[" + ",\n".join(lines) + "]"
+    if shape == "indented.json":
+        text = json.dumps(json.loads(text), indent=1)
     file = tmp_path / f"rows.{shape}"
     file.write_bytes(gzip.compress(text.encode()) if shape.endswith("gz") else text.encode())
     rows = list(read_rows([file]))
