@@ -25,7 +25,9 @@ JSONL = "\n".join(map(json.dumps, ROWS)).encode()
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-import train, checkpoint, data, hub         # and torch, once for all cases
+import train, checkpoint, hub               # and torch, once for all cases
+from dataset import files
+from dataset.rows import read_sources
 WHAT = {"model": lambda source: [str(checkpoint.fetch_model(source))], "files": lambda source: [str(path) for path in files.fetch(source)],
         "rows": lambda source: [row.query for row in read_sources([source])], "pin": lambda source: hub.pin(source, "model"),
         "train": lambda flags: train.main(train.parse_args(flags))}
