@@ -1,10 +1,12 @@
 """Examples → the packed batches of each optimizer step. No token is padding, and no row is cut.
 
-    row (dict) ── dataset/rows ──▶ Conversation ── dataset/examples ──▶ Example(ids, loss_mask) ── this file
-    ──▶ Batch
+    row (dict)
+    ── dataset/rows ──────▶ Conversation
+    ── dataset/examples ──▶ Example(ids, loss_mask)
+    ── this file ─────────▶ Batch(tokens, positions, documents, loss_rows, targets)
 
 A step's rows are divided among the ranks. Each rank packs its rows side by side into batches of at most
---micro-tokens tokens, as documents between which attention never looks. Rows that share a prefix hold it once
+--micro-tokens tokens, as documents that do not attend to each other. Rows that share a prefix hold it once
 (dataset/prefix_sharing.py).
 """
 from __future__ import annotations
@@ -38,11 +40,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents side by side: T tokens, M of which carry loss.
+    """Documents side by side: T tokens, M of which predict a next token that carries loss.  All int64.
 
-    tokens (T) int64; positions (T) int64, of each token in its row; documents (T) int64, the number of its
-    document loss_rows (M) int64: where in `tokens` a next token is predicted with loss; targets (M) int64:
-    that next token
+    tokens (T)
+    positions (T)     of each token in its row
+    documents (T)     the number of each token's document
+    loss_rows (M)     the indices of the tokens that predict with loss
+    targets (M)       the tokens that they predict
+    spans             the documents, in order
 
     A prefix that several rows share is a document of its own. Each of these rows continues it, as a document
     whose positions do not begin at 0 (`Gemma3.forward`).
@@ -77,8 +82,8 @@ class Batch:
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(tokens, positions, documents, loss_rows, targets), for the model.
 
-        Positions and documents stay on the CPU, where the model reads document borders; nothing waits for the
-        device.
+        Positions and documents stay on the CPU, where the model reads the borders of documents. Nothing waits
+        for the device.
         """
         tokens, loss_rows, targets = (sent(x, device) for x in (self.tokens, self.loss_rows, self.targets))
         return tokens, self.positions, self.documents, loss_rows, targets
@@ -91,18 +96,19 @@ class Batch:
 def pack(examples: Sequence[Example], max_tokens: int, share_prefixes: bool = True) -> list[Batch]:
     """Pack the examples, in their order, into few batches of at most `max_tokens` tokens.
 
-    No example is cut: one that is longer gets a batch of its own. share_prefixes: compute a prefix that rows
-    of a batch have in common once; losses and gradients are the same.
+    No example is cut: one that is longer gets a batch of its own.
+    share_prefixes: compute a prefix that rows share once; losses and gradients are the same
     """
     return pack_groups(sampler.assign_to_ranks(examples, 1, share_prefixes)[0], max_tokens)
 
 
 def pack_groups(groups: Sequence[PrefixGroup], max_tokens: int) -> list[Batch]:
-    """Pack groups of rows that share a prefix into as few batches of at most `max_tokens` tokens.
+    """Pack groups of rows that share a prefix into few batches of at most `max_tokens` tokens.
 
     The batches are about equally large, because the largest one decides how much memory a step takes: 4,700
-    tokens with a maximum of 4,096 become 2 × 2,350. The smallest limit is found by bisection that costs
-    neither more batches nor more tokens, as a prefix is computed in each batch that needs it.
+    tokens with a maximum of 4,096 become 2 × 2,350. For this, bisection finds the smallest maximum that needs
+    neither more batches nor more tokens. (A prefix is computed in each batch that needs it, so that smaller
+    batches may compute more tokens.)
     """
     batches = _fill(groups, max_tokens)
     count, tokens = _cost(batches)
@@ -140,7 +146,7 @@ def _fill(groups: Iterable[PrefixGroup], max_tokens: int) -> list[list[Span]]:
 
 
 def build_batch(spans: list[Span]) -> Batch:
-    """The documents of one batch side by side; one that does not begin at 0 continues the last that does."""
+    """Put documents side by side.  One that does not begin at 0 continues the last one that does."""
     tokens = np.concatenate([example.ids[start:stop] for example, start, stop in spans])
     next_tokens = np.concatenate([example.ids[start + 1:stop + 1] for example, start, stop in spans])
     loss_mask = np.concatenate([example.loss_mask[start + 1:stop + 1] for example, start, stop in spans])

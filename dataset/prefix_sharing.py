@@ -1,8 +1,8 @@
 """Rows that share a prefix: groups whose common first tokens are computed once.
 
-An application's rows declare the same tools, so their first thousand tokens are often the same. A group's
-prefix becomes a document of its own, which each of its rows continues (`data.Batch`). Losses and gradients
-stay the same.
+An application's rows declare the same tools, so their first thousand tokens are often the same. The prefix of
+a group becomes a document of its own, which each of the group's rows continues (`data.Batch`). Losses and
+gradients stay the same.
 """
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def group_by_prefix(examples: Sequence[Example]) -> list[PrefixGroup]:
     order = lexicographic_order(examples)
     shared = [_shared_tokens(examples[a], examples[b]) for a, b in itertools.pairwise(order)]
 
-    # best[n]: of the first n rows in order, the tokens that are saved at most, and the last group of that
-    # solution, as its first row and its prefix.
+    # Dynamic programming over the sorted rows. best[n]: for the first n of them, the most tokens that can be
+    # saved, and where the last group of that solution begins and how long its prefix is.
     best = [(0, 0, 0)]
     for last in range(len(order)):
         choice, prefix = (best[last][0], last, 0), sys.maxsize

@@ -1,14 +1,14 @@
-"""Every shape of row → `Conversation`. What cannot be right is rejected here, with file:line; nothing is cut
-or guessed.
+"""Every shape of row → `Conversation`. A row that cannot be right is rejected here, with file:line.
 
 A row has one of three shapes:
-    xLAM         {"query": …, "tools": […] or its JSON text, "answers": [{"name", "arguments"}] or its JSON
-    text}
+    xLAM         {"query": …, "tools": […], "answers": [{"name", "arguments"}]}; either list may be JSON text
                  "answers" may also be [], for silence, or a text that the model says instead of calling
     messages     {"messages": […], "tools": […]}, OpenAI's chat format; every assistant turn carries loss
     leaderboard  {"question", "function", "ground_truth": [{name: {parameter: [accepted, …]}}]}, of one turn
-                 "ground_truth" may also replace "answers" in xLAM's columns; training takes the first
-                 accepted values
+                 "ground_truth" may also replace "answers" in xLAM's columns
+                 training takes the first accepted value of each parameter
+
+Nothing is cut or guessed.
 """
 from __future__ import annotations
 
@@ -262,8 +262,7 @@ def _lists_accepted_values(value: Any) -> bool:
 
 
 def _first_accepted_call(call: dict) -> dict:
-    """{name: {parameter: [accepted, …]}} → {"name", "arguments"} with the first accepted value of each
-    parameter.
+    """{name: {parameter: [accepted, …]}} → {"name", "arguments"}, with the first accepted values.
 
     A parameter whose first accepted value is "" is left out.
     """

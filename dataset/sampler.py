@@ -14,12 +14,10 @@ import numpy as np
 from dataset.examples import Example
 from dataset.prefix_sharing import PrefixGroup, group_by_prefix, split_group
 
-# Rows that wait for a step of --batch-tokens with room for them. On real rows 32 leave 0.5 % of the tokens
-# empty.
+# Rows that wait for a step of --batch-tokens that has room for them. With 32, real rows fill it to 99.5 %.
 MAX_WAITING_ROWS = 32
 
-# Ranks that divide rows among themselves. Larger groups save few tokens more and take longer
-# (docs/scaling.md).
+# Ranks that divide rows among themselves. Larger groups save few tokens and take longer (docs/scaling.md).
 MAX_GROUP_RANKS = 16
 
 
@@ -40,8 +38,7 @@ def query_hash(query: str) -> float:
 def split_held_out(hashes: Sequence[float] | np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """(the rows to train on, in their order; the held-out rows, by their hash), as indices.
 
-    hashes: `query_hash` of each row. The first held-out rows are a fair sample of every source, as hashes are
-    random.
+    hashes: `query_hash` of each row. In their order the first held-out rows are a fair sample of all sources.
     """
     hashes = np.asarray(hashes, np.float64)
     by_hash = np.argsort(hashes, kind="stable")
@@ -124,11 +121,10 @@ def steps(lengths: Sequence[int], seed: int, *, batch_rows: int | None = None,
 
 
 def steps_of_tokens(rows: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut rows into steps of at most `batch_tokens` tokens, or of one row that is longer; the last may be
-    small.
+    """Cut rows into steps of at most `batch_tokens` tokens, or of one row that is longer.
 
-    A row that does not fit waits, and is the first in the next step. A step ends when `MAX_WAITING_ROWS` rows
-    wait.
+    A row that does not fit waits, and is the first in the next step. A step ends when `MAX_WAITING_ROWS`
+    wait, or with the last row.
     """
     stream, waiting = iter(rows), []
     while True:
@@ -175,8 +171,8 @@ def rank_group_rows(rows: Sequence[int], lengths: Sequence[int], order: np.ndarr
     the rows are sorted, which makes rows that share a prefix neighbours, and cut into a piece a rank, with
     equally many tokens each. The pieces go to the groups in turn.
 
-    lengths: tokens of each row of the data set; order: the place of each in `lexicographic_order`, for more
-    than one group
+    lengths: tokens of each row of the data set
+    order: the place of each row in `lexicographic_order`; None where there is one group
     """
     groups, number, *_ = rank_group(rank, world_size)
     if groups == 1:
@@ -190,11 +186,11 @@ def rank_group_rows(rows: Sequence[int], lengths: Sequence[int], order: np.ndarr
 
 def assign_to_ranks(examples: Sequence[Example], ranks: int,
                     share_prefixes: bool = True) -> list[list[PrefixGroup]]:
-    """The groups of rows that each of so many ranks computes, balanced in tokens: longest first, to the least
-    loaded rank.
+    """The groups of rows that each of so many ranks computes.
 
-    A group that is large beside a rank's share of the tokens is split, and its prefix computed in each piece.
-    Four sizes of pieces are tried, and the most even assignment is used.
+    Balances the groups over the ranks by the tokens to compute, longest first, each to the least loaded rank.
+    A group that is large beside a rank's share is split, and its prefix is computed in each piece. Four sizes
+    of pieces are tried, and the most even assignment is used.
     """
     if share_prefixes:
         groups = group_by_prefix(examples)

@@ -1,7 +1,6 @@
 """Statistics of a data set: what is in its rows, as one dict for JSON, and in words.
 
-    python train.py --model MODEL --data rows.jsonl --survey      # on the console and as a page, without
-    training
+    python train.py --model MODEL --data rows.jsonl --survey      # on the console and as a page; no training
 
 Most of it comes from what the token cache stores of each row (`token_dataset.ROW`), so that a million rows
 take seconds. What needs whole rows (samples, shared prefixes) looks at `SAMPLED_ROWS` of them.

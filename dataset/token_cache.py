@@ -1,11 +1,10 @@
 """Files of rows → `TokenDataset`: tokenized once by all cores, and from then on mapped from the disk.
 
-    JSONL, JSON, .gz ── every core ──▶ CACHE/KEY/{ids.bin, rows.bin, held_out.jsonl, summary.json} ──▶
-    TokenDataset
+    JSONL, JSON, .gz ── every core ──▶ CACHE/KEY/ ──▶ TokenDataset
 
-A folder holds all rows of one file, whatever a run drops or holds out:
-    ids.bin         uint32 for each token of each row, in order: its id, and in the highest bit whether it
-    carries loss rows.bin        a `token_dataset.ROW` for each row
+A folder CACHE/KEY holds all rows of one file, whatever a run drops or holds out:
+    ids.bin         uint32 for each token of each row: its id, and in the highest bit whether it carries loss
+    rows.bin        a `token_dataset.ROW` for each row
     held_out.jsonl  the rows with the lowest query hashes as they were read: those that a run evaluates on
     summary.json    what was counted and skipped, and the sizes and checksums of the other files
 
@@ -58,9 +57,9 @@ DEFAULT_CACHE = USER_CACHE / "nano-functiongemma" / "tokens"
 DAYS_KEPT = 30
 CHUNK_ROWS = 128                                # rows that a process tokenizes at a time
 MIN_PROCESS_BYTES = 1 << 19                     # a smaller part of a file is not worth another process
-MIN_HELD_OUT_ROWS = 1024               # kept for evaluation at least, so that asking for more seldom rebuilds
+MIN_HELD_OUT_ROWS = 1024                        # kept for evaluation at least: asking for more rebuilds
 SETTLED_NANOSECONDS = 2e9                       # a file that is younger may change without a new time stamp
-PR_SET_PDEATHSIG = 1                        # of prctl(2): the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1                            # of prctl(2): a signal for when the parent process ends
 
 
 def read_tokens(sources: Iterable[str], model_folder: Path, tokenizer: Tokenizer, cache: Path | None,
