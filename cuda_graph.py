@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_kernels import Tables
-from data import IGNORE, Batch
+from data import Batch
 from lora import hand_out, token_numbers
+from loss_kernels import IGNORE
 from model import Gemma3, Plans
 from triton_support import cdiv, next_power_of_2, sent
 

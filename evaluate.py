@@ -22,9 +22,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import data
 import report
-from data import Conversation
+from dataset.errors import SkippedRows
+from dataset.examples import tokenize
+from dataset.files import read_system_text
+from dataset.rows import Conversation, message_calls, message_text, read_sources
+from dataset.sampler import query_hash, split_held_out
 from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
 from inference.scoring import Score, accepted_values, results_table, score, summarize
 from model import Gemma3
@@ -100,9 +103,9 @@ def tokenize_prompts(rows: Sequence[Conversation], tokenizer: Tokenizer,
     """The ids of each row up to its last answer, and the most tokens to generate after them."""
     prompts, limits = [], []
     for row in rows:
-        example = data.tokenize(row, tokenizer)
+        example = tokenize(row, tokenizer)
         # The answer is the run of tokens with loss at the row's end.
-        answer_start = int(np.flatnonzero(~example.trained)[-1]) + 1
+        answer_start = int(np.flatnonzero(~example.loss_mask)[-1]) + 1
         answer_tokens = len(example.ids) - answer_start
         prompts.append(example.ids[:answer_start].tolist())
         limits.append(max_new_tokens or max(64, 2 * answer_tokens))
@@ -112,10 +115,10 @@ def tokenize_prompts(rows: Sequence[Conversation], tokenizer: Tokenizer,
 def compare_answer(row: Conversation, ids: list[int], tokenizer: Tokenizer) -> AnsweredRow:
     """Compare a generated answer with the row's own."""
     text = tokenizer.decode(ids)
-    given, expected = parse_calls(text), data.called(row.messages[-1])
+    given, expected = parse_calls(text), message_calls(row.messages[-1])
     accepted = row.accepted or [accepted_values(call) for call in expected]
     result = score(accepted, given, row.tools, given.unread)
-    queries = (data.said(message) for message in reversed(row.messages) if message["role"] == "user")
+    queries = (message_text(message) for message in reversed(row.messages) if message["role"] == "user")
     record = {
         "source": row.source,
         "query": next(queries, ""),
@@ -226,7 +229,7 @@ def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device:
     if args.system is None:
         system = system_prompt_of(args.model, args.adapter)
     else:
-        system = data.system_text(args.system)
+        system = read_system_text(args.system)
     rows = read_rows(args, system)
     model, folder = load_tuned(args.model, args.adapter, args.dtype, device)
     tokenizer = load_tokenizer(folder)
@@ -247,12 +250,13 @@ def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device:
 
 def read_rows(args: argparse.Namespace, system: str) -> list[Conversation]:
     """The rows of `--data` that are left after `--held-out` and `--limit`; at least one."""
-    skipped = data.Skipped() if args.skip_invalid else None
-    found = list(data.read_sources(args.data.split(","), skipped, system))
-    _, held_out = data.hold_out(found, 1.0 if args.held_out is None else args.held_out)
-    rows = held_out[:args.limit]
-    for cause, count in (skipped or {}).items():
-        print(f"{count} rows skipped: {cause}; the first: {skipped.first[cause]}")
+    skipped = SkippedRows() if args.skip_invalid else None
+    found = list(read_sources(args.data.split(","), skipped, system))
+    fraction = 1.0 if args.held_out is None else args.held_out
+    _, held_out = split_held_out([query_hash(row.query) for row in found], fraction)
+    rows = [found[i] for i in held_out[:args.limit]]
+    for line in skipped.lines() if skipped else ():
+        print(line)
     if not rows:
         raise ValueError(f"{args.data}: none of its {len(found)} rows is left to evaluate on; see --held-out")
     return rows

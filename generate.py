@@ -29,9 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 from attention_kernels import attention, plan
 from cuda_graph import record, size_for
+from data import side_by_side
+from dataset.errors import RowError
+from dataset.files import read_system_text
+from dataset.tools import parse_tools
 from model import Gemma3
 from storage.adapters import load_tuned, system_prompt_of
 from storage.atomic import read_json
@@ -65,7 +68,7 @@ def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[P
     """Run the tokens `rows` that come after `prefix`, side by side; returns each row's own keys and values."""
     lengths = [len(row) for row in rows]
     device, start = model.head.device, len(prefix.ids)
-    positions, _ = data.side_by_side(lengths, start)
+    positions, _ = side_by_side(lengths, start)
     keys, values, windows = [], [], model.config.windows
     documents, starts, keys_only = ([start, *lengths], [0] + [start] * len(lengths), 1) if start else (lengths, None, 0)
     plans = {window: plan(documents, window, model.compute_dtype, device, model.config.heads, starts, keys_only) for window in set(windows)}
@@ -434,8 +437,8 @@ def main(args: argparse.Namespace) -> int:
     if args.tools:
         try:
             tools = read_json(Path(args.tools))
-            tools = data.parse_tools([tools] if isinstance(tools, dict) else tools)
-        except data.RowError as error:
+            tools = parse_tools([tools] if isinstance(tools, dict) else tools)
+        except RowError as error:
             raise ValueError(f"{args.tools}: {error}") from None
     model, folder = load_tuned(args.model, args.adapter, args.dtype, args.device)
     tokenizer = load_tokenizer(folder)
@@ -447,7 +450,7 @@ def main(args: argparse.Namespace) -> int:
                             phrases=call_phrases(tokenizer), recorded=recorded)
         return tokenizer.decode(answer)
 
-    system = data.system_text(args.system) if args.system is not None else system_prompt_of(args.model, args.adapter) if tools else ""
+    system = read_system_text(args.system) if args.system is not None else system_prompt_of(args.model, args.adapter) if tools else ""
     messages = [{"role": "developer", "content": system}] if system else []
     if args.query is None:
         return session(ask, messages, args.raw)

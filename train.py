@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,11 @@ from safetensors import SafetensorError
 
 import data
 import report
-import survey
-import token_cache
 from cuda_graph import RecordedPasses
+from dataset import sampler, stats, token_cache
+from dataset.examples import Example, text_runs
+from dataset.files import parse_weight, read_system_text
+from dataset.token_dataset import TokenDataset
 from evaluate import evaluate
 from inference.scoring import results_table
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
@@ -49,8 +50,7 @@ from storage.pretrained import (
     save_model,
     save_system_prompt,
 )
-from token_cache import Tokens
-from tokenizer import Tokenizer
+from tokenizer import DEVELOPER_TEXT, Tokenizer
 from training.distributed import (
     AllReduceGradients,
     FSDPGradients,
@@ -100,13 +100,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-data", default=None, metavar="A,B,…", help="held-out rows; without it a share of --data is held out")
     add("--eval-fraction", type=float, default=0.05, help="share of queries to hold out, chosen by a hash of the query")
     add("--eval-rows", type=int, default=200, help="evaluate on at most this many held-out rows")
-    add("--system", default=data.DEVELOPER_TEXT, metavar="TEXT", help="what the model is told before the tools, or @FILE that holds it; "
+    add("--system", default=DEVELOPER_TEXT, metavar="TEXT", help="what the model is told before the tools, or @FILE that holds it; "
         "rows with a developer or system message of their own keep theirs (default: Google's sentence)")
     add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and counted, never cut")
     add("--skip-invalid", action="store_true", help="drop rows that cannot be right and count them, instead of stopping")
     add("--survey", action="store_true", help="count and describe the rows of --data, bad ones too, here and in OUT/data.html, and stop")
-    add("--data-cache", metavar="DIR", default=str(token_cache.FOLDER), help="where tokenized rows are kept; '' keeps none")
-    add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, trained tokens in green, and stop")
+    add("--data-cache", metavar="DIR", default=str(token_cache.DEFAULT_CACHE), help="where tokenized rows are kept; '' keeps none")
+    add("--preview", type=int, default=0, metavar="N", help="print N rendered rows, the tokens that carry loss in green, and stop")
 
     add = parser.add_argument_group("how long").add_argument
     add("--steps", type=int, default=None, help="optimizer steps; 0 prepares and checks everything and stops")
@@ -118,8 +118,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add("--checkpoint-activations", action="store_true", help="keep only what enters each layer and compute the layer again in the "
         "backward pass: half the memory or less, a third more arithmetic")
-    add("--share-beginnings", action=argparse.BooleanOptionalAction, default=True, help="compute a beginning that rows of a step have in "
+    add("--share-prefixes", action=argparse.BooleanOptionalAction, default=True, help="compute a prefix that rows of a step have in "
         "common, such as the same tools, once for all of them (changes speed, not the result)")
+    add("--share-beginnings", action=argparse.BooleanOptionalAction, dest="share_prefixes", default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS)                                  # the flag's old name
 
     add = parser.add_argument_group("optimizer (AdamW)").add_argument
     add("--lr", type=float, default=None, help="highest learning rate (default 1e-3 for LoRA, 2e-5 for --full)")
@@ -197,7 +199,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--shard divides all that --full trains among several processes: use it with --full, under torchrun")
     if args.batch_tokens:
         args.max_tokens = min(args.max_tokens, args.batch_tokens)        # no row is larger than a step
-    args.system = data.system_text(args.system)
+    args.system = read_system_text(args.system)
     args.lr = args.lr if args.lr is not None else 2e-5 if args.full else 1e-3
     args.dtype = choose_dtype(args.dtype, args.device)
     if args.cuda_graph and (args.device != "cuda" or args.shard or args.dtype != "bf16"):
@@ -208,7 +210,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # Flags that may differ between a run and its resumption; all others decide the losses.
 FREE_FLAGS = {"out", "resume", "overwrite", "save_every", "eval_every", "eval_calls", "log_every", "preview", "max_grad_norm", "keep",
-              "profile", "shard", "checkpoint_activations", "micro_tokens", "share_beginnings", "data_cache", "cuda_graph"}
+              "profile", "shard", "checkpoint_activations", "micro_tokens", "share_prefixes", "data_cache", "cuda_graph"}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -233,24 +235,14 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     train, eval_examples, surveyed = read_examples(args, model_folder, tokenizer, say)
     if args.preview:
         for i in range(min(args.preview, len(train))):
-            say(survey.colored(data.runs(train[i], tokenizer)), end="\n\n")
+            say(stats.color_runs(text_runs(train[i], tokenizer)), end="\n\n")
         return 0
     if not train:
         raise ValueError("no row is left to train on; see the counts above, and --max-tokens, --eval-fraction")
-    lengths, trained_lengths = train.lengths, train.column("trained").tolist()
+    lengths = train.lengths
     eval_rows = [eval_examples.conversation(i) for i in range(len(eval_examples))]
-    teams, team, members = data.team_of(rank, world)
-    places = np.argsort(data.lexicographic(train)) if teams > 1 else None
-
-    def pack(examples: list[data.Example]) -> list[data.Batch]:
-        """This process's batches of what its team is to compute."""
-        return data.pack_groups(data.deal(examples, members, args.share_beginnings)[rank // teams], args.micro_tokens)
-
-    def pack_step(rows: list[int]) -> list[data.Batch]:
-        """This process's batches of a step."""
-        return pack([train[row] for row in data.team_rows(rows, lengths, places, rank, world)])
-
-    held_out = pack(list(eval_examples)[team::teams])
+    loader = data.StepLoader(train, rank, world, args.micro_tokens, args.share_prefixes)
+    held_out = loader.pack_held_out(eval_examples)
 
     # Model, optimizer, schedule.
     dtype = DTYPES[args.dtype]
@@ -269,7 +261,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
     if (weights != 1).any():
         say(f"data   {weights.sum():,.0f} rows an epoch, by the weights of --data")
-    total = args.steps if args.epochs is None else sum(1 for _ in itertools.islice(data.steps(lengths, **plan), args.steps))
+    total = args.steps if args.epochs is None else sum(1 for _ in itertools.islice(sampler.steps(lengths, **plan), args.steps))
     warmup = args.warmup_steps if args.warmup_steps is not None else min(50, total // 10)
     say(f"model  {size:.1f} M parameters, {trained_size:.2f} M trained ({'full' if args.full else f'LoRA rank {args.lora_rank}'}), "
         f"{args.dtype} on {device_name(device)}")
@@ -280,8 +272,8 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         began, on_gpu = time.perf_counter(), args.device == "cuda" and args.kernels != "torch"
         if on_gpu:
             say("kernels are compiled and timed; a first start takes a minute or two", flush=True)
-        first, _ = next(data.steps(lengths, args.seed, batch_rows=args.batch_rows, batch_tokens=args.batch_tokens))
-        sizes = [len(batch.tokens) for batch in pack_step(first)]
+        first, _ = next(sampler.steps(lengths, args.seed, batch_rows=args.batch_rows, batch_tokens=args.batch_tokens))
+        sizes = [len(batch.tokens) for batch in loader.pack_step(first)]
         chosen = choose_kernels(model, args.kernels, max(sizes, default=1))
         for line in chosen:
             say(f"kernels {line}")
@@ -330,7 +322,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         return batches + [data.IDLE] * (all_reduce_max(len(batches), device) - len(batches))
 
     def held_out_loss() -> float | None:
-        """Mean nats a trained token over the held-out rows, shared among the processes."""
+        """Mean nats a token that carries loss over the held-out rows, shared among the processes."""
         if not eval_examples:
             return None
         with torch.no_grad():
@@ -340,7 +332,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
                 nats += loss_sum(model, batch)
         if world > 1:
             dist.all_reduce(nats)
-        return nats.item() / eval_examples.trained_tokens
+        return nats.item() / eval_examples.loss_tokens
 
     def evaluate_and_keep_best() -> None:
         loss = held_out_loss()
@@ -379,7 +371,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     if args.steps == 0:
         batch = data.pack([train[0]], args.micro_tokens)[0]
         with torch.no_grad():
-            loss = loss_sum(model, batch).item() / batch.trained_tokens
+            loss = loss_sum(model, batch).item() / batch.loss_tokens
         say(f"ready  first row's loss {loss:.4f}; --steps 0 stops here")
         return 0
     if step == 0:
@@ -402,15 +394,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     for number, handler in usual.items():
         closing.callback(signal.signal, number, handler)
 
-    def prepared() -> Iterator[tuple]:
-        """Of each step: its rows, the position after it, and what this process is to compute."""
-        for rows, position in itertools.islice(data.steps(lengths, start=state["position"], **plan), total - step):
-            yield rows, position, pack_step(rows), sum(trained_lengths[row] for row in rows)
-
     # The loop.
     profiler = closing.enter_context(step_profiler(args.profile, out, device)) if args.profile and rank == 0 else None
     first_step, started = step, time.perf_counter()
-    coming, ended, stopping = prepared(), started, False
+    coming, ended, stopping = loader.steps(total - step, state["position"], **plan), started, False
     upcoming = next(coming, None)
     while upcoming:
         rows, position, batches, trained_tokens = upcoming
@@ -495,7 +482,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 def pin_sources(args: argparse.Namespace, rank: int, world: int, restarts: int) -> None:
     """Give each name on the Hub in the flags its commit: a resumed run's own, or the one that rank 0 finds there now."""
     def pin(sources: str | None) -> str | None:
-        weighted = [data.parse_weight(source) for source in sources.split(",")] if sources else []
+        weighted = [parse_weight(source) for source in sources.split(",")] if sources else []
         return ",".join(hub.pin(name, "dataset") + (f"*{weight:g}" if weight != 1 else "") for name, weight in weighted) or None
 
     args.asked = [args.model, args.data, args.eval_data]
@@ -513,53 +500,54 @@ def pin_sources(args: argparse.Namespace, rank: int, world: int, restarts: int) 
     args.model, args.data, args.eval_data = pinned
 
 
-def read_tokens(args: argparse.Namespace, sources: str, model_folder: Path, tokenizer: Tokenizer, skip_invalid: bool) -> Tokens:
+def read_tokens(args: argparse.Namespace, sources: str, model_folder: Path, tokenizer: Tokenizer, skip_invalid: bool) -> TokenDataset:
     cache = Path(args.data_cache) if args.data_cache else None
-    return token_cache.read_sources(sources.split(","), model_folder, tokenizer, cache, max(args.eval_rows, args.eval_calls), skip_invalid,
-                                    args.system)
+    return token_cache.read_tokens(sources.split(","), model_folder, tokenizer, cache, max(args.eval_rows, args.eval_calls), skip_invalid,
+                                   args.system)
 
 
 def survey_rows(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> int:
     """Look at every row of `--data`, the bad ones too, and say what was seen."""
-    found = read_tokens(args, args.data, model_folder, tokenizer, skip_invalid=True).figures(tokenizer, args.max_tokens)
-    say(survey.console(found))
+    rows = read_tokens(args, args.data, model_folder, tokenizer, skip_invalid=True)
+    found = stats.statistics(rows, tokenizer, args.max_tokens, data.shared_prefix_fraction)
+    say(stats.console(found))
     say(f"\nreport {report.write_data_report(Path(args.out), args.data, found)}")
     return 0
 
 
-def read_examples(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> tuple[Tokens, Tokens, dict]:
-    """The training rows, those of the held-out rows that are evaluated, and the survey of the training rows."""
+def read_examples(args: argparse.Namespace, model_folder: Path, tokenizer: Tokenizer, say) -> tuple[TokenDataset, TokenDataset, dict]:
+    """The training rows, those of the held-out rows that are evaluated, and the statistics of the training rows."""
     evaluated = max(args.eval_rows, args.eval_calls)
     rows = read_tokens(args, args.data, model_folder, tokenizer, args.skip_invalid)
     if args.eval_data:
-        _, held_out = read_tokens(args, args.eval_data, model_folder, tokenizer, args.skip_invalid).hold_out(1.0)
-        train = rows.take(~np.isin(rows.hashes, held_out.hashes))
+        _, held_out = read_tokens(args, args.eval_data, model_folder, tokenizer, args.skip_invalid).split(1.0)
+        train = rows.select(~np.isin(rows.hashes, held_out.hashes))
         if len(train) < len(rows):
             say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
     else:
-        train, held_out = rows.hold_out(args.eval_fraction)
+        train, held_out = rows.split(args.eval_fraction)
     say(f"data   {len(train)} rows to train on, {len(held_out)} held out"
         + (f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""))
-    for cause, entry in rows.skipped.items():
-        say(f"data   {entry['rows']} rows skipped: {cause}; the first: {entry['first']}")
-    found = train.figures(tokenizer, args.max_tokens)
+    for line in rows.skipped.lines():
+        say(f"data   {line}")
+    found = stats.statistics(train, tokenizer, args.max_tokens, data.shared_prefix_fraction)
     train, held_out = (without_long(examples, args.max_tokens, name, say) for name, examples in
-                       (("training", train), ("held-out", held_out.take(np.arange(min(evaluated, len(held_out)))))))
-    for line in survey.headlines(found) if train else ():
+                       (("training", train), ("held-out", held_out.select(slice(evaluated)))))
+    for line in stats.headlines(found) if train else ():
         say(f"data   {line}")
     return train, held_out, found
 
 
-def without_long(examples: Tokens, max_tokens: int, name: str, say) -> Tokens:
+def without_long(examples: TokenDataset, max_tokens: int, name: str, say) -> TokenDataset:
     """The examples that are not too long."""
     short = np.asarray(examples.lengths) < max_tokens                            # a length is one less than the row's tokens
-    kept = examples.take(short)
+    kept = examples.select(short)
     if len(kept) < len(examples):
         say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens (--max-tokens); the first: "
             f"{examples.source(int(short.argmin()))}")
     if kept:
         tokens = sum(kept.lengths)
-        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {kept.trained_tokens / tokens:.1%} of them trained")
+        say(f"data   {name}: {tokens:,} tokens, {tokens / len(kept):.0f} a row, {kept.loss_tokens / tokens:.1%} of them carry loss")
     return kept
 
 
@@ -575,7 +563,7 @@ def learning_rate(step: int, total: int, warmup: int, args: argparse.Namespace) 
 
 
 def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0, into: torch.Tensor | None = None) -> torch.Tensor:
-    """Σ of the losses of a batch's trained tokens, in nats: a scalar on the model's device.
+    """Σ of the losses of a batch's tokens that carry loss, in nats: a scalar on the model's device.
 
     seed: of dropout, in training. into: as for the model.
     """
@@ -590,12 +578,12 @@ def hash_seed(*numbers: int) -> int:
 
 
 @torch.no_grad()
-def describe_failure(model: Gemma3, examples: list[data.Example], step: int, seed: int, loss: float, norm: float, out: Path) -> str:
+def describe_failure(model: Gemma3, examples: list[Example], step: int, seed: int, loss: float, norm: float, out: Path) -> str:
     """What to tell the user about a step with a NaN or an exploding gradient: the rows, worst first."""
     losses = []
     for example in examples:
         batch = data.pack([example], len(example))[0]
-        losses.append((loss_sum(model, batch, seed).item() / batch.trained_tokens, example.source))
+        losses.append((loss_sum(model, batch, seed).item() / batch.loss_tokens, example.source))
     worst = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:5]
     rows = ", ".join(f"{source} (loss {loss:.3g})" for loss, source in worst)
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}; the step was not taken and no checkpoint was touched. "
@@ -603,9 +591,9 @@ def describe_failure(model: Gemma3, examples: list[data.Example], step: int, see
             f"--resume go on from the last checkpoint in {out}")
 
 
-def fingerprint(rows: Tokens) -> str:
+def fingerprint(rows: TokenDataset) -> str:
     """How many training rows, of how many tokens, and a hash of what they say and in which order."""
-    content = hashlib.sha256(rows.column("whole").tobytes() + rows.column("tokens").tobytes())
+    content = hashlib.sha256(rows.column("row_hash").tobytes() + rows.column("tokens").tobytes())
     return f"{len(rows)} of {sum(rows.lengths):,} tokens, SHA-256 {content.hexdigest()[:15]}"
 
 

@@ -43,7 +43,8 @@ sys.path.insert(0, str(ROOT))
 
 import cpu_kernels  # noqa: E402
 import train  # noqa: E402
-from data import Example  # noqa: E402
+from dataset import sampler  # noqa: E402
+from dataset.examples import Example  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from storage.pretrained import DTYPES, choose_dtype, load_model  # noqa: E402
 from training.host import MALLOC, PRIMITIVE_CACHES, device_name  # noqa: E402
@@ -97,7 +98,7 @@ def padded(rows: list[Example], device: str | torch.device) -> dict[str, torch.T
     for i, row in enumerate(rows):
         row_ids = torch.from_numpy(row.ids).long()
         ids[i, :len(row_ids)], mask[i, :len(row_ids)] = row_ids, 1
-        labels[i, :len(row_ids)] = torch.where(torch.from_numpy(row.trained), row_ids, -100)
+        labels[i, :len(row_ids)] = torch.where(torch.from_numpy(row.loss_mask), row_ids, -100)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
 
@@ -106,7 +107,6 @@ def worker(args: argparse.Namespace) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    import data
     from storage.pretrained import DTYPES, fetch_model
     from tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ def worker(args: argparse.Namespace) -> None:
 
     result: dict = {"seconds": [], "tokens": [], "losses": [], "row_tokens": []}
     lengths = [len(example) for example in examples]
-    plan = data.steps(lengths, ours.seed, batch_rows=ours.batch_rows)
+    plan = sampler.steps(lengths, ours.seed, batch_rows=ours.batch_rows)
     warmup = min(50, args.steps // 10)
     together = 1 if args.one_set else 2 if args.dtype == "fp32" else 4
     model.train()
@@ -139,7 +139,7 @@ def worker(args: argparse.Namespace) -> None:
         rows = [examples[i] for i in next(plan)[0]]
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, args.steps, warmup, ours)
-        trained = sum(row.trained_tokens for row in rows)
+        trained = sum(row.loss_tokens for row in rows)
         total = 0.0
         for start in range(0, len(rows), together):
             loss = loss_sum(padded(rows[start:start + together], args.device)) / trained
@@ -160,7 +160,7 @@ def worker(args: argparse.Namespace) -> None:
         model.eval()
         with torch.no_grad():
             nats = sum(loss_sum(padded([row], args.device)).item() for row in held_out)
-        result["held_out"] = [nats / held_out.trained_tokens]
+        result["held_out"] = [nats / held_out.loss_tokens]
     print(json.dumps(result))
 
 
@@ -234,7 +234,7 @@ def main() -> None:
         else:
             ways: dict[str, tuple[int, list[str], int]] = {"ours": (args.steps, [], 1)}                 # steps, flags, processes
             if args.one_set:
-                ways["ours, each alone"] = (1 + WARMUP_STEPS, ["--no-share-beginnings", "--batch-rows", "8"], 1)
+                ways["ours, each alone"] = (1 + WARMUP_STEPS, ["--no-share-prefixes", "--batch-rows", "8"], 1)
             elif args.device == "cpu":
                 if (cores := torch.get_num_threads()) > 1 and not args.full:
                     ways["ours, a process a core"] = (args.steps, [], cores)

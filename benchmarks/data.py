@@ -32,8 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                     # not this folder: `data` is the module, not this file
 
 import data  # noqa: E402
-import token_cache  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from dataset import sampler, token_cache  # noqa: E402
+from dataset.examples import tokenize  # noqa: E402
+from dataset.rows import read_rows  # noqa: E402
+from dataset.tools import parse_tools  # noqa: E402
+from tokenizer import DEVELOPER_TEXT, Tokenizer  # noqa: E402
 
 BATCH_TOKENS = 16_896
 EVALUATED = 200
@@ -179,15 +182,15 @@ def ours(file: str, model: Path, cache: Path) -> dict:
     memory = Memory()
     memory.start()
     began = time.perf_counter()
-    tokens = token_cache.read_sources([file], model, tokenizer, cache, EVALUATED, skip_invalid=False)
-    train, held_out = tokens.hold_out(0.05)
+    tokens = token_cache.read_tokens([file], model, tokenizer, cache, EVALUATED, skip_invalid=False)
+    train, held_out = tokens.split(0.05)
     conversations = [held_out.conversation(i) for i in range(min(EVALUATED, len(held_out)))]
     ready = time.perf_counter()
     assert len(train) + len(held_out) == len(tokens) and conversations
-    plan = [rows for rows, _ in data.steps(tokens.lengths, 0, batch_tokens=BATCH_TOKENS, epochs=1)]
+    plan = [rows for rows, _ in sampler.steps(tokens.lengths, 0, batch_tokens=BATCH_TOKENS, epochs=1)]
     planned = time.perf_counter()
     slots = len(plan) * BATCH_TOKENS
-    real = sum(len(batch.tokens) for rows in plan for batch in data.pack([tokens[row] for row in rows], BATCH_TOKENS, share=False))
+    real = sum(len(batch.tokens) for rows in plan for batch in data.pack([tokens[row] for row in rows], BATCH_TOKENS, share_prefixes=False))
     ended = time.perf_counter()
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     return {"rows": len(tokens), "tokens": real, "seconds": ended - began, "ready_seconds": ready - began, "plan_seconds": planned - ready,
@@ -205,9 +208,9 @@ def peer(file: str, model: Path, cache: Path) -> dict:
 
     def tokenized(row: dict) -> dict:
         calls = [{"type": "function", "function": call} for call in json.loads(row["answers"])]
-        messages = [{"role": "developer", "content": data.DEVELOPER_TEXT}, {"role": "user", "content": row["query"]},
+        messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user", "content": row["query"]},
                     {"role": "assistant", "content": None, "tool_calls": calls}]
-        ids = tokenizer.apply_chat_template(messages, tools=data.parse_tools(row["tools"]), tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(messages, tools=parse_tools(row["tools"]), tokenize=True, return_dict=False)
         return {"ids": ids, "length": len(ids) - 1}
 
     memory = Memory()
@@ -217,7 +220,7 @@ def peer(file: str, model: Path, cache: Path) -> dict:
     rows = rows.map(tokenized, num_proc=CORES, remove_columns=rows.column_names, new_fingerprint=f"tokenized{Path(file).stat().st_size}")
     ready = time.perf_counter()
     rows.set_format("numpy")
-    plan = [step for step, _ in data.steps(rows["length"][:], 0, batch_tokens=BATCH_TOKENS, epochs=1)]
+    plan = [step for step, _ in sampler.steps(rows["length"][:], 0, batch_tokens=BATCH_TOKENS, epochs=1)]
     real = 0
     for step in plan:
         ids = rows[step]["ids"]
@@ -233,9 +236,9 @@ def check_same_ids(files: list[str], model: Path) -> None:
     from transformers import AutoTokenizer
     theirs, mine = AutoTokenizer.from_pretrained(model), Tokenizer.load(model)
     theirs.chat_template = TEMPLATE
-    for row in data.read_rows(files):
+    for row in read_rows(files):
         ids = theirs.apply_chat_template(row.messages, tools=row.tools, tokenize=True, return_dict=False)
-        if ids != data.tokenize(row, mine).ids.tolist():
+        if ids != tokenize(row, mine).ids.tolist():
             sys.exit(f"{row.source}: the two sides give different ids")
 
 

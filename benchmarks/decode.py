@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from tables import add_result_flags, keep_result  # noqa: E402
 
-import data  # noqa: E402
+from dataset.rows import read_sources  # noqa: E402
+from dataset.sampler import query_hash  # noqa: E402
 from generate import STOP_IDS, RecordedSteps, call_phrases, generate  # noqa: E402
 from storage.adapters import load_tuned  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -43,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     transformers.utils.logging.set_verbosity_error()
     model, folder = load_tuned(args.model, args.adapter, "bf16", args.device)
     tokenizer = Tokenizer.load(folder)
-    rows = data.hold_out(data.read_sources([args.data]), 1.0)[1][:16]
+    rows = sorted(read_sources([args.data]), key=lambda row: query_hash(row.query))[:16]
     prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device)
     missing, unknown = theirs.load_state_dict(model.state_dict(), strict=False)

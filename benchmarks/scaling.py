@@ -34,7 +34,10 @@ from step import rows as random_rows  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
 import data  # noqa: E402
-from data import Example  # noqa: E402
+from dataset import sampler  # noqa: E402
+from dataset.examples import Example, tokenize  # noqa: E402
+from dataset.prefix_sharing import lexicographic_order  # noqa: E402
+from dataset.rows import read_sources  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.pretrained import load_model  # noqa: E402
@@ -102,9 +105,9 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
                examples: list[Example]) -> dict:
     """What this process sees of steps over the examples: seconds of each, its tokens, the bytes that it sends."""
     model = build(model_name, way, device)
-    examples = [Example(row.ids % model.config.vocab_size, row.trained, row.source) for row in examples]
-    batches = data.pack_groups(data.deal(examples, world)[rank], MICRO_TOKENS)
-    tokens, trained = sum(len(batch.tokens) for batch in batches), sum(example.trained_tokens for example in examples)
+    examples = [Example(row.ids % model.config.vocab_size, row.loss_mask, row.source) for row in examples]
+    batches = data.pack_groups(sampler.assign_to_ranks(examples, world)[rank], MICRO_TOKENS)
+    tokens, trained = sum(len(batch.tokens) for batch in batches), sum(example.loss_tokens for example in examples)
     if way == "full --shard":
         batches += [data.IDLE] * (all_reduce_max(len(batches), device) - len(batches))
     gradients = FSDPGradients(model) if way == "full --shard" else AllReduceGradients(model, world)
@@ -139,7 +142,7 @@ def measure(model: str, world: int, args: argparse.Namespace, examples: list[Exa
     """The figures of each way and scaling on so many processes."""
     lengths, runs = [len(example) for example in examples], []
     for way, scaling in itertools.product(WAYS, ("strong", "weak")) if world > 1 else (("lora", "strong"), ("full", "strong")):
-        rows, _ = next(data.steps(lengths, 0, batch_tokens=args.tokens * (world if scaling == "weak" else 1)))
+        rows, _ = next(sampler.steps(lengths, 0, batch_tokens=args.tokens * (world if scaling == "weak" else 1)))
         runs.append((model, way, [examples[row] for row in rows], scaling))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(process, (world, args, [run[:3] for run in runs], folder), nprocs=world)
@@ -161,18 +164,19 @@ def figures(model: str, way: str, examples: list[Example], scaling: str, seen: l
 
 def dealt(examples: list[Example], processes: int) -> dict:
     """How evenly so many processes share a step of `MICRO_TOKENS` each, or of all rows, and the seconds of CPU for which one packs it."""
-    lengths, places = [len(example) for example in examples], np.argsort(data.lexicographic(examples))
-    rows, _ = next(data.steps(lengths, 0, batch_tokens=min(processes * MICRO_TOKENS, sum(lengths))))
-    teams, loads, seconds = data.team_of(0, processes)[0], [], []
+    lengths, places = [len(example) for example in examples], np.argsort(lexicographic_order(examples))
+    rows, _ = next(sampler.steps(lengths, 0, batch_tokens=min(processes * MICRO_TOKENS, sum(lengths))))
+    teams, loads, seconds = sampler.rank_group(0, processes).groups, [], []
     for team in range(teams):                                           # the first `teams` ranks are of one team each
         began = time.process_time()
-        groups = data.deal([examples[row] for row in data.team_rows(rows, lengths, places, team, processes)],
-                           data.team_of(team, processes)[2])
+        groups = sampler.assign_to_ranks([examples[row] for row in sampler.rank_group_rows(rows, lengths, places, team, processes)],
+                           sampler.rank_group(team, processes).size)
         data.pack_groups(groups[0], MICRO_TOKENS)
         seconds.append(time.process_time() - began)
-        loads += [sum(map(data.tokens_of, some)) for some in groups]
+        loads += [sum(group.computed_tokens for group in some) for some in groups]
     began = time.process_time()
-    together = sum(sum(map(data.tokens_of, some)) for some in data.deal([examples[row] for row in rows], processes))
+    assignment = sampler.assign_to_ranks([examples[row] for row in rows], processes)
+    together = sum(group.computed_tokens for some in assignment for group in some)
     tokens = sum(lengths[row] for row in rows)
     return {"processes": processes, "rows": len(rows), "tokens": tokens, "largest_over_mean": max(loads) / (sum(loads) / processes),
             "computed": sum(loads) / tokens, "seconds": statistics.median(seconds), "without_teams": {
@@ -188,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
               "measured": [], "dealt": []}
     if args.data:
         tokenizer = Tokenizer.load(args.model or args.tokenizer)
-        examples = [data.tokenize(row, tokenizer) for row in data.read_sources(args.data.split(","))]
+        examples = [tokenize(row, tokenizer) for row in read_sources(args.data.split(","))]
     else:
         examples = random_rows(args.tokens * 2 * max(counts), 400, 0)
 
@@ -211,7 +215,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", help="rows, for their lengths and beginnings; without it random ones")
+    parser.add_argument("--data", help="rows, for their lengths and prefixes; without it random ones")
     parser.add_argument("--model", help="a model's folder, measured after the small one")
     parser.add_argument("--tokenizer", help="the folder that has the rows' tokenizer, without --model")
     parser.add_argument("--processes", default="1,2" if not torch.cuda.is_available() else

@@ -37,7 +37,8 @@ import geglu_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
 import norm_kernels  # noqa: E402
 from cuda_graph import RecordedPasses  # noqa: E402
-from data import Example, pack  # noqa: E402
+from data import pack  # noqa: E402
+from dataset.examples import Example  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
@@ -120,10 +121,10 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
         def step(i: int) -> tuple[Tensor, Tensor]:
             batch = batches[i % len(batches)]
             if passes:
-                loss = passes(batch) / batch.trained_tokens
-                torch._foreach_div_([p.grad for p in parameters], batch.trained_tokens)
+                loss = passes(batch) / batch.loss_tokens
+                torch._foreach_div_([p.grad for p in parameters], batch.loss_tokens)
             else:
-                loss = loss_sum(model, batch) / batch.trained_tokens
+                loss = loss_sum(model, batch) / batch.loss_tokens
                 loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -197,7 +198,7 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
                   for first in range(0, len(some), way.rows or len(some))] for some in examples]          # there before time counts
 
         def step(i: int) -> tuple[Tensor, Tensor]:
-            total, trained = torch.zeros((), device=device), sum(row.trained_tokens for row in examples[i % len(examples)])
+            total, trained = torch.zeros((), device=device), sum(row.loss_tokens for row in examples[i % len(examples)])
             for one in steps[i % len(steps)]:
                 batch = dict(one)
                 labels = batch.pop("labels")[:, 1:]

@@ -22,7 +22,7 @@ import sentencepiece
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])      # not this folder: `tokenizer` is the package, not this file
 
-import data  # noqa: E402
+from dataset.rows import read_rows  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
@@ -43,7 +43,7 @@ def main() -> None:
         with Path(name).open(encoding="utf-8") as lines:
             for line in islice(lines, flags.rows):
                 texts += [text if isinstance(text, str) else json.dumps(text) for text in json.loads(line).values()]
-        conversations += [row.segments() for row in islice(data.read_rows([name]), flags.rows)]
+        conversations += [row.segments() for row in islice(read_rows([name]), flags.rows)]
     for text in texts:
         if ours.encode(text) != theirs.encode(text):
             sys.exit(f"different ids for {text!r}")

@@ -22,7 +22,7 @@ import torch
 if __name__ == "__main__":      # as a script: the project's modules are in the folder above
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import data
+from dataset.rows import parse_row
 from model import Gemma3
 from storage.atomic import atomic_file, write_json
 from storage.pretrained import config_from_dict, save_model
@@ -330,7 +330,7 @@ def write_demo(folder: Path, rows: int = ROWS, seed: int = 0, config: dict = SMA
 
     texts = []
     for row in made[:VOCABULARY_ROWS]:
-        texts += texts_between_controls(data.parse_row(row, "demo").segments())
+        texts += texts_between_controls(parse_row(row, "demo").segments())
     train_model_file(texts, model_folder, VOCABULARY)
     vocabulary = Tokenizer.load(model_folder).vocab_size
 

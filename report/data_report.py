@@ -7,10 +7,10 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from dataset.stats import describe
 from report.charts import bar
 from report.formatting import html_text
 from report.page import table, write_page
-from survey import described
 
 
 def write_data_report(folder: Path, name: str, stats: dict) -> Path:
@@ -37,7 +37,7 @@ def data_section(stats: dict) -> str:
 
 
 def stats_table(stats: dict) -> str:
-    rows = [[html_text(label, 120), html_text(value, 1_000)] for label, value in described(stats)]
+    rows = [[html_text(label, 120), html_text(value, 1_000)] for label, value in describe(stats)]
     return table([], rows, "facts")
 
 

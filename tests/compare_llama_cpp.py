@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data
+from dataset.rows import read_sources
+from dataset.sampler import query_hash
 from generate import STOP_IDS, generate
 from storage.pretrained import load_model
 from tokenizer import Tokenizer, parse_calls
@@ -21,7 +22,7 @@ from tokenizer import Tokenizer, parse_calls
 
 def main(folder: str, gguf: str, rows_file: str, count: int = 10) -> None:
     from llama_cpp import Llama
-    rows = data.hold_out(data.read_sources([rows_file]), 1.0)[1][:count]
+    rows = sorted(read_sources([rows_file]), key=lambda row: query_hash(row.query))[:count]
     tokenizer = Tokenizer.load(folder)
     prompts = [tokenizer.encode_segments(row.prompt())[0] for row in rows]
     model = load_model(folder, torch.float32)

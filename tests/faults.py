@@ -52,6 +52,7 @@ sys.path.insert(0, {root!r})
 import train
 from storage import tensors
 from training import run_folder
+from dataset import token_cache
 RANK, LIFE, passed = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), 0
 
 def mark():

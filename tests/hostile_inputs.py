@@ -23,7 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import data  # noqa: E402
+from dataset.errors import SkippedRows  # noqa: E402
+from dataset.examples import tokenize  # noqa: E402
+from dataset.rows import parse_row, read_rows  # noqa: E402
 from examples import demo  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from storage import adapters, pretrained  # noqa: E402
@@ -109,14 +111,14 @@ def write(path: Path, content) -> None:
 def read(path: Path) -> str:
     """What reading gives, without --skip-invalid and, where that stops, with it."""
     try:
-        rows = list(data.read_rows([path]))
+        rows = list(read_rows([path]))
         for found in rows:
-            data.tokenize(found, TOKENIZER)
+            tokenize(found, TOKENIZER)
         return f"{len(rows)} rows"
     except ValueError as error:
         said = str(error)
     try:
-        return f"{said} → {len(list(data.read_rows([path], data.Skipped())))} rows"
+        return f"{said} → {len(list(read_rows([path], SkippedRows())))} rows"
     except ValueError as error:
         return said if str(error) == said else f"{said} → {error}"
 
@@ -217,7 +219,7 @@ def file_case(name: str, content, load):
 
 def load_tokenizer(folder: Path) -> str:
     tokenizer = pretrained.load_tokenizer(folder)
-    tokenizer.encode_segments(data.parse_row(GOOD, "x").segments())
+    tokenizer.encode_segments(parse_row(GOOD, "x").segments())
     return "loaded"
 
 

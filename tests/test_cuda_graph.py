@@ -10,6 +10,7 @@ import data
 import train
 from attention_kernels import tables
 from cuda_graph import RecordedPasses, size_for
+from dataset.examples import Example
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
 from storage import pretrained
@@ -25,7 +26,7 @@ def batches_of(lengths, without_loss=0.7):
 
     def row(length):
         trained = np.arange(length + 1) > without_loss * length
-        return data.Example(generator.integers(110, 1000, length + 1).astype(np.int32), trained, "a row")
+        return Example(generator.integers(110, 1000, length + 1).astype(np.int32), trained, "a row")
     return [data.pack([row(length) for length in pair], 4096)[0] for pair in lengths]
 
 
@@ -89,7 +90,7 @@ def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches, idle):
         loss.backward()
         seen.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     assert len(batch.tokens) == len(batches[0].tokens) + idle
-    assert batch.trained_tokens == batches[0].trained_tokens
+    assert batch.loss_tokens == batches[0].loss_tokens
     for filled, plain in zip(*seen, strict=True):
         torch.testing.assert_close(filled, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
 

@@ -8,7 +8,7 @@ from conftest import torchrun
 
 import evaluate as module
 import train
-from data import parse_row, read_rows
+from dataset.rows import parse_row, read_rows
 from evaluate import evaluate
 from storage.pretrained import load_model
 from tokenizer import Tokenizer, render

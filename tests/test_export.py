@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import export
-from data import read_rows
+from dataset.rows import read_rows
 from lora import LoRAConfig, adapters, wrap
 from storage.adapters import load_adapter, load_tuned, save_adapter
 from storage.pretrained import load_model

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import data
-from tokenizer import Tokenizer, parse_calls, render, render_segments
+from dataset.errors import RowError
+from dataset.rows import parse_row
+from dataset.tools import json_type
+from tokenizer import DEVELOPER_TEXT, Tokenizer, parse_calls, render, render_segments
 from tokenizer.chat import SCHEMA_KEYS
 from tokenizer.model_file import control_names, train_model_file
 
@@ -71,7 +73,7 @@ def test_the_worked_examples_answer_is_read_as_the_documented_calls():
 
 
 def test_the_developer_sentence_is_the_one_that_rows_get():
-    assert MESSAGES[0] == {"role": "developer", "content": data.DEVELOPER_TEXT}
+    assert MESSAGES[0] == {"role": "developer", "content": DEVELOPER_TEXT}
 
 
 def test_the_example_of_several_turns_is_what_render_prints():
@@ -79,7 +81,7 @@ def test_the_example_of_several_turns_is_what_render_prints():
 
 
 def test_the_xlam_row_becomes_the_text_under_it():
-    row = data.parse_row(ROW, "format.md:1")
+    row = parse_row(ROW, "format.md:1")
     assert marked(row.messages, row.tools) == RENDERED[2]
     assert parse_calls(RENDERED[2][RENDERED[2].index("«"):]) == ROW["answers"]
 
@@ -87,21 +89,21 @@ def test_the_xlam_row_becomes_the_text_under_it():
 def test_the_xlam_row_may_be_json_texts():
     texts = {"query": ROW["query"], "tools": json.dumps([{**ROW["tools"][0], "parameters": json.dumps(ROW["tools"][0]["parameters"])}]),
              "answers": json.dumps([{**ROW["answers"][0], "arguments": json.dumps(ROW["answers"][0]["arguments"])}])}
-    assert data.parse_row(texts, "x") == data.parse_row(ROW, "x")
+    assert parse_row(texts, "x") == parse_row(ROW, "x")
 
 
 def test_without_answers_the_end_of_the_turn_alone_is_trained():
-    row = data.parse_row({**ROW, "answers": []}, "x")
+    row = parse_row({**ROW, "answers": []}, "x")
     assert marked(row.messages, row.tools).partition("«")[2] == "<end_of_turn>\n»"
     assert "With `\"answers\": []` the model is to stay silent: the trained text is `<end_of_turn>\\n`." in SECTIONS["xLAM rows"]
 
 
 def test_a_text_for_answers_is_trained_as_documented():
-    row = data.parse_row({**ROW, "answers": "I only add."}, "x")
+    row = parse_row({**ROW, "answers": "I only add."}, "x")
     assert marked(row.messages, row.tools).partition("«")[2] == "I only add.<end_of_turn>\n»"
     for broken in ("[", "{"):
-        with pytest.raises(data.RowError, match="not valid JSON"):
-            data.parse_row({**ROW, "answers": broken + "x"}, "x")
+        with pytest.raises(RowError, match="not valid JSON"):
+            parse_row({**ROW, "answers": broken + "x"}, "x")
 
 
 def test_the_date_is_said_as_in_the_published_prompt(shared):
@@ -111,7 +113,7 @@ def test_the_date_is_said_as_in_the_published_prompt(shared):
 
 
 def test_the_three_forms_of_a_tool_give_one_declaration():
-    rows = [data.parse_row({"query": "q", "tools": [form], "answers": []}, "x") for form in FORMS]
+    rows = [parse_row({"query": "q", "tools": [form], "answers": []}, "x") for form in FORMS]
     assert len(FORMS) == 3 and len({render(row.messages, row.tools) for row in rows}) == 1
 
 
@@ -157,13 +159,13 @@ def test_types_become_what_the_document_says():
     cells = table("xLAM rows", header)[0]
     for kind, spellings in zip(header.strip("| ").split(" | "), map(code, cells), strict=True):
         for text in (kind, *spellings):
-            assert data.json_type(text) == data.json_type(text.upper()) == ({"type": kind}, False), text
+            assert json_type(text) == json_type(text.upper()) == ({"type": kind}, False), text
     integers = {"type": "array", "items": {"type": "integer"}}
     for text, expected in {"Optional[int]": ({"type": "integer"}, True), "int, optional": ({"type": "integer"}, True),
                            "List[int]": (integers, False), "Set[int]": (integers, False), "Tuple[int, str]": (integers, False),
                            "Dict[str, int]": ({"type": "object"}, False), "Union[int, str]": ({"type": "string"}, False),
                            "datetime": ({"type": "string"}, False)}.items():
-        assert f"`{text}`" in SECTIONS["xLAM rows"] and data.json_type(text) == expected, text
+        assert f"`{text}`" in SECTIONS["xLAM rows"] and json_type(text) == expected, text
 
 
 def losses():
@@ -281,7 +283,7 @@ def test_parameters_without_a_type_lose_a_brace_unless_data_py_adds_it():
     parameters = {"properties": {"a": {"type": "string"}}}
     written = declaration(parameters)
     assert written.count("{") == written.count("}") + 1
-    row = data.parse_row({"query": "q", "tools": [{"name": "f", "parameters": parameters}], "answers": []}, "x")
+    row = parse_row({"query": "q", "tools": [{"name": "f", "parameters": parameters}], "answers": []}, "x")
     written = declaration(row.tools[0]["function"]["parameters"])
     assert written.count("{") == written.count("}")
 

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import RowError, parse_row, read_rows
+from dataset.errors import MAX_ROW_BYTES, RowError, SkippedRows
+from dataset.files import split_array
+from dataset.rows import parse_row, read_rows
 from model import GemmaConfig
 from storage.pretrained import config_from_dict, load_model
 from tokenizer import Tokenizer
@@ -184,9 +185,9 @@ def test_a_file_with_some_bytes_changed_is_read_or_refused_with_its_place(tmp_pa
         list(read_rows([path]))
     except RowError as error:
         assert str(error).startswith("rows:")
-    skipped = data.Skipped()
+    skipped = SkippedRows()
     try:
-        assert len(list(read_rows([path], skipped))) + skipped.total() >= 1
+        assert len(list(read_rows([path], skipped))) + skipped.total >= 1
     except RowError as error:
         assert error.cause in ("broken array", "broken gzip")
 
@@ -199,7 +200,7 @@ def test_an_array_is_cut_into_its_items_with_their_lines_whatever_pieces_it_is_r
     while at < len(text):
         pieces.append(text[at:at + sizes[len(pieces) % len(sizes)]])
         at += len(pieces[-1])
-    found = list(data._array_rows("x", 7, iter(pieces)))
+    found = list(split_array("x", 7, iter(pieces)))
     assert [json.dumps(json.loads(item)) for _, item in found] == [json.dumps(value) for value in values]
     at = 1
     for place, item in found:
@@ -212,11 +213,11 @@ def test_an_array_is_cut_into_its_items_with_their_lines_whatever_pieces_it_is_r
 def test_a_row_of_just_the_largest_size_is_read_and_one_of_a_byte_more_is_refused(tmp_path, before, after):
     for beyond in (0, 1):
         row = json.dumps({**hostile_inputs.GOOD, "id": "ID"}).encode()
-        row = row.replace(b"ID", b"x" * (data.MAX_ROW_BYTES + beyond - len(row) + 2))
+        row = row.replace(b"ID", b"x" * (MAX_ROW_BYTES + beyond - len(row) + 2))
         (tmp_path / "rows").write_bytes(before + row + after)
-        skipped = data.Skipped()
-        assert len(row) == data.MAX_ROW_BYTES + beyond and len(list(read_rows([tmp_path / "rows"], skipped))) == 1 - beyond
-        assert skipped["too long"] == beyond
+        skipped = SkippedRows()
+        assert len(row) == MAX_ROW_BYTES + beyond and len(list(read_rows([tmp_path / "rows"], skipped))) == 1 - beyond
+        assert skipped.total == beyond and list(skipped) == ["too long"] * beyond
 
 
 def test_the_last_of_two_equal_keys_counts():

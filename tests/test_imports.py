@@ -14,9 +14,8 @@ ORDER = (
     ("model",),
     ("lora",),
     ("storage",),
+    ("dataset",),
     ("data",),
-    ("survey",),
-    ("token_cache",),
     ("inference",),
     ("training",),
     ("cuda_graph", "report"),
@@ -27,7 +26,7 @@ ORDER = (
 RANK = {module: rank for rank, group in enumerate(ORDER) for module in group}
 RUN_TIME = {"torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub"}
 # Private names that are still read from outside: (the module that reads, the name).
-KNOWN_PRIVATE = {("token_cache", "data._raw_rows")}
+KNOWN_PRIVATE: set[tuple[str, str]] = set()
 
 
 def sources() -> dict[str, Path]:

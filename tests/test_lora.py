@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import lora
 import lora_kernels
-from data import Example, pack
+from data import pack
+from dataset.examples import Example
 from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, draw, merge, odd_numbers, wrap
 from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attention_kernels import attention, plan
-from data import read_rows
+from dataset.rows import read_rows
 from loss_kernels import linear_cross_entropy
 from model import Gemma3, GemmaConfig, _TiedEmbedding
 from norm_kernels import rms_norm, rotate
@@ -199,7 +199,7 @@ def test_rms_norm_works_in_full_precision_whatever_the_input(generator):
 
 
 def test_every_real_row_fits_the_vocabulary(real_model, shared):
-    from data import tokenize
+    from dataset.examples import tokenize
     tokenizer = Tokenizer.load(real_model)
     for conversation in list(read_rows([shared / "data" / "toolrl.jsonl"]))[:50]:
         assert tokenize(conversation, tokenizer).ids.max() < 262_144

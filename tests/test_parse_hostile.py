@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from data import RowError, parse_row
+from dataset.errors import RowError
+from dataset.rows import parse_row
 from tokenizer import chat, parse_calls, render, render_segments
 from tokenizer.model_file import control_names
 

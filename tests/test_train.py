@@ -15,10 +15,14 @@ import torch
 from conftest import INTERPRETED, NEEDS_COMPILER, ROOT, torchrun
 
 import attention_kernels
-import data
 import model as model_file
 import train
 import triton_support
+from data import pack
+from dataset import sampler
+from dataset.examples import tokenize
+from dataset.rows import read_rows
+from dataset.sampler import query_hash
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import linear_cross_entropy
 from storage import pretrained
@@ -26,7 +30,7 @@ from storage.adapters import load_adapter, load_tuned
 from storage.atomic import read_json
 from storage.pretrained import load_model
 from storage.tensors import read_tensors
-from tokenizer import Tokenizer
+from tokenizer import DEVELOPER_TEXT, Tokenizer
 from training.run_folder import find_checkpoints
 
 RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "trained_tokens", "seconds", "tokens_per_second", "trained_tokens_per_second",
@@ -110,10 +114,10 @@ def test_the_result_is_the_best_held_out_loss(demo, tmp_path, monkeypatch):
     assert min(held_out, key=held_out.get) != 12, "the last step was the best: this run shows nothing"
     model = load_model(tmp_path / "run" / "model", torch.float32)
     tokenizer = Tokenizer.load(demo / "model")
-    rows = [row for row in data.read_rows([demo / "rows.jsonl"]) if data.query_hash(row.query) < 0.05]
-    rows = sorted(rows, key=lambda row: data.query_hash(row.query))[:6]
-    batch = data.pack([data.tokenize(row, tokenizer) for row in rows], 10_000)[0]
-    loss = linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents), model.head, batch.targets).item() / batch.trained_tokens
+    rows = [row for row in read_rows([demo / "rows.jsonl"]) if query_hash(row.query) < 0.05]
+    rows = sorted(rows, key=lambda row: query_hash(row.query))[:6]
+    batch = pack([tokenize(row, tokenizer) for row in rows], 10_000)[0]
+    loss = linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents)[batch.loss_rows], model.head, batch.targets).item() / batch.loss_tokens
     assert loss == pytest.approx(min(held_out.values()), rel=0.05)       # the folder holds bf16
 
 
@@ -122,7 +126,7 @@ def test_steps_0_checks_everything_and_writes_nothing(demo, tmp_path, capsys):
     assert "ready  first row's loss" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-def test_preview_shows_the_trained_tokens_in_green(demo, tmp_path, capsys):
+def test_preview_shows_the_tokens_that_carry_loss_in_green(demo, tmp_path, capsys):
     assert run(demo, tmp_path / "run", "--preview", 3) == 0
     green = re.findall("\033\\[32m(.*?)\033\\[0m", capsys.readouterr().out, flags=re.DOTALL)
     assert len(green) == 3
@@ -216,7 +220,7 @@ def test_a_run_goes_on_in_other_processes_and_cut_otherwise_to_the_same_losses(d
     run(demo, tmp_path / "run", *more)
     whole = losses(tmp_path / "run")
     shutil.rmtree(find_checkpoints(tmp_path / "run")[-1])
-    done = torchrun(2, "train.py", *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-beginnings"))
+    done = torchrun(2, "train.py", *flags(demo, tmp_path / "run", *more, "--resume", "--micro-tokens", 100, "--no-share-prefixes"))
     assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
 
@@ -307,7 +311,7 @@ def test_what_a_run_told_its_model_is_what_answers_are_asked_with(demo, tmp_path
         evaluate.main(evaluate.parse_args([*model, "--data", str(demo / "rows.jsonl"), "--limit", "1"]))
         generate.main(generate.parse_args([*model, "--tools", str(tmp_path / "tools.json"), "sail"]))
     told = [text.removeprefix("<bos><start_of_turn>developer\n") for text in heard]
-    assert told == ["You call functions of a boat."] * 4 + ["Another."] * 2 + [data.DEVELOPER_TEXT] * 2
+    assert told == ["You call functions of a boat."] * 4 + ["Another."] * 2 + [DEVELOPER_TEXT] * 2
     with pytest.raises(ValueError, match=r"--system .* → Another"):
         run(demo, tmp_path / "run", *mode, "--steps", 2, "--resume", "--system", "Another.")
 
@@ -327,8 +331,8 @@ def test_a_nan_stops_the_run_names_the_row_and_ruins_no_checkpoint(demo, tmp_pat
     """The loss is made NaN where "Vienna" is to be said."""
     tokenizer = Tokenizer.load(demo / "model")
     piece = tokenizer.encode("Vienna")[0]
-    examples = [data.tokenize(row, tokenizer) for row in data.read_rows([demo / "rows.jsonl"])]
-    bad = {example.source for example in examples if piece in example.ids[example.trained]}
+    examples = [tokenize(row, tokenizer) for row in read_rows([demo / "rows.jsonl"])]
+    bad = {example.source for example in examples if piece in example.ids[example.loss_mask]}
     assert 0 < len(bad) < 60
 
     def poisoned(hidden, weight, targets, **more):
@@ -443,16 +447,27 @@ def test_every_flag_has_a_help_text():
         assert re.search(rf"^  {flag}\b.*\S", text, flags=re.MULTILINE), flag
 
 
-# Beginnings that rows share
+# Prefixes that rows share
+
+
+@pytest.mark.parametrize(("given", "shares"), [([], True), (["--share-prefixes"], True), (["--no-share-prefixes"], False), (["--share-beginnings"], True),
+                                               (["--no-share-beginnings"], False), (["--no-share-beginnings", "--share-prefixes"], True)])
+def test_share_prefixes_is_still_called_by_its_old_name(given, shares, capsys):
+    args = train.parse_args(["--model", "m", "--data", "d", *given])
+    assert args.share_prefixes is shares and not hasattr(args, "share_beginnings")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "--no-share-prefixes" in text and "beginnings" not in text
 
 
 @pytest.mark.parametrize("mode", [FULL, LORA], ids=["full", "lora"])
-def test_a_shared_beginning_is_computed_once_to_the_same_losses_and_gradients(demo, tmp_path, mode):
+def test_a_shared_prefix_is_computed_once_to_the_same_losses_and_gradients(demo, tmp_path, mode):
     """Rows with one set of tools, some of them longer than the window; several forward passes a step."""
     rows = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()][:40]
     every = {tool["name"]: tool for row in rows for tool in json.loads(row["tools"])}
     (tmp_path / "one_set.jsonl").write_text("".join(json.dumps(row | {"tools": list(every.values())}) + "\n" for row in rows))
-    for name, flag in (("once", "--share-beginnings"), ("each", "--no-share-beginnings")):
+    for name, flag in (("once", "--share-prefixes"), ("each", "--no-share-prefixes")):
         run(demo, tmp_path / name, *mode, "--steps", 6, "--data", tmp_path / "one_set.jsonl", "--micro-tokens", 1200, "--batch-rows", 6, flag)
     once, each = log(tmp_path / "once"), log(tmp_path / "each")
     for a, b in zip(once, each, strict=True):
@@ -491,11 +506,11 @@ def losses_of(demo, steps, full, choice):
         choose_kernels(tuned, choice, 64)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3, fused=True)
     tokenizer = Tokenizer.load(demo / "model")
-    examples = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 100)]
+    examples = [tokenize(row, tokenizer) for row in itertools.islice(read_rows([demo / "rows.jsonl"]), 100)]
     lengths, seen = [len(example) for example in examples], []
-    for rows, _ in itertools.islice(data.steps(lengths, 0, batch_rows=1), steps):
-        [batch] = data.pack([examples[row] for row in rows], 4096)
-        loss = train.loss_sum(tuned, batch) / batch.trained_tokens
+    for rows, _ in itertools.islice(sampler.steps(lengths, 0, batch_rows=1), steps):
+        [batch] = pack([examples[row] for row in rows], 4096)
+        loss = train.loss_sum(tuned, batch) / batch.loss_tokens
         (64 * loss).backward()                                                  # small gradients would be 0 in fp16
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad /= 64

@@ -3,7 +3,18 @@
 In reading order: `chat.py` (FunctionGemma's format), `bpe.py` (SentencePiece BPE), `model_file.py` (tokenizer.model).
 """
 from tokenizer.bpe import Tokenizer
-from tokenizer.chat import Calls, Control, Pairs, Segment, parse_calls, render, render_around_tools, render_segments, render_tool
+from tokenizer.chat import (
+    DEVELOPER_TEXT,
+    Calls,
+    Control,
+    Pairs,
+    Segment,
+    parse_calls,
+    render,
+    render_around_tools,
+    render_segments,
+    render_tool,
+)
 
-__all__ = ["Calls", "Control", "Pairs", "Segment", "Tokenizer", "parse_calls", "render", "render_around_tools", "render_segments",
-           "render_tool"]
+__all__ = ["DEVELOPER_TEXT", "Calls", "Control", "Pairs", "Segment", "Tokenizer", "parse_calls", "render", "render_around_tools",
+           "render_segments", "render_tool"]

@@ -46,7 +46,7 @@ CALL, END_CALL = Control("<start_function_call>"), Control("<end_function_call>"
 RESPONSE, END_RESPONSE = Control("<start_function_response>"), Control("<end_function_response>")
 ESCAPE = Control("<escape>")
 
-# Google calls this sentence essential: FunctionGemma calls no function without it. The template does not add it.
+# Google calls this sentence essential: without it FunctionGemma calls no function. The template does not add it.
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
 
 # Inside a declaration these keys belong to the schema itself, so the template skips parameters of that name.

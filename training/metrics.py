@@ -24,7 +24,7 @@ def flops(model: Gemma3, batch: Batch) -> float:
 
     What activation checkpointing computes a second time counts once.
     """
-    config, tokens, loss_rows = model.config, len(batch.tokens), batch.trained_tokens
+    config, tokens, loss_rows = model.config, len(batch.tokens), batch.loss_tokens
     full = model.head.requires_grad
     D, F, N, K, H = config.hidden_size, config.intermediate_size, *config.heads
 

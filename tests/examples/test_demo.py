@@ -4,7 +4,9 @@ import json
 import pytest
 import torch
 
-import data
+from data import pack
+from dataset.examples import tokenize
+from dataset.rows import read_rows
 from evaluate import evaluate
 from examples.demo import write_demo
 from generate import STOP_IDS, generate
@@ -14,7 +16,7 @@ from tokenizer import Tokenizer, parse_calls
 
 @pytest.fixture(scope="module")
 def rows(demo):
-    return list(data.read_rows([demo / "rows.jsonl"]))
+    return list(read_rows([demo / "rows.jsonl"]))
 
 
 def test_the_same_seed_writes_the_same_folder(demo, tmp_path):
@@ -55,7 +57,7 @@ def test_the_demo_model_has_every_branch_of_the_real_one(demo, rows):
     tokenizer = Tokenizer.load(demo / "model")
     assert set(config.layer_types) == {"sliding_attention", "full_attention"}
     assert config.num_key_value_heads < config.num_attention_heads and config.head_dim * config.num_attention_heads == config.hidden_size
-    assert max(len(data.tokenize(row, tokenizer)) for row in rows[:50]) > config.sliding_window
+    assert max(len(tokenize(row, tokenizer)) for row in rows[:50]) > config.sliding_window
     assert config.vocab_size == tokenizer.vocab_size
     assert tokenizer.control["<start_function_call>"] == 48 and tokenizer.control["<end_of_turn>"] == 106
 
@@ -63,14 +65,14 @@ def test_the_demo_model_has_every_branch_of_the_real_one(demo, rows):
 def test_a_row_learned_by_heart_is_answered_exactly_and_another_is_not(demo, rows):
     tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32)
     some = [rows[0], next(row for row in rows if row.calls[0]["name"] != rows[0].calls[0]["name"])]
-    examples = [data.tokenize(row, tokenizer) for row in some]
+    examples = [tokenize(row, tokenizer) for row in some]
     assert evaluate(model, tokenizer, some)["exact_match"] == 0.0
     from loss_kernels import linear_cross_entropy
-    batch = data.pack(examples[:1], 4096)[0]
+    batch = pack(examples[:1], 4096)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):
         optimizer.zero_grad()
-        linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents), model.head, batch.targets).backward()
+        linear_cross_entropy(model(batch.tokens, batch.positions, batch.documents)[batch.loss_rows], model.head, batch.targets).backward()
         optimizer.step()
     answers = evaluate(model, tokenizer, some)["answers"]
     assert [answer["exact"] for answer in answers] == [parse_calls(a["text"]) == row.calls for a, row in zip(answers, some, strict=True)] == [True, False]

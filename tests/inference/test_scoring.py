@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from data import parse_row
+from dataset.rows import parse_row
 from inference.scoring import (
     CAUSES,
     accepted_values,

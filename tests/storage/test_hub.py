@@ -1,4 +1,4 @@
-"""hub.py with the real client against a small hub on loopback: what is fetched, from where, and what is said when it fails.
+"""storage/hub.py with the real client against a small hub on loopback: what is fetched, from where, and what is said when it fails.
 
 The client reads HF_ENDPOINT and HF_HOME when it is imported, so it runs in processes of its own.
 """
@@ -12,7 +12,7 @@ import pytest
 from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
 
-import data
+from dataset.files import select_row_files
 from storage import hub
 from storage.pretrained import load_model
 
@@ -25,11 +25,13 @@ JSONL = "\n".join(map(json.dumps, ROWS)).encode()
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-import train, data
+import train
+from dataset import files
+from dataset.rows import read_sources
 from storage.pretrained import fetch_model
 from storage import hub         # and torch, once for all cases
-WHAT = {"model": lambda source: [str(fetch_model(source))], "files": lambda source: [str(path) for path in data.fetch(source)],
-        "rows": lambda source: [row.query for row in data.read_sources([source])], "pin": lambda source: hub.pin(source, "model"),
+WHAT = {"model": lambda source: [str(fetch_model(source))], "files": lambda source: [str(path) for path in files.fetch(source)],
+        "rows": lambda source: [row.query for row in read_sources([source])], "pin": lambda source: hub.pin(source, "model"),
         "train": lambda flags: train.main(train.parse_args(flags))}
 
 def disk_is_full(url, file, **_):
@@ -235,6 +237,6 @@ def test_a_name_on_the_hub_has_four_forms_and_a_path_is_none_of_them(source, par
 
 def test_files_with_rows_are_chosen_by_split_file_and_folder():
     files = ["README.md", "a/train.jsonl.gz", "a/validation.json", "b/TRAIN.json", "training.json"]
-    assert data.files_with_rows(hub.Name("o/x", None, "train"), files) == ["a/train.jsonl.gz"]
-    assert data.files_with_rows(hub.Name("o/x", None, "b"), files) == ["b/TRAIN.json"]
-    assert data.files_with_rows(hub.Name("o/x", None, None), files[3:]) == files[3:]
+    assert select_row_files(hub.Name("o/x", None, "train"), files) == ["a/train.jsonl.gz"]
+    assert select_row_files(hub.Name("o/x", None, "b"), files) == ["b/TRAIN.json"]
+    assert select_row_files(hub.Name("o/x", None, None), files[3:]) == files[3:]

@@ -16,8 +16,12 @@ import pytest
 import torch
 import torch.distributed.run
 
-import data
 import train
+from data import pack
+from dataset.examples import Example, tokenize
+from dataset.prefix_sharing import group_by_prefix, lexicographic_order
+from dataset.rows import read_rows
+from dataset.sampler import MAX_GROUP_RANKS, assign_to_ranks, rank_group, rank_group_rows
 from lora import LoRAConfig, wrap
 from model import Gemma3, GemmaConfig
 from tokenizer import Tokenizer
@@ -31,20 +35,20 @@ DOC = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def examples(demo):
     tokenizer = Tokenizer.load(demo / "model")
-    return [data.tokenize(row, tokenizer) for row in data.read_rows([demo / "rows.jsonl"])]
+    return [tokenize(row, tokenizer) for row in read_rows([demo / "rows.jsonl"])]
 
 
-# Teams
+# Groups of ranks
 
 
 def shares(examples, rows, processes):
-    """Of each process the groups that it computes of these rows, found as train.py finds them."""
-    lengths, places = [len(example) for example in examples], np.argsort(data.lexicographic(examples))
+    """Of each process the groups that it computes of these rows, found as `data.StepLoader` finds them."""
+    lengths, order = [len(example) for example in examples], np.argsort(lexicographic_order(examples))
     made = []
     for rank in range(processes):
-        teams, _, members = data.team_of(rank, processes)
-        mine = data.team_rows(rows, lengths, places, rank, processes)
-        made.append(data.deal([examples[row] for row in mine], members)[rank // teams])
+        group = rank_group(rank, processes)
+        own = rank_group_rows(rows, lengths, order, rank, processes)
+        made.append(assign_to_ranks([examples[row] for row in own], group.size)[group.position])
     return made
 
 
@@ -61,17 +65,20 @@ def test_more_processes_than_rows_leave_some_without_work(examples):
 
 
 @pytest.mark.parametrize("processes", [17, 48, 100])
-def test_ranks_of_all_teams_are_filled_and_no_team_is_larger_than_allowed(processes):
-    members = Counter(data.team_of(rank, processes)[1] for rank in range(processes))
-    assert len(members) == data.team_of(0, processes)[0] and max(members.values()) <= data.TEAM and max(members.values()) - min(members.values()) <= 1
-    assert all(data.team_of(rank, processes)[2] == members[data.team_of(rank, processes)[1]] for rank in range(processes))
+def test_all_groups_of_ranks_are_filled_and_none_is_larger_than_allowed(processes):
+    groups = [rank_group(rank, processes) for rank in range(processes)]
+    sizes = Counter(group.number for group in groups)
+    assert len(sizes) == groups[0].groups and max(sizes.values()) <= MAX_GROUP_RANKS
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    assert all(group.size == sizes[group.number] for group in groups)
+    assert sorted((group.number, group.position) for group in groups) == [(n, i) for n in sorted(sizes) for i in range(sizes[n])]
 
 
-def test_teams_share_the_work_evenly_and_keep_rows_that_begin_alike_together(examples):
+def test_groups_of_ranks_divide_the_work_evenly_and_keep_rows_that_share_a_prefix_together(examples):
     rows = list(range(len(examples)))
-    loads = [sum(map(data.tokens_of, share)) for share in shares(examples, rows, 32)]
+    loads = [sum(group.computed_tokens for group in share) for share in shares(examples, rows, 32)]
     assert max(loads) < 1.15 * sum(loads) / 32
-    together, apart = sum(map(data.tokens_of, data.shared_beginnings(examples))), sum(map(len, examples))
+    together, apart = sum(group.computed_tokens for group in group_by_prefix(examples)), sum(map(len, examples))
     assert together <= sum(loads) < together + 0.5 * (apart - together)
 
 
@@ -168,8 +175,8 @@ def test_the_document_shows_what_its_code_prints():
             model = Gemma3(GemmaConfig(), torch.bfloat16)
         if not full:
             wrap(model, LoRAConfig())
-        rows = [data.Example(np.arange(401, dtype=np.int32) + 1000 * i, np.arange(401) > 360, "") for i in range(42)]
-        batch = data.pack(rows, 16_896)[0]
+        rows = [Example(np.arange(401, dtype=np.int32) + 1000 * i, np.arange(401) > 360, "") for i in range(42)]
+        batch = pack(rows, 16_896)[0]
         assert flops(model, batch) / len(batch.tokens) == pytest.approx(names["FLOPS"][way], rel=0.01)
         assert 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) == pytest.approx(names["BYTES"][way], rel=0.01)
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from test_train import FULL, run
 
-import data
 import train
+from data import pack
+from dataset.examples import tokenize
+from dataset.rows import read_rows
 from storage.pretrained import load_model
 from tokenizer import Tokenizer
 from training.metrics import flops
@@ -21,8 +23,8 @@ def test_the_arithmetic_that_is_counted_is_what_pytorch_counts(demo, mode):
     tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32).train().requires_grad_()
     if mode != FULL:
         train.wrap(model, train.LoRAConfig(16))
-    rows = [data.tokenize(row, tokenizer) for row in itertools.islice(data.read_rows([demo / "rows.jsonl"]), 6)]
-    batch = data.pack(rows, 10_000)[0]
+    rows = [tokenize(row, tokenizer) for row in itertools.islice(read_rows([demo / "rows.jsonl"]), 6)]
+    batch = pack(rows, 10_000)[0]
     with FlopCounterMode(display=False) as counted:
         train.loss_sum(model, batch).backward()
     seen = sum(int((batch.positions + 1).clamp(max=window or 10_000).sum()) for window in model.config.windows)

@@ -1,4 +1,4 @@
-"""survey.py: its figures are those counted by hand, of however many rows; the page and the console say them."""
+"""dataset/stats.py: its statistics are those counted by hand, of however many rows; the page and the console say them."""
 import json
 import re
 from pathlib import Path
@@ -9,10 +9,12 @@ from html_page import HOSTILE, Page
 
 import data
 import report
-import survey as module
-import token_cache
 import train
-from survey import console, described, headlines
+from dataset import stats, token_cache
+from dataset.errors import SkippedRows
+from dataset.examples import tokenize
+from dataset.rows import read_rows
+from dataset.stats import console, describe, headlines
 from tokenizer import Tokenizer
 
 TOOL = {"name": "f", "description": "", "parameters": {"x": {"type": "str"}, "when": {"type": "datetime"}, "type": {"type": "str"}}}
@@ -55,12 +57,13 @@ def file(tmp_path):
     return path
 
 
-def surveyed(file, tokenizer, max_tokens=1000):
-    return token_cache.read_sources([str(file)], Path("no model"), tokenizer, None, 10, skip_invalid=True).figures(tokenizer, max_tokens)
+def statistics_of(file, tokenizer, max_tokens=1000):
+    rows = token_cache.read_tokens([str(file)], Path("no model"), tokenizer, None, 10, skip_invalid=True)
+    return stats.statistics(rows, tokenizer, max_tokens, data.shared_prefix_fraction)
 
 
-def test_figures_are_those_counted_by_hand(file, tokenizer):
-    found = surveyed(file, tokenizer)
+def test_statistics_are_those_counted_by_hand(file, tokenizer):
+    found = statistics_of(file, tokenizer)
     assert console(json.loads(json.dumps(found))) == console(found) and found["rows"] == 14 and found["kept"] == 10
     assert {cause: entry["rows"] for cause, entry in found["dropped"].items()} == {"longer than 1,000 tokens": 1, "missing column": 1, "not JSON": 2}
     assert found["dropped"]["longer than 1,000 tokens"]["first"] == "rows.jsonl:11"
@@ -75,50 +78,50 @@ def test_figures_are_those_counted_by_hand(file, tokenizer):
 
 
 def test_tokens_are_those_of_the_examples(file, tokenizer):
-    found = surveyed(file, tokenizer)
-    examples = [data.tokenize(c, tokenizer) for c in data.read_rows([file], data.Skipped())]
+    found = statistics_of(file, tokenizer)
+    examples = [tokenize(c, tokenizer) for c in read_rows([file], SkippedRows())]
     examples = [example for example in examples if len(example) < 1000]
     lengths = [len(example) for example in examples]
-    assert found["tokens"] == sum(lengths) and found["trained_tokens"] == sum(int(example.trained.sum()) for example in examples)
+    assert found["tokens"] == sum(lengths) and found["trained_tokens"] == sum(int(example.loss_mask.sum()) for example in examples)
     assert found["tokens_a_row"]["least"] == min(lengths) and found["tokens_a_row"]["most"] == max(lengths) == found["longest"][0][1]
     assert found["longest"][0][0] == examples[int(np.argmax(lengths))].source and len(found["longest"]) == 5
     assert [sample["source"] for sample in found["samples"]] == ["rows.jsonl:1", "rows.jsonl:6", "rows.jsonl:14"]
     for sample in found["samples"]:
         example = next(example for example in examples if example.source == sample["source"])
         assert "".join(text for text, _ in sample["runs"]) == tokenizer.decode(example.ids.tolist())
-        assert "".join(text for text, trained in sample["runs"] if trained) == tokenizer.decode(example.ids[example.trained].tolist())
+        assert "".join(text for text, carries_loss in sample["runs"] if carries_loss) == tokenizer.decode(example.ids[example.loss_mask].tolist())
     assert sum(found["histogram"]["rows"]) == len(lengths)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 1], [99, 100, 101], [3, 4_000], list(range(1, 1000)), [10**6, 10**6 + 3]])
 def test_a_histogram_has_few_bins_with_round_borders_and_every_row_in_its_own(lengths):
-    found = module.histogram(np.array(lengths))
+    found = stats.histogram(np.array(lengths))
     counts, start, width = found["rows"], found["from"], found["width"]
-    assert len(counts) <= module.BINS and start % width == 0 and str(width).strip("0") in ("1", "2", "5")
+    assert len(counts) <= stats.MAX_BINS and start % width == 0 and str(width).strip("0") in ("1", "2", "5")
     assert counts == [sum(start + i * width <= n < start + (i + 1) * width for n in lengths) for i in range(len(counts))]
     assert counts[0] and counts[-1]
 
 
-def test_passes_are_as_full_as_steps_of_so_many_tokens(demo, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "PASS_TOKENS", 1000)
-    found = surveyed(demo / "rows.jsonl", tokenizer)
+def test_micro_batches_are_as_full_as_steps_of_so_many_tokens(demo, tokenizer, monkeypatch):
+    monkeypatch.setattr(stats, "MICRO_TOKENS", 1000)
+    found = statistics_of(demo / "rows.jsonl", tokenizer)
     assert found["packing"]["pass_tokens"] == 1000 and found["packing"]["full"] == found["tokens"] / (1000 * found["packing"]["passes"])
     assert 0.8 < found["packing"]["full"] <= 1
 
 
-def test_shared_beginnings_are_what_a_step_saves(tmp_path, tokenizer):
+def test_shared_prefixes_are_what_a_step_saves(tmp_path, tokenizer):
     same, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
     tools = [{"name": f"tool_{i}", "description": "d " * 20, "parameters": {}} for i in range(8)]
     same.write_text("".join(json.dumps(row(f"query {i}", tools=tools)) + "\n" for i in range(64)))
     other.write_text("".join(json.dumps(row(f"query {i}", tools=[tools[i % 8] | {"name": f"{i} tool"}])) + "\n" for i in range(64)))
-    assert surveyed(same, tokenizer)["beginnings"]["shared"] > 0.9
-    assert surveyed(other, tokenizer)["beginnings"]["shared"] < 0.5
+    assert statistics_of(same, tokenizer)["shared_prefixes"]["shared"] > 0.9
+    assert statistics_of(other, tokenizer)["shared_prefixes"]["shared"] < 0.5
 
 
 def test_rows_of_which_none_is_left_are_described(tmp_path, tokenizer):
     (tmp_path / "bad.jsonl").write_text('{"query": 1}\n')
-    found = surveyed(tmp_path / "bad.jsonl", tokenizer)
-    assert described(found) == [("rows to train on", "0; 1 dropped"), ("dropped: missing column", f"1; the first: {found['dropped']['missing column']['first']}")]
+    found = statistics_of(tmp_path / "bad.jsonl", tokenizer)
+    assert describe(found) == [("rows to train on", "0; 1 dropped"), ("dropped: missing column", f"1; the first: {found['dropped']['missing column']['first']}")]
     assert "missing column" in console(found)
     page = Page(report.write_data_report(tmp_path / "out", "bad.jsonl", found).read_text(encoding="utf-8"))
     assert page.headings == ["In figures"] and "No row can be trained on" in page.text
@@ -148,9 +151,9 @@ def test_training_says_in_a_few_lines_what_is_remarkable_and_its_report_has_it_a
              "--eval-fraction", "0", "--batch-rows", "2", "--steps", "1", "--out", str(tmp_path / "run")]
     assert train.main(train.parse_args(flags)) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data ")]
-    for line in ("data   1 rows skipped: missing column; the first: rows.jsonl:8: no column 'tools', 'answers'", "data   5 rows say just what an earlier row says;",
+    for line in ("data   1 rows skipped: missing column; the first: rows.jsonl:8: no column 'tools', 'answers'", "data   5 rows are the same as an earlier row;",
                  "data   1 training rows dropped: longer than 1000 tokens (--max-tokens); the first: rows.jsonl:11",
-                 "data   2 rows ask what an earlier row asks and are answered otherwise; the first: rows.jsonl:5, as rows.jsonl:1"):
+                 "data   2 rows have the prompt of an earlier row and another answer; the first: rows.jsonl:5, as rows.jsonl:1"):
         assert any(found.startswith(line) for found in said), line
     assert len(said) <= 13
     page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
@@ -159,8 +162,14 @@ def test_training_says_in_a_few_lines_what_is_remarkable_and_its_report_has_it_a
 
 
 def test_rows_with_nothing_remarkable_get_one_line(demo, tokenizer):
-    [line] = headlines(surveyed(demo / "rows.jsonl", tokenizer))
-    assert re.fullmatch(r"longest row rows\.jsonl:\d+, \d+ tokens; rows in steps of 32 share \d+% of their tokens as beginnings", line)
+    [line] = headlines(statistics_of(demo / "rows.jsonl", tokenizer))
+    assert re.fullmatch(r"longest row rows\.jsonl:\d+, \d+ tokens; rows in steps of 32 share \d+% of their tokens as prefixes", line)
+
+
+def test_statistics_in_the_data_json_of_an_older_run_are_still_described(demo, tokenizer):
+    found = statistics_of(demo / "rows.jsonl", tokenizer)
+    older = {"beginnings" if key == "shared_prefixes" else key: value for key, value in found.items()}
+    assert "beginnings" in older and describe(older) == describe(found) and headlines(older) == headlines(found)
 
 
 def test_hostile_rows_get_into_the_page_as_text(tmp_path, tokenizer):
@@ -168,7 +177,7 @@ def test_hostile_rows_get_into_the_page_as_text(tmp_path, tokenizer):
     tool = {"name": hostile, "description": hostile, "parameters": {hostile: {"type": hostile}}}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (row(hostile, call(hostile), tools=[tool]), {hostile: 1},
                                                                                       row("x", call(hostile + "y"), tools=[tool]))))
-    found = surveyed(tmp_path / "rows.jsonl", tokenizer, 100_000)
+    found = statistics_of(tmp_path / "rows.jsonl", tokenizer, 100_000)
     page = Page(report.write_data_report(tmp_path, hostile, found).read_text(encoding="utf-8"))
     assert found["kept"] == 1 and not {"script", "img"} & {tag for tag, _ in page.tags} and not [a for _, a in page.tags if "onerror" in a]
     assert not set("\u202e\x00\x1b") & set(page.source) and "<script>alert(1)</script>" in page.text

@@ -1,4 +1,4 @@
-"""token_cache.py: the same examples as row by row, by any number of processes; made once, whole, and again when anything changed."""
+"""dataset/token_cache.py: the same examples as row by row, by any number of processes; made once, whole, and again when anything changed."""
 import errno
 import gzip
 import json
@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, torchrun
 
-import data
-import token_cache
 import train
-from data import RowError
-from tokenizer import Tokenizer
+from dataset import token_cache
+from dataset.errors import RowError, SkippedRows
+from dataset.examples import tokenize
+from dataset.rows import read_rows
+from dataset.sampler import query_hash, split_held_out
+from tokenizer import DEVELOPER_TEXT, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def tokenizer(demo):
 @pytest.fixture
 def many(monkeypatch):
     """Three processes, whatever a file's size and the machine's cores, with few rows at a time."""
-    monkeypatch.setattr(token_cache, "BYTES_A_PROCESS", 1)
+    monkeypatch.setattr(token_cache, "MIN_PROCESS_BYTES", 1)
     monkeypatch.setattr(token_cache, "CHUNK_ROWS", 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
 
@@ -37,7 +39,7 @@ def many(monkeypatch):
 @pytest.fixture
 def read(demo, tokenizer, tmp_path):
     def read(*files, cache=tmp_path / "tokens", held_out=20, skip_invalid=False):
-        return token_cache.read_sources(map(str, files), demo / "model", tokenizer, cache, held_out, skip_invalid)
+        return token_cache.read_tokens(map(str, files), demo / "model", tokenizer, cache, held_out, skip_invalid)
     return read
 
 
@@ -50,8 +52,14 @@ def builds(monkeypatch):
 
 
 def same(a, b):
-    return np.array_equal(a.ids, b.ids) and np.array_equal(a.trained, b.trained) and (a.ids.dtype, a.trained.dtype, a.source) == (
-        b.ids.dtype, b.trained.dtype, b.source)
+    return np.array_equal(a.ids, b.ids) and np.array_equal(a.loss_mask, b.loss_mask) and (a.ids.dtype, a.loss_mask.dtype, a.source) == (
+        b.ids.dtype, b.loss_mask.dtype, b.source)
+
+
+def split(rows, fraction):
+    """The conversations to train on, and the held-out ones, by the same split as `TokenDataset`."""
+    parts = split_held_out([query_hash(row.query) for row in rows], fraction)
+    return [[rows[i] for i in part] for part in parts]
 
 
 def folders(cache):
@@ -61,35 +69,37 @@ def folders(cache):
 # The same as row by row
 
 
-@pytest.mark.parametrize("shape", ["jsonl", "json", "jsonl.gz"])
+@pytest.mark.parametrize("shape", ["jsonl", "json", "indented.json", "jsonl.gz"])
 def test_several_processes_give_each_row_the_ids_of_one(demo, tokenizer, read, many, tmp_path, shape):
     lines = (demo / "rows.jsonl").read_text().splitlines()[:100]
     text = "\n\n".join(lines) if shape.startswith("jsonl") else "[" + ",\n".join(lines) + "]"
+    if shape == "indented.json":
+        text = json.dumps(json.loads(text), indent=1)
     file = tmp_path / f"rows.{shape}"
     file.write_bytes(gzip.compress(text.encode()) if shape.endswith("gz") else text.encode())
-    rows = list(data.read_rows([file]))
-    expected = [data.tokenize(row, tokenizer) for row in rows]
+    rows = list(read_rows([file]))
+    expected = [tokenize(row, tokenizer) for row in rows]
     got = read(file)
     assert len(got) == len(expected) == 100 and all(map(same, got, expected))
     assert list(got.lengths) == list(map(len, expected)) and all(type(n) is int for n in got.lengths)
-    assert got.trained_tokens == sum(int(example.trained.sum()) for example in expected)
-    held_out = got.hold_out(1.0)[1]
-    assert [held_out.conversation(i) for i in range(100)] == data.hold_out(rows, 1.0)[1]
+    assert got.loss_tokens == sum(int(example.loss_mask.sum()) for example in expected)
+    held_out = got.split(1.0)[1]
+    assert [held_out.conversation(i) for i in range(100)] == split(rows, 1.0)[1]
 
 
-def test_the_split_its_orders_and_the_conversations_are_those_of_hold_out(demo, tokenizer, read, many, tmp_path, monkeypatch):
+def test_the_split_its_orders_and_the_conversations_are_those_of_rows_read_one_by_one(demo, tokenizer, read, many, tmp_path, monkeypatch):
     """Over several files, with queries that come twice, and with no more rows kept for evaluation than are asked for."""
-    monkeypatch.setattr(token_cache, "LEAST_HELD_OUT", 2)
+    monkeypatch.setattr(token_cache, "MIN_HELD_OUT_ROWS", 2)
     lines = (demo / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows").mkdir()
     for name, part in (("a", lines[:300]), ("b", lines[250:350]), ("c", lines[340:])):
         (tmp_path / "rows" / f"{name}.jsonl").write_text("".join(part))
-    rows = list(data.read_rows([tmp_path / "rows"]))
+    rows = list(read_rows([tmp_path / "rows"]))
     for fraction in (0.0, 0.05, 1.0):
-        expected = data.hold_out(rows, fraction)
-        got = read(tmp_path / "rows").hold_out(fraction)
+        expected = split(rows, fraction)
+        got = read(tmp_path / "rows").split(fraction)
         assert [len(part) for part in got] == [len(part) for part in expected]
-        assert all(same(example, data.tokenize(row, tokenizer)) for mine, his in zip(got, expected, strict=True)
+        assert all(same(example, tokenize(row, tokenizer)) for mine, his in zip(got, expected, strict=True)
                    for example, row in zip(mine, his, strict=True))
         assert [got[1].conversation(i) for i in range(min(20, len(got[1])))] == expected[1][:20]
 
@@ -99,18 +109,18 @@ def test_training_is_told_the_same_about_its_rows(demo, tokenizer, tmp_path, cap
     bad = tmp_path / "bad.jsonl"
     hidden = {"query": "x", "answers": [], "tools": [{"name": "f", "parameters": {"type": {"type": "str"}}}]}
     bad.write_text((demo / "rows.jsonl").read_text() + json.dumps(hidden) + '\n{"query": "x"}\n[]\n{"query": "y"}\n')
-    skipped = data.Skipped()
-    rows = list(data.read_rows([bad], skipped))
-    kept, held_out = data.hold_out(rows, 0.1)
+    skipped = SkippedRows()
+    rows = list(read_rows([bad], skipped))
+    kept, held_out = split(rows, 0.1)
     expected = [f"data   {len(kept)} rows to train on, {len(held_out)} held out, of which 7 are evaluated",
-                *(f"data   {count} rows skipped: {cause}; the first: {skipped.first[cause]}" for cause, count in skipped.items())]
+                *(f"data   {entry['rows']} rows skipped: {cause}; the first: {entry['first']}" for cause, entry in skipped.items())]
     for name, part in (("training", kept), ("held-out", held_out[:7])):
-        examples = [data.tokenize(row, tokenizer) for row in part]
+        examples = [tokenize(row, tokenizer) for row in part]
         short = [example for example in examples if len(example.ids) <= 190]
-        tokens, trained = sum(map(len, short)), sum(int(example.trained.sum()) for example in short)
+        tokens, trained = sum(map(len, short)), sum(int(example.loss_mask.sum()) for example in short)
         first = next(example.source for example in examples if len(example.ids) > 190)
         expected += [f"data   {len(examples) - len(short)} {name} rows dropped: longer than 190 tokens (--max-tokens); the first: {first}",
-                     f"data   {name}: {tokens:,} tokens, {tokens / len(short):.0f} a row, {trained / tokens:.1%} of them trained"]
+                     f"data   {name}: {tokens:,} tokens, {tokens / len(short):.0f} a row, {trained / tokens:.1%} of them carry loss"]
     args = train.parse_args(["--model", str(demo / "model"), "--data", str(bad), "--data-cache", str(tmp_path / "tokens"), "--skip-invalid",
                              "--max-tokens", "190", "--eval-fraction", "0.1", "--eval-rows", "7", "--eval-calls", "3"])
     train.read_examples(args, demo / "model", tokenizer, print)
@@ -132,7 +142,7 @@ def test_the_first_bad_row_of_a_file_is_the_error_that_reading_row_by_row_gives(
                           ("array.json", ("[" + ",".join(lines[:99]) + ", {").encode()), ("nothing.jsonl", b"{")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(RowError) as expected:
-            list(data.read_rows([tmp_path / name]))
+            list(read_rows([tmp_path / name]))
         with pytest.raises(RowError) as got:
             read(tmp_path / name)
         assert (str(got.value), got.value.cause) == (str(expected.value), expected.value.cause)
@@ -143,12 +153,12 @@ def test_the_first_bad_row_of_a_file_is_the_error_that_reading_row_by_row_gives(
 def test_skipped_rows_are_counted_once_and_for_all_and_still_refused_without_the_flag(demo, read, builds, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "x"}\n' + (demo / "rows.jsonl").read_text() + "[]\n[]\n")
-    skipped = data.Skipped()
-    rows = list(data.read_rows([bad], skipped))
+    skipped = SkippedRows()
+    rows = list(read_rows([bad], skipped))
     for _ in range(2):
         got = read(bad, skip_invalid=True)
         assert len(got) == len(rows) and list(got.skipped) == list(skipped)
-        assert got.skipped == {cause: {"rows": count, "first": skipped.first[cause]} for cause, count in skipped.items()}
+        assert got.skipped == skipped and skipped.total == 3
         with pytest.raises(RowError) as error:
             read(bad)
         assert str(error.value).startswith("bad.jsonl:1: no column 'tools', 'answers'; ") and str(error.value).endswith("--skip-invalid")
@@ -191,8 +201,8 @@ def test_a_file_that_changed_is_tokenized_again_even_if_its_size_and_time_are_se
 def test_a_file_at_rest_is_not_even_hashed(demo, read, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: (demo / "rows.jsonl").stat().st_ctime_ns + int(3e9))
     read(demo / "rows.jsonl")
-    hash_of = token_cache._hash_of
-    monkeypatch.setattr(token_cache, "_hash_of", lambda path: pytest.fail() if path == demo / "rows.jsonl" else hash_of(path))
+    hash_file = token_cache._hash_file
+    monkeypatch.setattr(token_cache, "_hash_file", lambda path: pytest.fail() if path == demo / "rows.jsonl" else hash_file(path))
     assert len(read(demo / "rows.jsonl")) == 600
 
 
@@ -213,9 +223,9 @@ def test_a_damaged_folder_is_made_again_to_the_same_bytes(demo, read, builds, tm
 
 
 def test_more_held_out_rows_than_are_kept_are_had_by_making_the_folder_again(demo, read, builds, monkeypatch):
-    monkeypatch.setattr(token_cache, "LEAST_HELD_OUT", 4)
+    monkeypatch.setattr(token_cache, "MIN_HELD_OUT_ROWS", 4)
     for wanted in (4, 3, 50, 700, 700):
-        _, held_out = read(demo / "rows.jsonl", held_out=wanted).hold_out(1.0)
+        _, held_out = read(demo / "rows.jsonl", held_out=wanted).split(1.0)
         assert len({held_out.conversation(i).source for i in range(min(wanted, 600))}) == min(wanted, 600)
     assert len(builds) == 3
 
@@ -242,9 +252,9 @@ def test_of_processes_that_start_at_once_one_builds_and_all_read(demo, read, tmp
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo, read, tmp_path, number):
     (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 32)
-    code = ("import signal, sys, token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
+    code = ("import signal, sys; from dataset import token_cache; from pathlib import Path; from tokenizer import Tokenizer; model = Path(sys.argv[1]); "
             "signal.signal(signal.SIGINT, signal.default_int_handler); "                # which a shell's background job ignores
-            "token_cache.read_sources([sys.argv[2]], model, Tokenizer.load(model), Path(sys.argv[3]), 9, False)")
+            "token_cache.read_tokens([sys.argv[2]], model, Tokenizer.load(model), Path(sys.argv[3]), 9, False)")
     process = subprocess.Popen([sys.executable, "-c", code, str(demo / "model"), str(tmp_path / "large.jsonl"), str(tmp_path / "tokens")], cwd=ROOT,
                                stderr=subprocess.PIPE, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -268,7 +278,7 @@ def test_a_build_that_is_broken_off_leaves_no_process_no_lock_and_no_folder(demo
 def test_ranks_that_start_at_once_on_rows_worth_several_processes_train_and_build_once(demo, tmp_path):
     """With the start in large pages, which replaces the process, and torch.distributed's threads after the fork."""
     (tmp_path / "large.jsonl").write_bytes((demo / "rows.jsonl").read_bytes() * 4)
-    assert (tmp_path / "large.jsonl").stat().st_size > 2 * token_cache.BYTES_A_PROCESS
+    assert (tmp_path / "large.jsonl").stat().st_size > 2 * token_cache.MIN_PROCESS_BYTES
     environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
     done = torchrun(2, "train.py", "--model", demo / "model", "--data", tmp_path / "large.jsonl", "--data-cache", tmp_path / "tokens",
                     "--out", tmp_path / "run", "--device", "cpu", "--steps", 1, "--eval-rows", 3, "--eval-calls", 0, env=environment)
@@ -281,7 +291,7 @@ def test_ranks_that_start_at_once_on_rows_worth_several_processes_train_and_buil
 def test_a_file_that_grows_while_it_is_read_is_refused(demo, read, tmp_path, monkeypatch, when):
     file = tmp_path / "rows.jsonl"
     file.write_bytes((demo / "rows.jsonl").read_bytes())
-    rows = data._raw_rows
+    rows = token_cache.raw_rows
 
     def growing(path):
         if when == "after":
@@ -291,7 +301,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(demo, read, tmp_path, mon
         if when != "after":
             yield from rows(path)
 
-    monkeypatch.setattr(data, "_raw_rows", growing)
+    monkeypatch.setattr(token_cache, "raw_rows", growing)
     with pytest.raises(ValueError, match=r"rows\.jsonl: the file changed while it was read; start again when it is complete"):
         read(file)
     assert not folders(tmp_path / "tokens")
@@ -304,14 +314,14 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(demo, read, tmp
 
 
 def test_a_full_disk_is_named_with_the_remedy_and_leaves_nothing(demo, read, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "_checksum", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(token_cache, "_file_checksum", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="tokens: No space left on device; name another folder"):
         read(demo / "rows.jsonl")
     assert not folders(tmp_path / "tokens") and not list((tmp_path / "tokens").glob(".*"))
 
 
 def test_a_worker_that_is_killed_is_an_error_with_a_remedy(demo, read, many, monkeypatch):
-    monkeypatch.setattr(data, "parse_row", lambda row, source, system: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("dataset.rows.parse_row", lambda row, source, system: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ChildProcessError, match="was killed, most likely for want of memory; start again on fewer cores"):
         read(demo / "rows.jsonl")
 
@@ -321,7 +331,7 @@ def test_without_a_cache_nothing_is_left_behind(demo, read, builds, tmp_path, mo
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     for _ in range(2):
         rows = read(demo / "rows.jsonl", cache=None)
-        assert len(rows) == 600 and len(rows[599]) == rows.lengths[599] and rows.hold_out(1.0)[1].conversation(0).query
+        assert len(rows) == 600 and len(rows[599]) == rows.lengths[599] and rows.split(1.0)[1].conversation(0).query
     assert builds == ["rows.jsonl"] * 2 and not list((tmp_path / "temporary").iterdir())
 
 
@@ -345,9 +355,9 @@ def test_few_rows_are_read_ahead_of_those_that_are_written(demo, tokenizer, tmp_
     def chunks():
         for number in range(50):
             taken.append(number)
-            yield [], None
+            yield token_cache.Chunk([])
 
-    made = token_cache._in_order(chunks(), tokenizer, data.DEVELOPER_TEXT, 3)
+    made = token_cache._tokenize_chunks(chunks(), tokenizer, DEVELOPER_TEXT, 3)
     next(made)
     assert len(taken) <= 8
     assert len(list(made)) == 49 and len(taken) == 50
