@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import hub
 from data import DEVELOPER_TEXT
 from gradients import like, whole
-from lora import LoRAConfig, adapters, merge, wrap
+from lora import LoRAConfig, adapters, flat_adapters, merge, wrap
 from model import Gemma3, GemmaConfig
 from tokenizer import Tokenizer
 from triton_support import multiplies_bf16
@@ -314,7 +315,8 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
             if key not in tensors or tensors[key].shape != parameter.shape:
                 raise ValueError(f"{folder / ADAPTER}: {key} is missing or not of shape {tuple(parameter.shape)}; "
                                  "the adapter was made for another model")
-            parameter.data.copy_(tensors.pop(key))
+            with torch.no_grad():
+                parameter.copy_(tensors.pop(key))
     if tensors:
         raise ValueError(f"{folder / ADAPTER}: {next(iter(tensors))} has no place in this model")
 
@@ -446,17 +448,29 @@ def _fingerprint(file: Path) -> dict:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def moments(parameter: Tensor, step: int = 0, *kept: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter after so many steps: the first and second moments that are given, or zeros."""
-    kept = kept or (torch.zeros_like(parameter), torch.zeros_like(parameter))
-    return {"step": torch.tensor(float(step), device=parameter.device), **dict(zip(MOMENT_NAMES, kept, strict=True))}
+def moments(parameter: Tensor, step: int = 0) -> dict[str, Tensor]:
+    """AdamW's state of a parameter after so many steps, the first and second moments being zeros."""
+    return {"step": torch.tensor(float(step), device=parameter.device), **{key: torch.zeros_like(parameter) for key in MOMENT_NAMES}}
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is trained, and the optimizer's moments, by name.  Where they are sharded, all processes must ask."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kept = {f"{key}.{name}": whole(optimizer.state[p][key]) for name, p in trained.items() for key in MOMENT_NAMES if p in optimizer.state}
+    found = _moments_of_each(model, optimizer)
+    kept = {f"{key}.{name}": whole(found[p][key]) for name, p in trained.items() for key in MOMENT_NAMES if p in found}
     return {name: whole(p) for name, p in trained.items()}, kept
+
+
+def _moments_of_each(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
+    """AdamW's state of each of the model's parameters; of adapters that it takes as one, their parts of that one's moments."""
+    flat = flat_adapters(model)
+    if flat is None or flat.masters not in optimizer.state:
+        return optimizer.state
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for key in MOMENT_NAMES:
+        for parameter, part in flat.of_each(optimizer.state[flat.masters][key]):
+            found.setdefault(parameter, {})[key] = part
+    return found
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -506,13 +520,17 @@ def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     """Put a checkpoint back into model and optimizer, in place; returns its state: `step`, and what `save` was given."""
     state = {key: value for key, value in read_json(path / "state.json").items() if key not in ("files", "sha256")}
     tensors, kept = _read_tensors(path / TRAINED), _read_tensors(path / MOMENTS)
+    for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+        optimizer.state[parameter] = moments(parameter, state["step"])
+    found = _moments_of_each(model, optimizer)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
         parameter.copy_(like(parameter, tensors.pop(name)))
-        optimizer.state[parameter] = moments(parameter, state["step"], *(like(parameter, kept[f"{key}.{name}"]) for key in MOMENT_NAMES))
+        for key in MOMENT_NAMES:
+            found[parameter][key].copy_(like(parameter, kept[f"{key}.{name}"]))
     if tensors:
         raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
     return state

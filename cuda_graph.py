@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attention_kernels import Tables
 from data import IGNORE, Batch
-from lora import hand_out, token_numbers
+from lora import flat_adapters, hand_out, token_numbers
 from model import Gemma3, Plans
 from triton_support import cdiv, next_power_of_2, sent
 
@@ -74,6 +74,7 @@ class RecordedPasses:
         """largest: tokens of the largest pass. The first one is filled up to it, so that the others find room in its memory."""
         self.model, self.device, self.largest, self.recorded = model, model.head.device, largest, dict[tuple, _Recorded]()
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.adapters = flat_adapters(model)
 
     def __call__(self, batch: Batch, seed: int = 0) -> Tensor:
         """Add the gradients of a batch's summed loss, and return that loss, in nats, a scalar.  seed: of dropout.
@@ -102,6 +103,8 @@ class RecordedPasses:
         self.recorded[key] = made                                                       # the last one used is the last one
         for place, x in zip(made.inputs, inputs, strict=True):
             place.copy_(x)
+        if self.adapters:
+            self.adapters.refresh()                     # no recording holds it: their trial runs have it done
         made.replay()
         return made.loss.clone()
 

@@ -5,6 +5,7 @@ An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors
 """
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, choose, lora_linears, lora_mlp
+from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, Flat, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
 from triton_support import sent
 
@@ -58,6 +59,7 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(a.to(base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, device=base.weight.device))
         self.choice = BY_PYTORCH
+        self.flat_group: FlatGroup | None = None            # of the linears that are computed together, where it is the first
         self.tokens = tokens
         self.register_buffer("features", odd_numbers(np.arange(inputs), place).to(base.weight.device), persistent=False)
 
@@ -76,7 +78,7 @@ class LoRALinear(nn.Module):
         return Dropout(self.config.dropout, self.tokens[rows], self.features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linears(x, [self.adapted], self.config.scale, self.dropout(len(x)), self.choice)[0]
+        return lora_linears(x, [self.adapted], self.config.scale, self.dropout(len(x)), self.choice, _flat([self], x.dtype))[0]
 
 
 class LoRAAttention(Attention):
@@ -97,8 +99,9 @@ class LoRAAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.together:
             return super().project(x)
-        return lora_linears(x, [self.q_proj.adapted, self.k_proj.adapted, self.v_proj.adapted], self.q_proj.config.scale,
-                            self.q_proj.dropout(len(x)), self.choice)
+        linears = self.q_proj, self.k_proj, self.v_proj
+        return lora_linears(x, [linear.adapted for linear in linears], self.q_proj.config.scale, self.q_proj.dropout(len(x)),
+                            self.choice, _flat(linears, x.dtype))
 
 
 class LoRAMLP(MLP):
@@ -119,8 +122,10 @@ class LoRAMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         if not self.together:
             return super().forward(x)
+        flats = _flat((self.gate_proj, self.up_proj), x.dtype), _flat((self.down_proj,), x.dtype)
+        alike = all(flats) and (flats[0].gradient is None) == (flats[1].gradient is None)
         return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted, self.gate_proj.config.scale,
-                        (self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))), self.choices)
+                        (self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))), self.choices, flats if alike else None)
 
 
 def _lay_below(*linears: LoRALinear) -> None:
@@ -128,6 +133,141 @@ def _lay_below(*linears: LoRALinear) -> None:
     together = torch.cat([linear.weight for linear in linears])
     for linear, weight in zip(linears, together.split([len(linear.weight) for linear in linears]), strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+class FlatGroup:
+    """The adapters of linears that are computed together, in the buffer of all: their A's below each other, then their B's."""
+
+    def __init__(self, owner: FlatAdapters, linears: Sequence[LoRALinear], first: int) -> None:
+        self.owner = owner
+        self.rank, self.outputs = len(linears[0].lora_a), [len(linear.lora_b) for linear in linears]
+        self.a_shape = len(linears) * self.rank, linears[0].lora_a.shape[1]                     # (P·R, I)
+        self.b_shape = sum(self.outputs), self.rank                                             # (O, R)
+        self.slice = slice(first, first + math.prod(self.a_shape) + math.prod(self.b_shape))
+        self.parameters: list[nn.Parameter] = []            # lora_a and lora_b of each linear in turn
+        self.places: list[int] = []                         # their addresses
+        self.masters = self.stacked(owner.masters.detach()[self.slice])
+        self.rounded: tuple[Tensor, Tensor] | None = None   # a and b in `FlatAdapters.rounded`
+        self.gradient: Tensor | None = None                 # in `FlatAdapters.gradients`
+        self.grads: list[Tensor] = []                       # its views, of each parameter
+
+    def stacked(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The A's (P·R, I) and the B's (O, R) in the group's slice of a buffer."""
+        a, b = own.split([math.prod(self.a_shape), math.prod(self.b_shape)])
+        return a.view(self.a_shape), b.view(self.b_shape)
+
+    def parts(self, own: Tensor) -> list[Tensor]:
+        """Of the group's slice of a buffer what belongs to each of `parameters`."""
+        a, b = self.stacked(own)
+        return list(itertools.chain(*zip(a.split(self.rank), b.split(self.outputs), strict=True)))
+
+    def move_in(self, linears: Sequence[LoRALinear]) -> None:
+        """Make the linears' masters parameters that lie in the buffer, of the values that they have."""
+        parts = self.parts(self.owner.masters.detach()[self.slice])
+        for linear, a, b in zip(linears, parts[0::2], parts[1::2], strict=True):
+            with torch.no_grad():
+                a.copy_(linear.lora_a)
+                b.copy_(linear.lora_b)
+            linear.lora_a, linear.lora_b = nn.Parameter(a), nn.Parameter(b)
+            self.parameters += [linear.lora_a, linear.lora_b]
+        self.places = [parameter.data_ptr() for parameter in self.parameters]
+        linears[0].flat_group = self
+
+    def holds(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these are the group's parameters, and still where it has put them."""
+        return len(parameters) == len(self.parameters) and all(
+            given is own and own.data_ptr() == place
+            for given, own, place in zip(parameters, self.parameters, self.places, strict=True))
+
+    def flat(self, linears: Sequence[LoRALinear], dtype: torch.dtype) -> Flat | None:
+        """The linears' adapters, to be multiplied in `dtype`; None where they do not lie here (moved, replaced, in part)."""
+        if not self.holds([parameter for linear in linears for parameter in (linear.lora_a, linear.lora_b)]):
+            return None
+        held = self.gradient is not None and all(p.grad is grad for p, grad in zip(self.parameters, self.grads, strict=True))
+        return Flat(*self.owner.operands(self, dtype), self.owner.masters, self.gradient if held else None)
+
+
+class FlatAdapters:
+    """The masters of a model's adapters in one fp32 tensor, and in training their gradients in another, group by group.
+
+    Each adapter's `lora_a` and `lora_b` are parameters that lie in `masters`, which is no parameter of the model's: an optimizer
+    takes them or `masters`. Where a parameter is moved or replaced, as by `model.to`, its group is computed without the buffer.
+
+    While `train` has been called, the masters are rounded to the dtype of the products once after each change, not in each
+    pass. PyTorch counts changes in `_version`, but for those by a fused optimizer, after which `clear` is called as it
+    must be for the gradients, and those by way of `.data`, which is not to be used then.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[LoRALinear]]) -> None:
+        adapters = [parameter for linears in groups for linear in linears for parameter in (linear.lora_a, linear.lora_b)]
+        self.masters = nn.Parameter(torch.empty(sum(p.numel() for p in adapters), device=adapters[0].device))
+        self.gradients: Tensor | None = None                # as `masters`, and some numbers more
+        self.rounded: Tensor | None = None                  # as `masters`, in the dtype of the products
+        self.rounded_version: int | None = None             # of the masters that `rounded` was made of; None: make it anew
+        self.groups: list[FlatGroup] = []
+        for linears in groups:
+            self.groups.append(FlatGroup(self, linears, self.groups[-1].slice.stop if self.groups else 0))
+            self.groups[-1].move_in(linears)
+
+    def of_each(self, buffer: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, its part) of a buffer laid out as `masters`, such as an optimizer's moments."""
+        for group in self.groups:
+            yield from zip(group.parameters, group.parts(buffer[group.slice]), strict=True)
+
+    def train(self, dtype: torch.dtype, more: int = 0) -> None:
+        """From now on backward passes add to one buffer of gradients, which has `more` numbers at its end; the products are of `dtype`."""
+        numbers = len(self.masters)
+        self.gradients = torch.zeros(numbers + more, device=self.masters.device)
+        self.masters.grad = self.gradients[:numbers]
+        self.rounded = None if dtype == self.masters.dtype else torch.empty_like(self.masters, dtype=dtype, requires_grad=False)
+        self.rounded_version = None
+        for group in self.groups:
+            group.gradient = self.gradients[group.slice]
+            group.grads = group.parts(group.gradient)
+            group.rounded = None if self.rounded is None else group.stacked(self.rounded[group.slice])
+            for parameter, grad in zip(group.parameters, group.grads, strict=True):
+                parameter.grad = grad
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every parameter lies here, and in training its gradient."""
+        return all(group.holds(group.parameters) and all(p.grad is grad for p, grad in zip(group.parameters, group.grads, strict=False))
+                   for group in self.groups)
+
+    def clear(self) -> None:
+        """After the optimizer's step: the gradients are zero again, and the masters are rounded before their next use."""
+        self.gradients.zero_()
+        self.rounded_version = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters if they may have changed.  A pass does so itself, but not one that is replayed (cuda_graph.py)."""
+        if self.rounded is not None and self.rounded_version != self.masters._version:
+            self.rounded.copy_(self.masters)
+            self.rounded_version = self.masters._version
+
+    def operands(self, group: FlatGroup, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The group's A's (P·R, I) and B's (O, R) in this dtype."""
+        if dtype == self.masters.dtype:
+            return group.masters
+        if self.rounded is None or dtype != self.rounded.dtype:             # nobody is to tell when the masters change
+            return group.stacked(self.masters.detach()[group.slice].to(dtype))
+        self.refresh()
+        return group.rounded
+
+
+def _flat(linears: Sequence[LoRALinear], dtype: torch.dtype) -> Flat | None:
+    group = linears[0].flat_group
+    return group.flat(linears, dtype) if group else None
+
+
+def flat_adapters(model: nn.Module) -> FlatAdapters | None:
+    """The buffer of a model's adapters.  None where it has none, or trains something that does not lie there."""
+    owner = next((adapter.flat_group.owner for _, adapter in adapters(model) if adapter.flat_group), None)
+    if owner is None or not owner.in_place:
+        return None
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return owner if trained == {id(parameter) for group in owner.groups for parameter in group.parameters} else None
 
 
 def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
@@ -143,7 +283,24 @@ def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention | MLP):
                 setattr(parent, name, LoRAAttention(child) if isinstance(child, Attention) else LoRAMLP(child))
+    FlatAdapters([linears for _, linears, _ in _groups(model)])
     model.train(model.training)
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRALinear], str]]:
+    """Adapters that are computed together: the module that does so, its linears, and how they end, as for `lora_kernels.choose`."""
+    grouped: set[nn.Module] = set()
+    for module in model.modules():
+        groups: list[tuple[list[LoRALinear], str]] = []
+        if isinstance(module, LoRAAttention) and module.together:
+            groups = [([module.q_proj, module.k_proj, module.v_proj], "")]
+        elif isinstance(module, LoRAMLP) and module.together:
+            groups = [([module.gate_proj, module.up_proj], "gated"), ([module.down_proj], "gate")]
+        elif isinstance(module, LoRALinear) and module not in grouped:
+            groups = [([module], "")]
+        for linears, ends in groups:
+            grouped |= set(linears)
+            yield module, linears, ends
 
 
 def odd_numbers(low: np.ndarray, high: int) -> Tensor:
@@ -193,7 +350,7 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
     in_blocks = kernels == "auto" and not getattr(model, "checkpoint_activations", False)
     chosen: dict[tuple, tuple[Choice, dict]] = {}
 
-    def pick(linears: Sequence[LoRALinear], ends: str = "") -> Choice:
+    def pick(linears: Sequence[LoRALinear], ends: str) -> Choice:
         outputs, inputs, rank = tuple(len(linear.weight) for linear in linears), linears[0].weight.shape[1], linears[0].config.rank
         key = inputs, outputs, ends
         if key not in chosen:
@@ -203,16 +360,14 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
         blocks = Blocks.of([linear.weight for linear in linears]) if in_blocks and not choice.by_triton else None
         return replace(choice, blocks=blocks)
 
-    grouped = set()
-    for module in model.modules():
-        if isinstance(module, LoRAAttention) and module.together:
-            module.choice = pick([module.q_proj, module.k_proj, module.v_proj])
-            grouped |= {module.q_proj, module.k_proj, module.v_proj}
-        elif isinstance(module, LoRAMLP) and module.together:
-            module.choices = pick([module.gate_proj, module.up_proj], "gated"), pick([module.down_proj], "gate")
-            grouped |= set(module.children())
-        elif isinstance(module, LoRALinear) and module not in grouped:
-            module.choice = pick([module])
+    picked: dict[nn.Module, list[Choice]] = {}
+    for module, linears, ends in _groups(model):
+        picked.setdefault(module, []).append(pick(linears, ends))
+    for module, choices in picked.items():
+        if isinstance(module, LoRAMLP):
+            module.choices = tuple(choices)
+        else:
+            [module.choice] = choices
     return [f"{inputs} → {' + '.join(map(str, outputs))}{f' ({ends})' if ends else ''}, {rows} rows: " + ", ".join(
                 f"{name} {'triton' if ours < theirs else 'torch'} ({ours:.3f} against {theirs:.3f} ms)"
                 for name, (ours, theirs) in times.items())

@@ -41,7 +41,7 @@ import survey
 import token_cache
 from cuda_graph import RecordedPasses
 from evaluate import evaluate, table
-from gradients import Sharded, Summed, highest, meet, total_norm
+from gradients import Sharded, Summed, highest, meet
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
 from token_cache import Tokens
@@ -232,10 +232,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     model.checkpoint_activations = args.checkpoint_activations
     size, trained_size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False))
     gradients = Sharded(model) if args.shard else Summed(model, world, recorded=args.cuda_graph)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    for parameter in parameters if device.type == "cpu" else ():            # before the first pass, for the reason that gradients.py gives
-        optimizer.state[parameter] = checkpoint.moments(parameter)
+    optimizer = torch.optim.AdamW(gradients.parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    if device.type == "cpu":
+        for parameter in gradients.parameters:                      # before the first pass, for the reason that gradients.py gives
+            optimizer.state[parameter] = checkpoint.moments(parameter)
     weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
     if (weights != 1).any():
@@ -396,7 +396,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             nats += add_gradients(batch, seed)
         work = sum(flops(model, batch) for batch in batches)
         shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
-        loss, norm = shared[0] / trained_tokens, total_norm(parameters) / trained_tokens
+        loss, norm = shared[0] / trained_tokens, gradients.norm() / trained_tokens
         optimizer.grad_scale = trained_tokens * ((norm / args.clip).clamp(min=1) if args.clip else torch.ones_like(norm))      # a divisor
         optimizer.found_inf = 1 - (loss.isfinite() & (norm <= args.max_grad_norm)).float()       # 1 leaves the step out; a NaN fails both
         optimizer.step()

@@ -29,7 +29,7 @@ PIECE = 1 << 18         # numbers that a CPU passes over at a time: 1 MB in fp32
 
 def jit(function: Callable) -> Callable:
     """`triton.jit`. Numbers of tokens change from call to call, and no value of theirs is compiled in."""
-    changing = ["M", "T", "M_BUCKET", "rows_a_split", "rows_a_program", "offset"]
+    changing = ["M", "T", "M_BUCKET", "rows_a_split", "splits_a", "splits_b", "rows_a_program", "offset"]
     return triton.jit(do_not_specialize=changing)(function) if triton else function
 
 

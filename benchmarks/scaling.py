@@ -36,7 +36,7 @@ from tables import add_result_flags, keep_result  # noqa: E402
 import data  # noqa: E402
 from checkpoint import device_name, load_model  # noqa: E402
 from data import Example  # noqa: E402
-from gradients import Sharded, Summed, highest, total_norm  # noqa: E402
+from gradients import Sharded, Summed, highest  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
@@ -107,8 +107,7 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
     if way == "full --shard":
         batches += [data.IDLE] * (highest(len(batches), device) - len(batches))
     gradients = Sharded(model) if way == "full --shard" else Summed(model, world)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(gradients.parameters, lr=1e-6, fused=True)
 
     def now() -> float:
         if args.device == "cuda":
@@ -126,7 +125,7 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
         computed = now()
         gradients.finish(torch.zeros(3, device=device))
         sending.append(now() - computed)
-        total_norm(parameters).item()
+        gradients.norm().item()
         optimizer.step()
         gradients.clear()
         seconds.append(now() - began)
