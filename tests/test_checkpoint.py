@@ -20,7 +20,8 @@ from checkpoint import (
     whole_file,
     whole_folder,
 )
-from lora import LoRAConfig, adapters, wrap
+from gradients import Summed
+from lora import LoRAConfig, adapters, flat_adapters, wrap
 
 
 @pytest.fixture
@@ -93,6 +94,33 @@ def test_a_run_is_put_back_exactly_and_the_newest_checkpoints_are_kept(demo, tra
         assert torch.equal(mine, theirs), name
         if mine.requires_grad:
             assert all(torch.equal(optimizer.state[mine][key], fresh.state[theirs][key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_adapters_trained_as_one_are_saved_and_put_back_adapter_by_adapter(demo, trained, tmp_path):
+    """A checkpoint of an optimizer that has each adapter for itself, as runs had before, and one of all as one, are the same."""
+    path = save(tmp_path, 4, trained, {})
+    other = load_model(demo / "model", torch.float32)
+    wrap(other, LoRAConfig(rank=2), torch.Generator().manual_seed(1))
+    gradients = Summed(other, 1)
+    as_one = torch.optim.AdamW(gradients.parameters, lr=0.1, fused=True)
+    assert load_run(path, other, as_one) == {"step": 4}
+    state = as_one.state[flat_adapters(other).masters]
+    assert state["step"] == 4 and all(state[key].any() for key in ("exp_avg", "exp_avg_sq"))
+    again = save(tmp_path / "again", 4, (other, as_one), {})
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        assert (again / name).read_bytes() == (path / name).read_bytes()
+    model, optimizer = trained
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    stored = checkpoint._read_tensors(path / "optimizer.safetensors")
+    assert set(stored) == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in wanted}
+    for each in optimizer.state.values():
+        each["step"].fill_(4)
+    model.zero_grad()
+    for one, of_it in ((model, optimizer), (other, as_one)):                        # and they go on alike
+        one(torch.tensor([2, 105, 107]), torch.arange(3), torch.zeros(3)).square().sum().backward()
+        of_it.step()
+    for name in wanted:
+        assert torch.equal(model.get_parameter(name), other.get_parameter(name)), name
 
 
 def test_a_checkpoint_of_other_flags_or_a_cut_one_is_refused(demo, trained, tmp_path):

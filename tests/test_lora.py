@@ -1,4 +1,6 @@
 """lora.py: wrapping, the choice of kernels, and merging."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ import lora
 import lora_kernels
 from checkpoint import load_model
 from data import Example, pack
-from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, draw, merge, odd_numbers, wrap
+from gradients import Summed
+from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, draw, flat_adapters, merge, odd_numbers, wrap
 from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear
 from triton_support import in_blocks
@@ -135,6 +138,171 @@ def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator
         model.zero_grad()
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+# All adapters in one buffer
+
+
+def with_adapters_apart(model):
+    """A copy whose adapters are parameters like any others."""
+    apart = copy.deepcopy(model)
+    assert flat_adapters(apart) is None and flat_adapters(model) is not None
+    return apart
+
+
+@pytest.mark.parametrize("targets", [lora.TARGETS, ("q_proj", "down_proj"), ("gate_proj", "k_proj", "v_proj", "o_proj")],
+                         ids=["all", "some", "others"])
+def test_adapters_and_their_gradients_lie_group_by_group_in_one_buffer(demo, targets):
+    model = wrapped(demo, targets=targets)
+    flat = flat_adapters(model)
+    gradients = Summed(model, 1)
+    named = dict(model.named_parameters())
+    trained = [p for p in named.values() if p.requires_grad]
+    assert all(p is not flat.masters for p in named.values()) and gradients.parameters[0] is flat.masters
+    assert len(flat.masters) == sum(p.numel() for p in trained) and len(flat.masters.grad) == len(flat.masters)
+    layers = "model.layers.0.self_attn", "model.layers.0.mlp"
+    groups = [[f"{layers[0]}.{part}_proj" for part in "qkv"], [f"{layers[0]}.o_proj"],
+              [f"{layers[1]}.gate_proj", f"{layers[1]}.up_proj"], [f"{layers[1]}.down_proj"]]
+    if targets != lora.TARGETS:
+        groups = [[name] for names in groups for name in names if name.rpartition(".")[2] in targets]
+    first = 0
+    for names in groups:
+        for part in ("lora_a", "lora_b"):
+            masters = [named[f"{name}.{part}"] for name in names]
+            for buffer, parts in ((flat.masters, masters), (flat.masters.grad, [p.grad for p in masters])):
+                own = buffer[first:first + sum(p.numel() for p in masters)]
+                assert torch.equal(own, torch.cat([p.flatten() for p in parts])) and own.data_ptr() == parts[0].data_ptr()
+            first += sum(p.numel() for p in masters)
+    assert first == len(flat.masters) // len(model.model.layers)
+    seen = torch.zeros_like(flat.masters)
+    for p, part in flat.of_each(seen.detach()):
+        assert part.shape == p.shape
+        part.add_(1)
+    assert (seen == 1).all()
+
+
+CONFIGS = {"plain": {}, "dropout": {"dropout": 0.25}, "some": {"targets": ("q_proj", "down_proj"), "rslora": True}}
+
+
+@pytest.mark.parametrize(("choice", "config"), [
+    *(("torch", config) for config in CONFIGS), *(pytest.param("triton", name, marks=INTERPRETER.marks) for name in ("dropout", "some"))])
+def test_gradients_added_in_the_buffer_are_those_that_autograd_adds(demo, generator, choice, config):
+    """Bit for bit, over two micro-batches."""
+    model = wrapped(demo, **CONFIGS[config]).train()
+    apart = with_adapters_apart(model)
+    Summed(model, 1)
+    wanted = [name for name, p in model.named_parameters() if p.requires_grad]
+    views = [p.grad for p in model.parameters() if p.requires_grad]
+    for one in (model, apart):
+        choose_kernels(one, choice, 24)
+    for tokens in (24, 9):
+        ids = torch.randint(110, 1000, (1, tokens), generator=generator)
+        for one in (model, apart):
+            draw(one, lambda tokens=tokens: torch.arange(tokens, dtype=torch.int32), tokens)
+            one.logits(ids).square().mean().backward()
+    for name, view in zip(wanted, views, strict=True):
+        mine, theirs = (one.get_parameter(name).grad for one in (model, apart))
+        assert mine is view and theirs.any() and torch.equal(mine, theirs), name
+
+
+def test_without_a_buffer_of_gradients_autograd_gets_them(demo, generator):
+    model = wrapped(demo)
+    ids = torch.randint(110, 1000, (1, 20), generator=generator)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(model.logits(ids).square().mean(), trained)
+    model.logits(ids).square().mean().backward()
+    assert all(torch.equal(p.grad, grad) and grad.any() for p, grad in zip(trained, found, strict=True))
+
+
+def in_bf16(demo):
+    model = load_model(demo / "model", torch.bfloat16)
+    wrap(model, LoRAConfig(rank=4), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _, adapter in adapters(model):
+            adapter.lora_b.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def step_of(optimizer, gradients, model):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad.fill_(1.0)
+    optimizer.step()
+    gradients.clear()
+
+
+CHANGES = {
+    "fused AdamW of the buffer": lambda model, gradients: step_of(
+        torch.optim.AdamW(gradients.parameters, lr=0.3, fused=True), gradients, model),
+    "fused AdamW of the adapters": lambda model, gradients: step_of(
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.3, fused=True), gradients, model),
+    "SGD": lambda model, gradients: step_of(torch.optim.SGD(gradients.parameters, lr=0.3), gradients, model),
+    "in place": lambda model, _: next(adapters(model))[1].lora_b.add_(1.0),
+    "copy_": lambda model, _: next(adapters(model))[1].lora_b.copy_(torch.ones_like(next(adapters(model))[1].lora_b)),
+    "the buffer": lambda model, _: flat_adapters(model).masters.mul_(2.0),
+    "a state dict": lambda model, _: model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()
+                                                           if "lora" in name}, strict=False),
+    "init": lambda model, _: torch.nn.init.ones_(next(adapters(model))[1].lora_b),
+    "another parameter": lambda model, _: setattr(next(adapters(model))[1], "lora_b", torch.nn.Parameter(
+        torch.ones_like(next(adapters(model))[1].lora_b))),
+    "another memory": lambda model, _: setattr(next(adapters(model))[1].lora_b, "data",
+                                               torch.ones_like(next(adapters(model))[1].lora_b))}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("trained", [True, False], ids=["training", "evaluation"])
+def test_products_are_of_the_masters_as_they_are_whatever_changed_them(demo, generator, change, trained):
+    if not trained and ("AdamW" in change or change == "SGD"):
+        pytest.skip("a step is training")
+    model, ids = in_bf16(demo), torch.randint(110, 1000, (1, 20), generator=generator)
+    gradients = Summed(model, 1) if trained else None
+    before = model.logits(ids)
+    assert torch.equal(before, with_adapters_apart(model).logits(ids))
+    with torch.no_grad():
+        CHANGES[change](model, gradients)
+        after = model.logits(ids)
+        assert torch.equal(after, copy.deepcopy(model).logits(ids))
+    assert not torch.equal(after, before)
+
+
+def test_masters_are_rounded_once_a_step(demo, generator, monkeypatch):
+    model, ids = in_bf16(demo), torch.randint(110, 1000, (1, 20), generator=generator)
+    gradients = Summed(model, 1)
+    rounded, copy_ = [], torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, *more: (
+        rounded.append(1) if other is gradients.flat.masters else None, copy_(self, other, *more))[1])
+    for steps in (1, 2):
+        for _ in range(3):
+            model.logits(ids).square().mean().backward()
+        assert len(rounded) == steps
+        step_of(torch.optim.AdamW(gradients.parameters, lr=0.1, fused=True), gradients, model)
+
+
+def test_a_version_that_counts_no_fused_step_is_why_a_step_must_be_told(demo):
+    """If this fails, PyTorch counts them now, and `FlatAdapters.clear` need not forget what was rounded."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    torch.optim.AdamW([parameter], fused=True).step()
+    assert parameter._version == 0
+
+
+def test_a_moved_model_is_computed_without_the_buffer(demo, generator):
+    model, ids = wrapped(demo), torch.randint(110, 1000, (1, 20), generator=generator)
+    logits = model.logits(ids)
+    model.double()
+    assert flat_adapters(model) is None
+    model.float()
+    assert torch.equal(model.logits(ids), logits) and len(Summed(model, 1).parameters) == 2 * 7 * len(model.model.layers)
+
+
+def test_gradients_that_left_the_buffer_are_noticed(demo, generator):
+    model = wrapped(demo)
+    gradients = Summed(model, 1)
+    model.logits(torch.randint(110, 1000, (1, 20), generator=generator)).square().mean().backward()
+    gradients.finish(torch.zeros(3))
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"no longer in the buffer of all: end steps with gradients\.clear"):
+        gradients.finish(torch.zeros(3))
 
 
 # Dropout
