@@ -450,19 +450,24 @@ def _fingerprint(file: Path) -> dict:
 
 def moments(parameter: Tensor, step: int = 0) -> dict[str, Tensor]:
     """AdamW's state of a parameter after so many steps, the first and second moments being zeros."""
-    return {"step": torch.tensor(float(step), device=parameter.device), **{key: torch.zeros_like(parameter) for key in MOMENT_NAMES}}
+    zeros = {key: torch.zeros_like(parameter) for key in MOMENT_NAMES}
+    return {"step": torch.tensor(float(step), device=parameter.device), **zeros}
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What is trained, and the optimizer's moments, by name.  Where they are sharded, all processes must ask."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = _moments_of_each(model, optimizer)
-    kept = {f"{key}.{name}": whole(found[p][key]) for name, p in trained.items() for key in MOMENT_NAMES if p in found}
+    kept = {f"{key}.{name}": whole(found[p][key])
+            for name, p in trained.items() for key in MOMENT_NAMES if p in found}
     return {name: whole(p) for name, p in trained.items()}, kept
 
 
 def _moments_of_each(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
-    """AdamW's state of each of the model's parameters; of adapters that it takes as one, their parts of that one's moments."""
+    """AdamW's state of each of the model's parameters.
+
+    Where the optimizer has all adapters as one, these are their parts of its moments.
+    """
     flat = flat_adapters(model)
     if flat is None or flat.masters not in optimizer.state:
         return optimizer.state

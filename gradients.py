@@ -6,11 +6,11 @@ A process has some of a step's batches; the step's gradient is the sum over all 
     extra = gradients.finish(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
     optimizer.step(); gradients.clear()     # an optimizer of `gradients.parameters`
 
-`Summed` keeps every parameter whole in every process. Adapters (15 MB) have their gradients in one buffer, which goes
-through one all-reduce with `extra` at its end; where everything is trained (1.07 GB) a bucket of layers is sent as soon as
-the last backward pass has finished with it, while the layers below are still being computed. `Sharded` is PyTorch's FSDP2:
-each process keeps a share of every parameter, of its gradient and of the optimizer's moments, and gathers a layer's weights
-when it comes to that layer.
+`Summed` keeps every parameter whole in every process. Adapters (15 MB) have their gradients in one buffer,
+and that goes through one all-reduce with `extra` at its end. Where everything is trained (1.07 GB) a bucket
+of layers is sent as soon as the last backward pass has finished with it, while the layers below are still
+being computed. `Sharded` is PyTorch's FSDP2: each process keeps a share of every parameter, of its gradient
+and of the optimizer's moments, and gathers a layer's weights when it comes to that layer.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Summed:
         self.model, self.world, self.sent, self.open, self.buckets = model, world, [], None, []
         self.flat = flat_adapters(model)
         if self.flat:
-            self.flat.train(model.compute_dtype, EXTRA)
+            self.flat.start_training(model.compute_dtype, EXTRA)
             self.parameters = [self.flat.masters]                                   # all adapters as one
             return
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -87,9 +87,9 @@ class Summed:
 
     def finish(self, extra: Tensor) -> Tensor:
         """After the last pass, or where a process has none: gradients and `extra` (n) become those of all processes."""
-        if self.flat and not self.flat.in_place:
-            raise RuntimeError("an adapter or its .grad is no longer in the buffer of all: end steps with gradients.clear(), "
-                               "not with zero_grad, and make `Summed` anew where a model was moved")
+        if self.flat and not self.flat.in_place():
+            raise RuntimeError("an adapter or its .grad is no longer in the buffer of all: end steps with "
+                               "gradients.clear(), not with zero_grad, and make Summed after moving")
         if self.world == 1:
             return extra
         if self.flat:
@@ -120,8 +120,12 @@ class Summed:
             self.model.zero_grad()
 
     def norm(self) -> Tensor:
-        """The norm of all gradients together.  On a CPU by parameter: over a long row of numbers its fp32 sum is off by 1e-4."""
-        return total_norm(self.model.parameters() if self.model.head.device.type == "cpu" else self.parameters)
+        """The norm of all gradients together.
+
+        On a CPU it is that of the parameters' norms: its sum over millions of numbers in fp32 is off by 1e-4.
+        """
+        on_cpu = self.model.head.device.type == "cpu"
+        return total_norm(self.model.parameters() if on_cpu else self.parameters)
 
 
 class Sharded:

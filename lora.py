@@ -59,7 +59,7 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(a.to(base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, device=base.weight.device))
         self.choice = BY_PYTORCH
-        self.flat_group: FlatGroup | None = None            # of the linears that are computed together, where it is the first
+        self.flat_group: FlatGroup | None = None            # the first of its group has it
         self.tokens = tokens
         self.register_buffer("features", odd_numbers(np.arange(inputs), place).to(base.weight.device), persistent=False)
 
@@ -78,7 +78,8 @@ class LoRALinear(nn.Module):
         return Dropout(self.config.dropout, self.tokens[rows], self.features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linears(x, [self.adapted], self.config.scale, self.dropout(len(x)), self.choice, _flat([self], x.dtype))[0]
+        flat = _flat([self], x.dtype)
+        return lora_linears(x, [self.adapted], self.config.scale, self.dropout(len(x)), self.choice, flat)[0]
 
 
 class LoRAAttention(Attention):
@@ -100,8 +101,8 @@ class LoRAAttention(Attention):
         if not self.together:
             return super().project(x)
         linears = self.q_proj, self.k_proj, self.v_proj
-        return lora_linears(x, [linear.adapted for linear in linears], self.q_proj.config.scale, self.q_proj.dropout(len(x)),
-                            self.choice, _flat(linears, x.dtype))
+        return lora_linears(x, [linear.adapted for linear in linears], self.q_proj.config.scale,
+                            self.q_proj.dropout(len(x)), self.choice, _flat(linears, x.dtype))
 
 
 class LoRAMLP(MLP):
@@ -124,8 +125,9 @@ class LoRAMLP(MLP):
             return super().forward(x)
         flats = _flat((self.gate_proj, self.up_proj), x.dtype), _flat((self.down_proj,), x.dtype)
         alike = all(flats) and (flats[0].gradient is None) == (flats[1].gradient is None)
-        return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted, self.gate_proj.config.scale,
-                        (self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))), self.choices, flats if alike else None)
+        dropouts = self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))
+        return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted,
+                        self.gate_proj.config.scale, dropouts, self.choices, flats if alike else None)
 
 
 def _lay_below(*linears: LoRALinear) -> None:
@@ -136,20 +138,31 @@ def _lay_below(*linears: LoRALinear) -> None:
 
 
 class FlatGroup:
-    """The adapters of linears that are computed together, in the buffer of all: their A's below each other, then their B's."""
+    """The adapters of linears that are computed together, in the buffer of all: their A's, then their B's."""
 
     def __init__(self, owner: FlatAdapters, linears: Sequence[LoRALinear], first: int) -> None:
+        """Move the linears' masters into the buffer, from its number `first` on, as new parameters."""
         self.owner = owner
         self.rank, self.outputs = len(linears[0].lora_a), [len(linear.lora_b) for linear in linears]
-        self.a_shape = len(linears) * self.rank, linears[0].lora_a.shape[1]                     # (P·R, I)
-        self.b_shape = sum(self.outputs), self.rank                                             # (O, R)
+        self.a_shape = len(linears) * self.rank, linears[0].lora_a.shape[1]         # (P·R, I)
+        self.b_shape = sum(self.outputs), self.rank                                 # (O, R)
         self.slice = slice(first, first + math.prod(self.a_shape) + math.prod(self.b_shape))
-        self.parameters: list[nn.Parameter] = []            # lora_a and lora_b of each linear in turn
-        self.places: list[int] = []                         # their addresses
-        self.masters = self.stacked(owner.masters.detach()[self.slice])
+        own = owner.masters.detach()[self.slice]            # it and its views share the masters' `_version`
+        self.masters = self.stacked(own)
         self.rounded: tuple[Tensor, Tensor] | None = None   # a and b in `FlatAdapters.rounded`
         self.gradient: Tensor | None = None                 # in `FlatAdapters.gradients`
         self.grads: list[Tensor] = []                       # its views, of each parameter
+
+        parts = self.parts(own)
+        self.parameters: list[nn.Parameter] = []            # lora_a and lora_b of each linear in turn
+        for linear, a, b in zip(linears, parts[0::2], parts[1::2], strict=True):
+            with torch.no_grad():
+                a.copy_(linear.lora_a)
+                b.copy_(linear.lora_b)
+            linear.lora_a, linear.lora_b = nn.Parameter(a), nn.Parameter(b)
+            self.parameters += [linear.lora_a, linear.lora_b]
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        linears[0].flat_group = self
 
     def stacked(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """The A's (P·R, I) and the B's (O, R) in the group's slice of a buffer."""
@@ -161,65 +174,65 @@ class FlatGroup:
         a, b = self.stacked(own)
         return list(itertools.chain(*zip(a.split(self.rank), b.split(self.outputs), strict=True)))
 
-    def move_in(self, linears: Sequence[LoRALinear]) -> None:
-        """Make the linears' masters parameters that lie in the buffer, of the values that they have."""
-        parts = self.parts(self.owner.masters.detach()[self.slice])
-        for linear, a, b in zip(linears, parts[0::2], parts[1::2], strict=True):
-            with torch.no_grad():
-                a.copy_(linear.lora_a)
-                b.copy_(linear.lora_b)
-            linear.lora_a, linear.lora_b = nn.Parameter(a), nn.Parameter(b)
-            self.parameters += [linear.lora_a, linear.lora_b]
-        self.places = [parameter.data_ptr() for parameter in self.parameters]
-        linears[0].flat_group = self
-
     def holds(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether these are the group's parameters, and still where it has put them."""
         return len(parameters) == len(self.parameters) and all(
-            given is own and own.data_ptr() == place
-            for given, own, place in zip(parameters, self.parameters, self.places, strict=True))
+            given is own and own.data_ptr() == address
+            for given, own, address in zip(parameters, self.parameters, self.addresses, strict=True))
+
+    def holds_grads(self) -> bool:
+        """Whether each `.grad` is the group's part of the buffer of gradients."""
+        return self.gradient is not None and all(
+            parameter.grad is grad for parameter, grad in zip(self.parameters, self.grads, strict=True))
 
     def flat(self, linears: Sequence[LoRALinear], dtype: torch.dtype) -> Flat | None:
-        """The linears' adapters, to be multiplied in `dtype`; None where they do not lie here (moved, replaced, in part)."""
+        """The linears' adapters for products in `dtype`; None where they were moved or replaced."""
         if not self.holds([parameter for linear in linears for parameter in (linear.lora_a, linear.lora_b)]):
             return None
-        held = self.gradient is not None and all(p.grad is grad for p, grad in zip(self.parameters, self.grads, strict=True))
-        return Flat(*self.owner.operands(self, dtype), self.owner.masters, self.gradient if held else None)
+        gradient = self.gradient if self.holds_grads() else None
+        return Flat(*self.owner.operands(self, dtype), self.owner.masters, gradient)
 
 
 class FlatAdapters:
-    """The masters of a model's adapters in one fp32 tensor, and in training their gradients in another, group by group.
+    """The masters of a model's adapters in one fp32 tensor, by groups, and in training their gradients too.
 
-    Each adapter's `lora_a` and `lora_b` are parameters that lie in `masters`, which is no parameter of the model's: an optimizer
-    takes them or `masters`. Where a parameter is moved or replaced, as by `model.to`, its group is computed without the buffer.
+    Each adapter's `lora_a` and `lora_b` are parameters that lie in `masters`. That is no parameter of the
+    model: an optimizer takes it, or them. A group with a parameter that was moved or replaced, as by
+    `model.to`, is computed without the buffer.
 
-    While `train` has been called, the masters are rounded to the dtype of the products once after each change, not in each
-    pass. PyTorch counts changes in `_version`, but for those by a fused optimizer, after which `clear` is called as it
-    must be for the gradients, and those by way of `.data`, which is not to be used then.
+    After `start_training` the masters are rounded to the dtype of the products once after each change, not
+    in every pass. A change shows in `_version`, which all views share. That of a fused optimizer does not
+    (seen in PyTorch 2.13): `clear`, which follows its step, forgets what was rounded. Nor does a change by
+    way of `.data`, which must not be used then.
     """
 
     def __init__(self, groups: Sequence[Sequence[LoRALinear]]) -> None:
-        adapters = [parameter for linears in groups for linear in linears for parameter in (linear.lora_a, linear.lora_b)]
-        self.masters = nn.Parameter(torch.empty(sum(p.numel() for p in adapters), device=adapters[0].device))
+        adapters = [p for linears in groups for linear in linears for p in (linear.lora_a, linear.lora_b)]
+        numbers = sum(parameter.numel() for parameter in adapters)
+        self.masters = nn.Parameter(torch.empty(numbers, device=adapters[0].device))
         self.gradients: Tensor | None = None                # as `masters`, and some numbers more
         self.rounded: Tensor | None = None                  # as `masters`, in the dtype of the products
-        self.rounded_version: int | None = None             # of the masters that `rounded` was made of; None: make it anew
+        self.rounded_version: int | None = None             # of the masters then; None: round them anew
         self.groups: list[FlatGroup] = []
         for linears in groups:
-            self.groups.append(FlatGroup(self, linears, self.groups[-1].slice.stop if self.groups else 0))
-            self.groups[-1].move_in(linears)
+            first = self.groups[-1].slice.stop if self.groups else 0
+            self.groups.append(FlatGroup(self, linears, first))
 
     def of_each(self, buffer: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """(parameter, its part) of a buffer laid out as `masters`, such as an optimizer's moments."""
         for group in self.groups:
             yield from zip(group.parameters, group.parts(buffer[group.slice]), strict=True)
 
-    def train(self, dtype: torch.dtype, more: int = 0) -> None:
-        """From now on backward passes add to one buffer of gradients, which has `more` numbers at its end; the products are of `dtype`."""
+    def start_training(self, dtype: torch.dtype, extra: int = 0) -> None:
+        """From now on backward passes add to one buffer of gradients; `extra` numbers more are at its end.
+
+        dtype: of the products.
+        """
         numbers = len(self.masters)
-        self.gradients = torch.zeros(numbers + more, device=self.masters.device)
+        self.gradients = torch.zeros(numbers + extra, device=self.masters.device)
         self.masters.grad = self.gradients[:numbers]
-        self.rounded = None if dtype == self.masters.dtype else torch.empty_like(self.masters, dtype=dtype, requires_grad=False)
+        masters = self.masters.detach()
+        self.rounded = None if dtype == masters.dtype else torch.empty_like(masters, dtype=dtype)
         self.rounded_version = None
         for group in self.groups:
             group.gradient = self.gradients[group.slice]
@@ -228,20 +241,19 @@ class FlatAdapters:
             for parameter, grad in zip(group.parameters, group.grads, strict=True):
                 parameter.grad = grad
 
-    @property
     def in_place(self) -> bool:
         """Whether every parameter lies here, and in training its gradient."""
-        return all(group.holds(group.parameters) and all(p.grad is grad for p, grad in zip(group.parameters, group.grads, strict=False))
+        return all(group.holds(group.parameters) and (self.gradients is None or group.holds_grads())
                    for group in self.groups)
 
     def clear(self) -> None:
-        """After the optimizer's step: the gradients are zero again, and the masters are rounded before their next use."""
+        """After the optimizer's step: zero the gradients, and round the masters before their next use."""
         self.gradients.zero_()
         self.rounded_version = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the masters if they may have changed.  A pass does so itself, but not one that is replayed (cuda_graph.py)."""
+        """Round the masters if they may have changed.  Every pass does, but no replayed one."""
         if self.rounded is not None and self.rounded_version != self.masters._version:
             self.rounded.copy_(self.masters)
             self.rounded_version = self.masters._version
@@ -250,7 +262,7 @@ class FlatAdapters:
         """The group's A's (P·R, I) and B's (O, R) in this dtype."""
         if dtype == self.masters.dtype:
             return group.masters
-        if self.rounded is None or dtype != self.rounded.dtype:             # nobody is to tell when the masters change
+        if self.rounded is None or dtype != self.rounded.dtype:     # no training: not all changes are known
             return group.stacked(self.masters.detach()[group.slice].to(dtype))
         self.refresh()
         return group.rounded
@@ -262,12 +274,13 @@ def _flat(linears: Sequence[LoRALinear], dtype: torch.dtype) -> Flat | None:
 
 
 def flat_adapters(model: nn.Module) -> FlatAdapters | None:
-    """The buffer of a model's adapters.  None where it has none, or trains something that does not lie there."""
+    """The buffer of a model's adapters.  None where it has none, or trains something outside of it."""
     owner = next((adapter.flat_group.owner for _, adapter in adapters(model) if adapter.flat_group), None)
-    if owner is None or not owner.in_place:
+    if owner is None or not owner.in_place():
         return None
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    return owner if trained == {id(parameter) for group in owner.groups for parameter in group.parameters} else None
+    held = {id(parameter) for group in owner.groups for parameter in group.parameters}
+    return owner if trained == held else None
 
 
 def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
@@ -288,7 +301,7 @@ def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRALinear], str]]:
-    """Adapters that are computed together: the module that does so, its linears, and how they end, as for `lora_kernels.choose`."""
+    """Adapters that are computed together: by which module, the linears, and `ends` as for `choose`."""
     grouped: set[nn.Module] = set()
     for module in model.modules():
         groups: list[tuple[list[LoRALinear], str]] = []

@@ -232,9 +232,10 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     model.checkpoint_activations = args.checkpoint_activations
     size, trained_size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False))
     gradients = Sharded(model) if args.shard else Summed(model, world, recorded=args.cuda_graph)
-    optimizer = torch.optim.AdamW(gradients.parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    if device.type == "cpu":
-        for parameter in gradients.parameters:                      # before the first pass, for the reason that gradients.py gives
+    optimizer = torch.optim.AdamW(gradients.parameters, lr=args.lr, betas=(0.9, args.beta2),
+                                  weight_decay=args.weight_decay, fused=True)
+    if device.type == "cpu":                # before the first pass, for the reason that gradients.py gives
+        for parameter in gradients.parameters:
             optimizer.state[parameter] = checkpoint.moments(parameter)
     weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}

@@ -97,7 +97,7 @@ def test_a_run_is_put_back_exactly_and_the_newest_checkpoints_are_kept(demo, tra
 
 
 def test_adapters_trained_as_one_are_saved_and_put_back_adapter_by_adapter(demo, trained, tmp_path):
-    """A checkpoint of an optimizer that has each adapter for itself, as runs had before, and one of all as one, are the same."""
+    """An optimizer of each adapter, as runs had before, and one of all as one have the same checkpoints."""
     path = save(tmp_path, 4, trained, {})
     other = load_model(demo / "model", torch.float32)
     wrap(other, LoRAConfig(rank=2), torch.Generator().manual_seed(1))

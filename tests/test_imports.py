@@ -3,8 +3,10 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = (("hub", "triton_support"), ("cpu_kernels",), ("geglu_kernels",), ("attention_kernels", "lora_kernels", "loss_kernels", "norm_kernels", "tokenizer"), ("model",), ("lora", "data"), ("gradients",), ("checkpoint", "cuda_graph", "survey"), ("generate", "report", "token_cache"),
-         ("evaluate", "export"), ("train", "demo"))
+ORDER = (("hub", "triton_support"), ("cpu_kernels",), ("geglu_kernels",),
+         ("attention_kernels", "lora_kernels", "loss_kernels", "norm_kernels", "tokenizer"), ("model",),
+         ("lora", "data"), ("gradients",), ("checkpoint", "cuda_graph", "survey"),
+         ("generate", "report", "token_cache"), ("evaluate", "export"), ("train", "demo"))
 RUN_TIME = {"torch", "triton", "sentencepiece", "safetensors", "numpy", "huggingface_hub"}
 
 

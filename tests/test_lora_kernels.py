@@ -155,13 +155,16 @@ def test_kernels_give_the_same_bits_each_time(device, generator):
 
 
 @pytest.mark.parametrize("device", [INTERPRETER, GPU])
-@pytest.mark.parametrize(("A", "B", "splits_a", "splits_b"), [(300, 900, 37, 5), (900, 300, 1, 16), (257, 1, 2, 40)])
+@pytest.mark.parametrize(("A", "B", "splits_a", "splits_b"), [
+    (300, 900, 37, 5), (900, 300, 1, 16), (257, 1, 2, 40)])
 @pytest.mark.parametrize("add", [True, False])
 def test_the_sums_of_splits_are_added_up_each_at_its_place(A, B, splits_a, splits_b, add, device, generator):
-    a, b, gradient = (torch.randn(*shape, generator=generator).to(device) for shape in ((splits_a, A), (splits_b, B), (A + B,)))
+    a, b, gradient = (torch.randn(*shape, generator=generator).to(device)
+                      for shape in ((splits_a, A), (splits_b, B), (A + B,)))
     exact = torch.cat((a.double().sum(0), b.double().sum(0))) + (gradient.double() if add else 0)
-    lora_kernels._add_splits_kernel[(-(-(A + B) // 256),)](torch.cat((a.flatten(), b.flatten())), gradient, splits_a, splits_b,
-                                                           A=A, B=B, ADD=add, BLOCK_S=16, BLOCK=256)
+    partial = torch.cat((a.flatten(), b.flatten()))
+    lora_kernels._add_splits_kernel[(-(-(A + B) // 256),)](
+        partial, gradient, splits_a, splits_b, A=A, B=B, ADD=add, BLOCK_S=16, BLOCK=256)
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-5)
 
 
