@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attention_kernels import Tables
 from data import Batch
-from lora import hand_out, token_numbers
+from lora import flat_adapters, hand_out, token_numbers
 from loss_kernels import IGNORE
 from model import Gemma3, Plans
 from triton_support import cdiv, next_power_of_2, sent
@@ -84,6 +84,7 @@ class RecordedPasses:
         """
         self.model, self.device, self.largest, self.recorded = model, model.head.device, largest, dict[tuple, _Recorded]()
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.adapters = flat_adapters(model)
 
     def __call__(self, batch: Batch, seed: int = 0) -> Tensor:
         """Add the gradients of a batch's summed loss, and return that loss, in nats, a scalar.  seed: of dropout.
@@ -112,6 +113,8 @@ class RecordedPasses:
         self.recorded[key] = made                                                       # the last one used is the last one
         for place, x in zip(made.inputs, inputs, strict=True):
             place.copy_(x)
+        if self.adapters:
+            self.adapters.refresh()                     # no recording holds it: their trial runs have it done
         made.replay()
         return made.loss.clone()
 

@@ -5,6 +5,7 @@ An adapter's folder is PEFT's: adapter_config.json and adapter_model.safetensors
 """
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, choose, lora_linears, lora_mlp
+from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, Flat, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
 from triton_support import sent
 
@@ -58,6 +59,7 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(a.to(base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, device=base.weight.device))
         self.choice = BY_PYTORCH
+        self.flat_group: FlatGroup | None = None            # the first of its group has it
         self.tokens = tokens
         self.register_buffer("features", odd_numbers(np.arange(inputs), place).to(base.weight.device), persistent=False)
 
@@ -76,7 +78,8 @@ class LoRALinear(nn.Module):
         return Dropout(self.config.dropout, self.tokens[rows], self.features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linears(x, [self.adapted], self.config.scale, self.dropout(len(x)), self.choice)[0]
+        flat = _flat([self], x.dtype)
+        return lora_linears(x, [self.adapted], self.config.scale, self.dropout(len(x)), self.choice, flat)[0]
 
 
 class LoRAAttention(Attention):
@@ -97,8 +100,9 @@ class LoRAAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.together:
             return super().project(x)
-        return lora_linears(x, [self.q_proj.adapted, self.k_proj.adapted, self.v_proj.adapted], self.q_proj.config.scale,
-                            self.q_proj.dropout(len(x)), self.choice)
+        linears = self.q_proj, self.k_proj, self.v_proj
+        return lora_linears(x, [linear.adapted for linear in linears], self.q_proj.config.scale,
+                            self.q_proj.dropout(len(x)), self.choice, _flat(linears, x.dtype))
 
 
 class LoRAMLP(MLP):
@@ -119,8 +123,11 @@ class LoRAMLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         if not self.together:
             return super().forward(x)
-        return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted, self.gate_proj.config.scale,
-                        (self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))), self.choices)
+        flats = _flat((self.gate_proj, self.up_proj), x.dtype), _flat((self.down_proj,), x.dtype)
+        alike = all(flats) and (flats[0].gradient is None) == (flats[1].gradient is None)
+        dropouts = self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))
+        return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted,
+                        self.gate_proj.config.scale, dropouts, self.choices, flats if alike else None)
 
 
 def _lay_below(*linears: LoRALinear) -> None:
@@ -128,6 +135,152 @@ def _lay_below(*linears: LoRALinear) -> None:
     together = torch.cat([linear.weight for linear in linears])
     for linear, weight in zip(linears, together.split([len(linear.weight) for linear in linears]), strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+class FlatGroup:
+    """The adapters of linears that are computed together, in the buffer of all: their A's, then their B's."""
+
+    def __init__(self, owner: FlatAdapters, linears: Sequence[LoRALinear], first: int) -> None:
+        """Move the linears' masters into the buffer, from its number `first` on, as new parameters."""
+        self.owner = owner
+        self.rank, self.outputs = len(linears[0].lora_a), [len(linear.lora_b) for linear in linears]
+        self.a_shape = len(linears) * self.rank, linears[0].lora_a.shape[1]         # (P·R, I)
+        self.b_shape = sum(self.outputs), self.rank                                 # (O, R)
+        self.slice = slice(first, first + math.prod(self.a_shape) + math.prod(self.b_shape))
+        own = owner.masters.detach()[self.slice]            # it and its views share the masters' `_version`
+        self.masters = self.stacked(own)
+        self.rounded: tuple[Tensor, Tensor] | None = None   # a and b in `FlatAdapters.rounded`
+        self.gradient: Tensor | None = None                 # in `FlatAdapters.gradients`
+        self.grads: list[Tensor] = []                       # its views, of each parameter
+
+        parts = self.parts(own)
+        self.parameters: list[nn.Parameter] = []            # lora_a and lora_b of each linear in turn
+        for linear, a, b in zip(linears, parts[0::2], parts[1::2], strict=True):
+            with torch.no_grad():
+                a.copy_(linear.lora_a)
+                b.copy_(linear.lora_b)
+            linear.lora_a, linear.lora_b = nn.Parameter(a), nn.Parameter(b)
+            self.parameters += [linear.lora_a, linear.lora_b]
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        linears[0].flat_group = self
+
+    def stacked(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The A's (P·R, I) and the B's (O, R) in the group's slice of a buffer."""
+        a, b = own.split([math.prod(self.a_shape), math.prod(self.b_shape)])
+        return a.view(self.a_shape), b.view(self.b_shape)
+
+    def parts(self, own: Tensor) -> list[Tensor]:
+        """Of the group's slice of a buffer what belongs to each of `parameters`."""
+        a, b = self.stacked(own)
+        return list(itertools.chain(*zip(a.split(self.rank), b.split(self.outputs), strict=True)))
+
+    def holds(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these are the group's parameters, and still where it has put them."""
+        return len(parameters) == len(self.parameters) and all(
+            given is own and own.data_ptr() == address
+            for given, own, address in zip(parameters, self.parameters, self.addresses, strict=True))
+
+    def holds_grads(self) -> bool:
+        """Whether each `.grad` is the group's part of the buffer of gradients."""
+        return self.gradient is not None and all(
+            parameter.grad is grad for parameter, grad in zip(self.parameters, self.grads, strict=True))
+
+    def flat(self, linears: Sequence[LoRALinear], dtype: torch.dtype) -> Flat | None:
+        """The linears' adapters for products in `dtype`; None where they were moved or replaced."""
+        if not self.holds([parameter for linear in linears for parameter in (linear.lora_a, linear.lora_b)]):
+            return None
+        gradient = self.gradient if self.holds_grads() else None
+        return Flat(*self.owner.operands(self, dtype), self.owner.masters, gradient)
+
+
+class FlatAdapters:
+    """The masters of a model's adapters in one fp32 tensor, by groups, and in training their gradients too.
+
+    Each adapter's `lora_a` and `lora_b` are parameters that lie in `masters`. That is no parameter of the
+    model: an optimizer takes it, or them. A group with a parameter that was moved or replaced, as by
+    `model.to`, is computed without the buffer.
+
+    After `start_training` the masters are rounded to the dtype of the products once after each change, not
+    in every pass. A change shows in `_version`, which all views share. That of a fused optimizer does not
+    (seen in PyTorch 2.13): `clear`, which follows its step, forgets what was rounded. Nor does a change by
+    way of `.data`, which must not be used then.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[LoRALinear]]) -> None:
+        adapters = [p for linears in groups for linear in linears for p in (linear.lora_a, linear.lora_b)]
+        numbers = sum(parameter.numel() for parameter in adapters)
+        self.masters = nn.Parameter(torch.empty(numbers, device=adapters[0].device))
+        self.gradients: Tensor | None = None                # as `masters`, and some numbers more
+        self.rounded: Tensor | None = None                  # as `masters`, in the dtype of the products
+        self.rounded_version: int | None = None             # of the masters then; None: round them anew
+        self.groups: list[FlatGroup] = []
+        for linears in groups:
+            first = self.groups[-1].slice.stop if self.groups else 0
+            self.groups.append(FlatGroup(self, linears, first))
+
+    def of_each(self, buffer: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """(parameter, its part) of a buffer laid out as `masters`, such as an optimizer's moments."""
+        for group in self.groups:
+            yield from zip(group.parameters, group.parts(buffer[group.slice]), strict=True)
+
+    def start_training(self, dtype: torch.dtype, extra: int = 0) -> None:
+        """From now on backward passes add to one buffer of gradients; `extra` numbers more are at its end.
+
+        dtype: of the products.
+        """
+        numbers = len(self.masters)
+        self.gradients = torch.zeros(numbers + extra, device=self.masters.device)
+        self.masters.grad = self.gradients[:numbers]
+        masters = self.masters.detach()
+        self.rounded = None if dtype == masters.dtype else torch.empty_like(masters, dtype=dtype)
+        self.rounded_version = None
+        for group in self.groups:
+            group.gradient = self.gradients[group.slice]
+            group.grads = group.parts(group.gradient)
+            group.rounded = None if self.rounded is None else group.stacked(self.rounded[group.slice])
+            for parameter, grad in zip(group.parameters, group.grads, strict=True):
+                parameter.grad = grad
+
+    def in_place(self) -> bool:
+        """Whether every parameter lies here, and in training its gradient."""
+        return all(group.holds(group.parameters) and (self.gradients is None or group.holds_grads())
+                   for group in self.groups)
+
+    def clear(self) -> None:
+        """After the optimizer's step: zero the gradients, and round the masters before their next use."""
+        self.gradients.zero_()
+        self.rounded_version = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters if they may have changed.  Every pass does, but no replayed one."""
+        if self.rounded is not None and self.rounded_version != self.masters._version:
+            self.rounded.copy_(self.masters)
+            self.rounded_version = self.masters._version
+
+    def operands(self, group: FlatGroup, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The group's A's (P·R, I) and B's (O, R) in this dtype."""
+        if dtype == self.masters.dtype:
+            return group.masters
+        if self.rounded is None or dtype != self.rounded.dtype:     # no training: not all changes are known
+            return group.stacked(self.masters.detach()[group.slice].to(dtype))
+        self.refresh()
+        return group.rounded
+
+
+def _flat(linears: Sequence[LoRALinear], dtype: torch.dtype) -> Flat | None:
+    group = linears[0].flat_group
+    return group.flat(linears, dtype) if group else None
+
+
+def flat_adapters(model: nn.Module) -> FlatAdapters | None:
+    """The buffer of a model's adapters.  None where it has none, or trains something outside of it."""
+    owner = next((adapter.flat_group.owner for _, adapter in adapters(model) if adapter.flat_group), None)
+    if owner is None or not owner.in_place():
+        return None
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    held = {id(parameter) for group in owner.groups for parameter in group.parameters}
+    return owner if trained == held else None
 
 
 def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
@@ -143,7 +296,24 @@ def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention | MLP):
                 setattr(parent, name, LoRAAttention(child) if isinstance(child, Attention) else LoRAMLP(child))
+    FlatAdapters([linears for _, linears, _ in _groups(model)])
     model.train(model.training)
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRALinear], str]]:
+    """Adapters that are computed together: by which module, the linears, and `ends` as for `choose`."""
+    grouped: set[nn.Module] = set()
+    for module in model.modules():
+        groups: list[tuple[list[LoRALinear], str]] = []
+        if isinstance(module, LoRAAttention) and module.together:
+            groups = [([module.q_proj, module.k_proj, module.v_proj], "")]
+        elif isinstance(module, LoRAMLP) and module.together:
+            groups = [([module.gate_proj, module.up_proj], "gated"), ([module.down_proj], "gate")]
+        elif isinstance(module, LoRALinear) and module not in grouped:
+            groups = [([module], "")]
+        for linears, ends in groups:
+            grouped |= set(linears)
+            yield module, linears, ends
 
 
 def odd_numbers(low: np.ndarray, high: int) -> Tensor:
@@ -193,7 +363,7 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
     in_blocks = kernels == "auto" and not getattr(model, "checkpoint_activations", False)
     chosen: dict[tuple, tuple[Choice, dict]] = {}
 
-    def pick(linears: Sequence[LoRALinear], ends: str = "") -> Choice:
+    def pick(linears: Sequence[LoRALinear], ends: str) -> Choice:
         outputs, inputs, rank = tuple(len(linear.weight) for linear in linears), linears[0].weight.shape[1], linears[0].config.rank
         key = inputs, outputs, ends
         if key not in chosen:
@@ -203,16 +373,14 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
         blocks = Blocks.of([linear.weight for linear in linears]) if in_blocks and not choice.by_triton else None
         return replace(choice, blocks=blocks)
 
-    grouped = set()
-    for module in model.modules():
-        if isinstance(module, LoRAAttention) and module.together:
-            module.choice = pick([module.q_proj, module.k_proj, module.v_proj])
-            grouped |= {module.q_proj, module.k_proj, module.v_proj}
-        elif isinstance(module, LoRAMLP) and module.together:
-            module.choices = pick([module.gate_proj, module.up_proj], "gated"), pick([module.down_proj], "gate")
-            grouped |= set(module.children())
-        elif isinstance(module, LoRALinear) and module not in grouped:
-            module.choice = pick([module])
+    picked: dict[nn.Module, list[Choice]] = {}
+    for module, linears, ends in _groups(model):
+        picked.setdefault(module, []).append(pick(linears, ends))
+    for module, choices in picked.items():
+        if isinstance(module, LoRAMLP):
+            module.choices = tuple(choices)
+        else:
+            [module.choice] = choices
     return [f"{inputs} → {' + '.join(map(str, outputs))}{f' ({ends})' if ends else ''}, {rows} rows: " + ", ".join(
                 f"{name} {'triton' if ours < theirs else 'torch'} ({ours:.3f} against {theirs:.3f} ms)"
                 for name, (ours, theirs) in times.items())

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
 from triton_support import (
@@ -128,11 +128,30 @@ def _room(numbers: int, num_warps: int, PRECISION: str, CAPABILITY: int, **_) ->
     return PRECISION == "tf32" and numbers / (32 * num_warps) <= (80 if CAPABILITY < 90 else 144)
 
 
-@tuned(tile_sizes(("BLOCK_M", "BLOCK_O", "BLOCK_I"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3),
-                  (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3)),
-       key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
-       fits=lambda BLOCK_M, BLOCK_O, BLOCK_R, GEGLU, DROPOUT, **more:
-           _room(BLOCK_M * ((BLOCK_O + BLOCK_R) * (1 + GEGLU) + 16 * (DROPOUT > GEGLU)), **more))
+def _cap_fits(BLOCK_R: int, GEGLU: bool, DROPOUT: bool, CAPABILITY: int, maxnreg: int | None = None,
+              **_) -> bool:
+    """Whether 128 registers a thread are enough where `maxnreg` allows no more, for two programs an SM.
+
+    They are on Hopper for ranks to 16 without dropout (`make check-kernels`); elsewhere some tile spills.
+    """
+    return maxnreg is None or (CAPABILITY >= 90 and BLOCK_R <= 16 and not GEGLU and not DROPOUT)
+
+
+def _forward_fits(BLOCK_M: int, BLOCK_O: int, BLOCK_R: int, GEGLU: bool, DROPOUT: bool, **more) -> bool:
+    numbers = BLOCK_M * ((BLOCK_O + BLOCK_R) * (1 + GEGLU) + 16 * (DROPOUT > GEGLU))
+    return _room(numbers, **more) and _cap_fits(BLOCK_R, GEGLU, DROPOUT, **more)
+
+
+def _input_gradient_fits(BLOCK_M: int, BLOCK_I: int, BLOCK_R: int, GEGLU: bool, DROPOUT: bool,
+                         **more) -> bool:
+    numbers = BLOCK_M * (BLOCK_I * (1 + GEGLU + DROPOUT) + BLOCK_R)
+    return _room(numbers, **more) and _cap_fits(BLOCK_R, GEGLU, DROPOUT, **more)
+
+
+@tuned(tile_sizes(("BLOCK_M", "BLOCK_O", "BLOCK_I"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3, 128),
+                  (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4),
+                  (64, 32, 32, 8, 3)),
+       key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"), fits=_forward_fits)
 @jit
 def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, least, M, M_BUCKET,
                     I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
@@ -237,11 +256,10 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M
         return tl.dot(narrow, a_tile, sums, input_precision=PRECISION)
 
 
-@tuned(tile_sizes(("BLOCK_M", "BLOCK_I", "BLOCK_O"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3),
-                  (128, 64, 64, 8, 3), (64, 64, 64, 4, 4), (64, 32, 32, 8, 3)),
-       key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"),
-       fits=lambda BLOCK_M, BLOCK_I, BLOCK_R, GEGLU, DROPOUT, **more:
-           _room(BLOCK_M * (BLOCK_I * (1 + GEGLU + DROPOUT) + BLOCK_R), **more))
+@tuned(tile_sizes(("BLOCK_M", "BLOCK_I", "BLOCK_O"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3, 128),
+                  (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4),
+                  (64, 32, 32, 8, 3)),
+       key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"), fits=_input_gradient_fits)
 @jit
 def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features, least, M, M_BUCKET,
                            I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
@@ -290,7 +308,7 @@ def _token_sum_kernel(wide, narrow, partial, tokens, features, least, M, M_BUCKE
     wide (M, N): its columns are parts of N0, N1 and N2; with DROPOUT what adapters see of it counts. narrow (M, NARROW): C
     columns a part. partial (splits, N·C) fp32: each as (N, C), or TRANSPOSED, of one part, as (C, N). A program owns BLOCK_N
     columns of a part, BLOCK_C of its narrow columns, and one split's tokens, in their order; the splits are added up after
-    it, so that no two programs write to one place.
+    it (`_add_splits_kernel`), so that no two programs write to one place.
     """
     TILES0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     TILES1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -323,6 +341,31 @@ def _token_sum_kernel(wide, narrow, partial, tokens, features, least, M, M_BUCKE
     else:
         out = partial + (first + columns)[:, None] * C + places[None, :]
     tl.store(out + tl.program_id(1).to(tl.int64) * (N * C), sums, mask=(columns < size)[:, None] & (places < C)[None, :])
+
+
+@jit
+def _add_splits_kernel(partial, gradient, splits_a, splits_b, A: tl.constexpr, B: tl.constexpr,
+                       ADD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """gradient = Σ over splits of partial, or with ADD gradient += that sum.  Always in one order.
+
+    gradient (A + B) fp32: the A numbers of dA, then the B numbers of dB. partial fp32: dA's sums (splits_a,
+    A), then dB's (splits_b, B). A program owns BLOCK numbers of the gradient, and takes BLOCK_S splits
+    at a time.
+    """
+    places, splits = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_S)
+    of_a = places < A
+    count = tl.where(of_a, splits_a, splits_b)
+    first = tl.where(of_a, places, splits_a * A + places - A)
+    step = tl.where(of_a, A, B)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, tl.maximum(splits_a, splits_b), BLOCK_S):
+        rows = start + splits
+        inside = (rows[:, None] < count[None, :]) & (places < A + B)[None, :]
+        tile = tl.load(partial + first[None, :] + rows[:, None] * step[None, :], mask=inside, other=0.0)
+        sums += tl.sum(tile, axis=0)
+    if ADD:
+        sums += tl.load(gradient + places, mask=places < A + B, other=0.0)
+    tl.store(gradient + places, sums, mask=places < A + B)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,6 +429,16 @@ class _Group:
         return {"tokens": tokens, "features": features, "least": least, "M": M, "M_BUCKET": next_power_of_2(M)}
 
 
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """A group's adapters that lie in one buffer with all others (lora.FlatAdapters) and are trained there."""
+
+    a: Tensor                   # the A's below each other (P·R, I), in x's dtype
+    b: Tensor                   # the B's (O, R)
+    masters: nn.Parameter       # the buffer: autograd sees it, not the adapters, if there is a `gradient`
+    gradient: Tensor | None     # (P·R·I + O·R) fp32, a's, then b's, to add to; None: return them
+
+
 def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
     return torch.cat((wide, narrow), dim=1)
 
@@ -435,28 +488,54 @@ def _narrow_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
     return torch.addmm(dy.new_empty(()), dy, torch.block_diag(*b.split(group.outputs)), beta=0, alpha=group.scale)
 
 
-def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], group: _Group, of_x: bool) -> Tensor:
-    """Σ over tokens of wide[m, n] narrow[m, c], fp32, part by part: (N, columns of a part), or where wide is x (columns, I)."""
-    (M, N), columns = wide.shape, narrow.shape[1] // len(parts)
-    blocks = sum(cdiv(part, 128) for part in parts) * cdiv(columns, 64)
-    splits = max(1, min(cdiv(M, 256), 512 // blocks))               # enough programs for any GPU, the same on each
-    partial = torch.empty(splits, N * columns, dtype=torch.float32, device=wide.device)
+def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], splits: int, partial: Tensor,
+                group: _Group, of_x: bool) -> None:
+    """Write Σ over the tokens of each split of wide[m, n] narrow[m, c] to `partial`, fp32.
+
+    A split's sums are (N, columns of a part), part by part, or where wide is x (columns, I).
+    """
+    M, columns = len(wide), narrow.shape[1] // len(parts)
     N0, N1, N2 = (*parts, 0, 0)[:3]
     BLOCK_C = min(64, max(16, next_power_of_2(columns)))
     _token_sum_kernel[lambda sizes: (sum(cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, cdiv(columns, BLOCK_C))](
         wide, narrow, partial, **group.numbers(M), rows_a_split=cdiv(M, splits), N0=N0, N1=N1, N2=N2,
         NARROW=narrow.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None, BLOCK_C=BLOCK_C,
         PRECISION=precision(wide.dtype))
-    return partial.sum(0).view((columns, N) if of_x else (N, columns))
 
 
-def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Group, by_triton: bool) -> list[Tensor]:
-    """dA (R, I) and dB (O, R) of each part in turn, fp32 from the kernel, else x's dtype."""
-    parts, R = group.outputs, group.rank
-    if by_triton and len(x):
-        da, db = _token_sums(x, t, (x.shape[1],), group, of_x=True), _token_sums(dy, s, parts, group, of_x=False).split(parts)
+def _splits(M: int, parts: tuple[int, ...], columns: int) -> int:
+    """Into how many a sum over M tokens is split: enough programs for any GPU, the same on each."""
+    blocks = sum(cdiv(part, 128) for part in parts) * cdiv(columns, 64)
+    return max(1, min(cdiv(M, 256), 512 // blocks))
+
+
+def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Group, by_triton: bool,
+                       into: Tensor | None = None) -> list[Tensor]:
+    """dA (R, I) and dB (O, R) of each part in turn, fp32 from the kernel, else x's dtype.
+
+    into: `Flat.gradient`, which they are added to; then none are returned.
+    """
+    (M, I), parts, R = x.shape, group.outputs, group.rank  # noqa: E741
+    A, B = t.shape[1] * I, sum(parts) * R
+    if by_triton and M:
+        splits_a, splits_b = _splits(M, (I,), t.shape[1]), _splits(M, parts, R)
+        partial = torch.empty(splits_a * A + splits_b * B, dtype=torch.float32, device=x.device)
+        _token_sums(x, t, (I,), splits_a, partial, group, of_x=True)
+        _token_sums(dy, s, parts, splits_b, partial[splits_a * A:], group, of_x=False)
+        gradient = torch.empty(A + B, dtype=torch.float32, device=x.device) if into is None else into
+        _add_splits_kernel[(cdiv(A + B, 256),)](
+            partial, gradient, splits_a, splits_b, A=A, B=B, ADD=into is not None, BLOCK_S=16, BLOCK=256)
+        if into is not None:
+            return []
+        da, db = gradient[:A].view(-1, I), gradient[A:].view(-1, R).split(parts)
     else:
-        da, db = t.T @ group.seen(x), ((shrunk.T @ y).T for y, shrunk in zip(dy.split(parts, dim=1), s.split(R, dim=1), strict=True))
+        da = t.T @ group.seen(x)
+        db = [(shrunk.T @ y).T for y, shrunk in zip(dy.split(parts, dim=1), s.split(R, dim=1), strict=True)]
+        if into is not None:
+            into[:A].view_as(da).add_(da)
+            for place, part in zip(into[A:].view(-1, R).split(parts), db, strict=True):
+                place.add_(part)
+            return []
     return list(itertools.chain(*zip(da.split(R), db, strict=True)))
 
 
@@ -464,20 +543,32 @@ def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Grou
 # The autograd functions
 
 
-def _narrow(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _narrow(adapters: Sequence[Tensor], flat: Flat | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The A's (P·R, I) and the B's (O, R) below each other, in the dtype of the products."""
+    if flat:
+        return flat.a, flat.b
     return torch.cat(list(adapters[0::2])).to(dtype), torch.cat(list(adapters[1::2])).to(dtype)
 
 
+def _returned(gradients: Sequence[Tensor], leaves: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """What backward returns for its leaves: gradients, or nothing where they went to `Flat.gradient`."""
+    return [gradient.to(dtype) for gradient in gradients] or [None] * leaves
+
+
 class _LoRALinears(torch.autograd.Function):
-    """Saved are x, which other linears may share, and S. Masters and gradients of the adapters are fp32."""
+    """Saved are x, which other linears may share, and S. Masters and gradients of the adapters are fp32.
+
+    leaves: lora_a and lora_b of each linear in turn, or the masters of a `flat` that has a gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, group: _Group, choice: Choice, *adapters: Tensor) -> Tensor:
-        a, b = _narrow(adapters, x.dtype)
+    def forward(ctx, x: Tensor, weight: Tensor, group: _Group, choice: Choice, flat: Flat | None,
+                *leaves: Tensor) -> Tensor:
+        a, b = _narrow(leaves, flat, x.dtype)
         y, s, _ = _forward(x, weight, a, b, group, choice.forward, blocks=choice.blocks)
         ctx.save_for_backward(x, weight, a, b, s)
-        ctx.group, ctx.choice, ctx.master_dtype = group, choice, adapters[0].dtype
+        ctx.group, ctx.choice, ctx.master_dtype, ctx.leaves = group, choice, leaves[0].dtype, len(leaves)
+        ctx.into = flat.gradient if flat else None
         return y
 
     @staticmethod
@@ -488,36 +579,41 @@ class _LoRALinears(torch.autograd.Function):
             dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient, blocks=ctx.choice.blocks)
         else:
             dx, t = None, _narrow_gradient(dy, b, ctx.group)
-        gradients = _adapter_gradients(x, dy, s, t, ctx.group, ctx.choice.sums)
-        return dx, None, None, None, *(gradient.to(ctx.master_dtype) for gradient in gradients)
+        gradients = _adapter_gradients(x, dy, s, t, ctx.group, ctx.choice.sums, ctx.into)
+        return dx, None, None, None, None, *_returned(gradients, ctx.leaves, ctx.master_dtype)
 
 
 class _LoRAMLP(torch.autograd.Function):
-    """gate and up as one group, GeGLU at its end; down, whose dX ends in GeGLU's gradient.  Saved are x, [gate | up] and h."""
+    """gate and up as one group, GeGLU at its end; down, whose dX ends in GeGLU's gradient.
+
+    Saved are x, [gate | up] and h. leaves: as for `_LoRALinears`, of gate, up and down.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, groups: tuple[_Group, _Group], choices: tuple[Choice, Choice],
-                *adapters: Tensor) -> Tensor:
-        narrow = (*_narrow(adapters[:4], x.dtype), *_narrow(adapters[4:], x.dtype))
+                flats: tuple[Flat, Flat] | None, *leaves: Tensor) -> Tensor:
+        flat, flat_down = flats or (None, None)
+        narrow = (*_narrow(leaves[:4], flat, x.dtype), *_narrow(leaves[4:], flat_down, x.dtype))
         gate_up, s, h = _forward(x, weight, *narrow[:2], groups[0], choices[0].forward, gated=True, blocks=choices[0].blocks)
         y, s_down, _ = _forward(h, down, *narrow[2:], groups[1], choices[1].forward, blocks=choices[1].blocks)
         ctx.save_for_backward(x, weight, down, *narrow, gate_up, s, h, s_down)
-        ctx.groups, ctx.choices, ctx.master_dtype = groups, choices, adapters[0].dtype
+        ctx.groups, ctx.choices, ctx.master_dtype, ctx.leaves = groups, choices, leaves[0].dtype, len(leaves)
+        ctx.into = [flat.gradient for flat in flats] if flats else [None, None]
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, a, b, a_down, b_down, gate_up, s, h, s_down = ctx.saved_tensors
-        (group, group_down), (choice, choice_down) = ctx.groups, ctx.choices
+        (group, group_down), (choice, choice_down), (into, into_down) = ctx.groups, ctx.choices, ctx.into
         dy = dy.contiguous()
         dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up, choice_down.blocks)
-        of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums)
+        of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums, into_down)
         if ctx.needs_input_grad[0]:
             dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient, blocks=choice.blocks)
         else:
             dx, t = None, _narrow_gradient(dgate_up, b, group)
-        gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums) + of_down
-        return dx, None, None, None, None, *(gradient.to(ctx.master_dtype) for gradient in gradients)
+        gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums, into) + of_down
+        return dx, None, None, None, None, None, *_returned(gradients, ctx.leaves, ctx.master_dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -531,33 +627,45 @@ def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale
 
 
 def lora_linears(x: Tensor, linears: Sequence[Adapted], scale: float, dropout: Dropout | None = None,
-                 choice: Choice = BY_PYTORCH) -> tuple[Tensor, ...]:
+                 choice: Choice = BY_PYTORCH, flat: Flat | None = None) -> tuple[Tensor, ...]:
     """The outputs (M, O) of each of up to three adapted linears that share x (M, I); gradients for x and the adapters.
 
     Operands are row-major (contiguous), x and the frozen weights of one dtype: fp32, bf16, fp16. Weights that lie below
     each other in memory (lora.py lays them so) are read in place, others are copied. All the adapters see the same of x
-    under dropout. Raises ValueError for operands that do not fit.
+    under dropout. flat: the same adapters, where they lie in one buffer.
+
+    Raises ValueError for operands that do not fit.
     """
     _check(x, linears, choice)
     group = _group(linears, scale, dropout, len(x))
-    adapters = [narrow for linear in linears for narrow in linear[1:]]
-    y = _LoRALinears.apply(x, _below([weight for weight, *_ in linears]), group, choice, *adapters)
+    weight = _below([weight for weight, *_ in linears])
+    y = _LoRALinears.apply(x, weight, group, choice, flat, *_leaves(linears, flat))
     return y.split(group.outputs, dim=1) if len(linears) > 1 else (y,)
 
 
 def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
              dropouts: tuple[Dropout | None, Dropout | None] = (None, None),
-             choices: tuple[Choice, Choice] = (BY_PYTORCH, BY_PYTORCH)) -> Tensor:
+             choices: tuple[Choice, Choice] = (BY_PYTORCH, BY_PYTORCH),
+             flats: tuple[Flat, Flat] | None = None) -> Tensor:
     """down(gelu(gate(x)) · up(x)) (M, D), each an adapted linear.
 
-    dropouts, choices: of gate and up, and of down. Else as `lora_linears`.
+    dropouts, choices, flats: of gate and up, and of down. Both flats have a gradient, or none has.
+    Else as `lora_linears`.
     """
     _check(x, (gate, up), choices[0])
     if len(gate[0]) != len(up[0]):
         raise ValueError(f"LoRA MLP: gate and up must give equally many outputs; got {len(gate[0])} and {len(up[0])}")
     _check(x.new_empty(0, len(gate[0])), (down,), choices[1])
     groups = _group((gate, up), scale, dropouts[0], len(x)), _group((down,), scale, dropouts[1], len(x))
-    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, choices, *gate[1:], *up[1:], *down[1:])
+    leaves = _leaves((gate, up, down), flats and flats[0])
+    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, choices, flats, *leaves)
+
+
+def _leaves(linears: Sequence[Adapted], flat: Flat | None) -> list[Tensor]:
+    """What autograd sees of the adapters: themselves, or their buffer if backward adds to its gradient."""
+    if flat and flat.gradient is not None:
+        return [flat.masters]
+    return [narrow for linear in linears for narrow in linear[1:]]
 
 
 def _group(linears: Sequence[Adapted], scale: float, dropout: Dropout | None, M: int) -> _Group:
@@ -652,6 +760,7 @@ def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch
     draw = lambda *shape: torch.randn(shape, dtype=dtype, device=device)  # noqa: E731
     x, dy, weight, a, b = draw(M, I), draw(M, O), draw(O, I), draw(len(outputs) * rank, I), draw(O, rank)
     s, t, gate_up = draw(M, len(a)), draw(M, len(a)), draw(M, 2 * I) if ends == "gate" else None
+    gradient = torch.zeros(a.numel() + b.numel(), device=device)
     return {"forward": lambda by_triton: _forward(x, weight, a, b, group, by_triton, gated=ends == "gated"),
             "input_gradient": lambda by_triton: _input_gradient(dy, weight, a, b, group, by_triton, gate_up),
-            "sums": lambda by_triton: _adapter_gradients(x, dy, s, t, group, by_triton)}
+            "sums": lambda by_triton: _adapter_gradients(x, dy, s, t, group, by_triton, gradient)}

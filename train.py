@@ -58,7 +58,6 @@ from training.distributed import (
     decoding_copy,
     init_distributed,
     shutdown_distributed,
-    total_norm,
 )
 from training.host import device_name, peak_gib, restart_with_memory_settings
 from training.metrics import flops, step_profiler, utilization
@@ -253,10 +252,11 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     model.checkpoint_activations = args.checkpoint_activations
     size, trained_size = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False))
     gradients = FSDPGradients(model) if args.shard else AllReduceGradients(model, world, recorded=args.cuda_graph)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True)
-    for parameter in parameters if device.type == "cpu" else ():        # before the first pass: see training/distributed.py
-        optimizer.state[parameter] = adamw_state(parameter)
+    optimizer = torch.optim.AdamW(gradients.parameters, lr=args.lr, betas=(0.9, args.beta2),
+                                  weight_decay=args.weight_decay, fused=True)
+    if device.type == "cpu":                # before the first pass: see training/distributed.py
+        for parameter in gradients.parameters:
+            optimizer.state[parameter] = adamw_state(parameter)
     weights = train.weights
     plan = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens, "epochs": args.epochs, "weights": weights}
     if (weights != 1).any():
@@ -413,7 +413,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
             nats += add_gradients(batch, seed)
         work = sum(flops(model, batch) for batch in batches)
         shared = gradients.finish(torch.stack([nats, *(torch.full_like(nats, x) for x in (bool(stop_signal), own_tokens))]))
-        loss, norm = shared[0] / trained_tokens, total_norm(parameters) / trained_tokens
+        loss, norm = shared[0] / trained_tokens, gradients.norm() / trained_tokens
         optimizer.grad_scale = trained_tokens * ((norm / args.clip).clamp(min=1) if args.clip else torch.ones_like(norm))      # a divisor
         optimizer.found_inf = 1 - (loss.isfinite() & (norm <= args.max_grad_norm)).float()       # 1 leaves the step out; a NaN fails both
         optimizer.step()

@@ -29,7 +29,7 @@ PIECE = 1 << 18         # numbers that a CPU passes over at a time: 1 MB in fp32
 
 def jit(function: Callable) -> Callable:
     """`triton.jit`. Numbers of tokens change from call to call, and no value of theirs is compiled in."""
-    changing = ["M", "T", "M_BUCKET", "rows_a_split", "rows_a_program", "offset"]
+    changing = ["M", "T", "M_BUCKET", "rows_a_split", "splits_a", "splits_b", "rows_a_program", "offset"]
     return triton.jit(do_not_specialize=changing)(function) if triton else function
 
 
@@ -57,21 +57,25 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def tile_sizes(names: tuple[str, ...], *sizes: tuple[int, ...]) -> list[dict]:
-    """What `tuned` chooses from: sizes of these names, num_warps, num_stages."""
-    return [dict(zip((*names, "num_warps", "num_stages"), size, strict=True)) for size in sizes]
+    """What `tuned` chooses from: sizes of these names, num_warps, num_stages, and perhaps maxnreg.
+
+    maxnreg: the most registers that a thread may have.
+    """
+    names = *names, "num_warps", "num_stages", "maxnreg"
+    return [dict(zip(names[:len(size)], size, strict=True)) for size in sizes]
 
 
 def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) -> Callable[[Callable], Callable]:
-    """Run a kernel with whichever of at most six configurations is fastest on this device.
+    """Run a kernel with whichever of at most seven configurations is fastest on this device.
 
-    tiles: sizes by name, with `num_warps` and `num_stages`. key: arguments for which the choice is made anew. fits: of
-    a configuration's sizes, the kernel's arguments and CAPABILITY (90 for Hopper), by name, whether it may be tried. Choices
+    tiles: as of `tile_sizes`. key: arguments for which the choice is made anew. fits: of a configuration's
+    sizes, the kernel's arguments and CAPABILITY (90 for Hopper), by name, whether it may be tried. Choices
     are kept on disk in Triton's own cache. Under the interpreter the first configuration is taken.
     """
     if triton is None:
         return lambda kernel: kernel
     configs = [triton.Config({name: size for name, size in sizes.items() if name.isupper()}, num_warps=sizes["num_warps"],
-                             num_stages=sizes["num_stages"]) for sizes in tiles]
+                             num_stages=sizes["num_stages"], maxnreg=sizes.get("maxnreg")) for sizes in tiles]
 
     def prune(configs: list, named: dict, **arguments) -> list:
         return fitting(configs, fits, named | arguments, torch.cuda.get_device_capability())

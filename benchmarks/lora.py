@@ -176,7 +176,7 @@ class OurGateUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, linears, choice, *adapters):
         ctx.group, ctx.choice = kernels._group(linears, SCALE, None, len(x)), choice
-        weight, a, b = kernels._below([of[0] for of in linears]), *kernels._narrow(adapters, x.dtype)
+        weight, a, b = kernels._below([of[0] for of in linears]), *kernels._narrow(adapters, None, x.dtype)
         gate_up, s, h = kernels._forward(x, weight, a, b, ctx.group, choice.forward, gated=True)
         ctx.save_for_backward(x, weight, a, b, gate_up, s)
         return h

@@ -43,7 +43,7 @@ from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.pretrained import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import loss_sum  # noqa: E402
-from training.distributed import AllReduceGradients, FSDPGradients, all_reduce_max, total_norm  # noqa: E402
+from training.distributed import AllReduceGradients, FSDPGradients, all_reduce_max  # noqa: E402
 from training.host import device_name, peak_gib  # noqa: E402
 
 SHAPES = {"small": GemmaConfig(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, head_dim=128),
@@ -111,8 +111,7 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
     if way == "full --shard":
         batches += [data.IDLE] * (all_reduce_max(len(batches), device) - len(batches))
     gradients = FSDPGradients(model) if way == "full --shard" else AllReduceGradients(model, world)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(gradients.parameters, lr=1e-6, fused=True)
 
     def now() -> float:
         if args.device == "cuda":
@@ -130,7 +129,7 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
         computed = now()
         gradients.finish(torch.zeros(3, device=device))
         sending.append(now() - computed)
-        total_norm(parameters).item()
+        gradients.norm().item()
         optimizer.step()
         gradients.clear()
         seconds.append(now() - began)

@@ -112,10 +112,10 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
         if not full:
             wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
             choose_kernels(model, lora if device.type == "cuda" else "torch", tokens)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = AllReduceGradients(model, 1, recorded)
+        parameters = gradients.parameters
         optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
         batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
-        gradients = AllReduceGradients(model, 1, recorded)
         passes = RecordedPasses(model, tokens) if recorded else None
 
         def step(i: int) -> tuple[Tensor, Tensor]:

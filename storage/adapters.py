@@ -119,7 +119,8 @@ def load_adapter(model: Gemma3, folder: str | Path) -> None:
             if key not in tensors or tensors[key].shape != parameter.shape:
                 raise ValueError(f"{file}: {key} is missing or not of shape {tuple(parameter.shape)}; "
                                  "the adapter was made for another model")
-            parameter.data.copy_(tensors.pop(key))
+            with torch.no_grad():               # so that the rounded copy of all adapters is made anew
+                parameter.copy_(tensors.pop(key))
     if tensors:
         raise ValueError(f"{file}: {next(iter(tensors))} has no place in this model")
 

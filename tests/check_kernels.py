@@ -2,6 +2,7 @@
 
     python tests/check_kernels.py            # a line a kernel and card; exits 1 where something is wrong
     python tests/check_kernels.py --all      # a line a configuration
+    python tests/check_kernels.py lora       # the kernels of lora_kernels.py alone
 
 Wrong is: a register spilled to memory, more shared memory than a program may have, 16-bit products without tensor cores,
 and a tile that a thread reads in many pieces of less than 4 bytes (whatever hides from the compiler that its addresses
@@ -32,9 +33,10 @@ import loss_kernels
 import norm_kernels
 from triton_support import fitting, triton
 
-SHARED_KIB = {80: 163, 90: 227}          # what one program may have on an A100 and an H100
+SHARED_KIB = {80: 163, 90: 227}     # what one program may have on an A100 and an H100; an SM has 1 KiB more
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 SCALARS = {"scale": "fp32", "least": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
+           "splits_a": "i32", "splits_b": "i32",
            "stride_t": "i32", "gate_row": "i32", "up_row": "i32", "rows_a_program": "i32", "factor": "fp32", "offset": "i32", "T": "i32"}
 
 
@@ -115,45 +117,59 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
                or signature[key] == "i32:16"}
     signature = {key: "i32" if kind == "i32:16" else kind for key, kind in signature.items()}
     source = ASTSource(kernel, signature, {key: values[key] for key in kernel.arg_names if signature[key] == "constexpr"}, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                          options={key: config[key] for key in ("num_warps", "num_stages") if config})
+    options = {key: config[key] for key in ("num_warps", "num_stages", "maxnreg") if key in config}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, warps = int(re.search(r"REG:(\d+)", usage)[1]), made.metadata.num_warps
     ptx = made.asm["ptx"]
     reads = [int(width) // 8 * int(vector or 1) for vector, width in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)]
     reads += [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[\w:.]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
     return {"what": what, "kernel": f"{module.removesuffix('_kernels')}{name.removesuffix('_kernel')}", "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
-            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "registers": registers,
+            "programs": programs(registers, warps, made.metadata.shared / 1024, capability),
             "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
             "shared_kib": made.metadata.shared / 1024, "too_large": made.metadata.shared / 1024 > SHARED_KIB[capability],
             "tensor_cores": "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "", "narrowest_read": min(reads),
             "narrow_reads": sum(size < 4 for size in reads)}
 
 
+def programs(registers: int, warps: int, shared_kib: float, capability: int) -> int:
+    """How many programs an SM runs at a time: of 65,536 registers, 256 at a time for a warp, and 64 warps."""
+    by_registers = 65_536 // (-(-32 * registers // 256) * 256 * warps)
+    return min(by_registers, 64 // warps, 32, int((SHARED_KIB[capability] + 1) / (shared_kib + 1)))
+
+
 def wrong(made: dict) -> str:
     return ", ".join(name for name, bad in (
         (f"{made['spilled']} bytes spilled", made["spilled"]), ("too much shared memory", made["too_large"]),
-        ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"] and not made["kernel"].startswith(("norm", "geglu"))),
+        ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"]
+         and not made["kernel"].startswith(("norm", "geglu", "lora_add_splits"))),
         (f"{made['narrow_reads']} reads of {made['narrowest_read']} bytes", made["narrow_reads"] > 4)) if bad)
 
 
-def main(everything: bool) -> int:
+def main(everything: bool, files: list[str]) -> int:
     if triton is None:
         print("no Triton for this platform: the kernels were not compiled")
         return 0
-    line = "{kernel:24} {what:26} {card:6} {configs:>24} {registers:>9} {spilled:>8} {shared:>11} {cores:>12} {reads:>14}  {wrong}"
+    line = ("{kernel:24} {what:26} {card:6} {configs:>24} {registers:>9} {spilled:>8} {shared:>11} "
+            "{programs:>11} {cores:>12} {reads:>14}  {wrong}")
     print(line.format(kernel="kernel", what="for", card="card", configs="tiles warps stages" if everything else "configurations", registers="registers",
-                      spilled="spilled", shared="shared KiB", cores="tensor cores", reads="reads of bytes", wrong=""))
+                      spilled="spilled", shared="shared KiB", programs="programs/SM", cores="tensor cores",
+                      reads="reads of bytes", wrong=""))
     groups: dict[tuple, list[dict]] = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        for made in pool.map(compile_one, jobs()):
+        wanted = [job for job in jobs() if not files or job[1].removesuffix("_kernels") in files]
+        for made in pool.map(compile_one, wanted):
             groups.setdefault((made["kernel"], made["what"], made["card"], made["config"] if everything or wrong(made) else ""), []).append(made)
     for (kernel, what, card, config), made in sorted(groups.items()):
+        fewest, most = min(m["programs"] for m in made), max(m["programs"] for m in made)
         print(line.format(kernel=kernel, what=what, card=card, configs=config or len(made), registers=max(m["registers"] for m in made),
                           spilled=max(m["spilled"] for m in made), shared=f"{max(m['shared_kib'] for m in made):.0f}",
+                          programs=fewest if fewest == most else f"{fewest} to {most}",
                           cores=" ".join(sorted({m["tensor_cores"] or "-" for m in made})),
                           reads=min(m["narrowest_read"] for m in made), wrong=wrong(made[0])))
     failed = [made for group in groups.values() for made in group if wrong(made)]
@@ -162,4 +178,4 @@ def main(everything: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--all" in sys.argv))
+    sys.exit(main("--all" in sys.argv, [argument for argument in sys.argv[1:] if argument != "--all"]))

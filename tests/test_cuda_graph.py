@@ -9,9 +9,9 @@ from test_train import by_kernels
 import data
 import train
 from attention_kernels import tables
-from cuda_graph import RecordedPasses, size_for
+from cuda_graph import RecordedPasses, _Recorded, _tensors, size_for
 from dataset.examples import Example
-from lora import LoRAConfig, choose_kernels, wrap
+from lora import LoRAConfig, choose_kernels, flat_adapters, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
 from storage import pretrained
 from storage.pretrained import load_model
@@ -44,7 +44,8 @@ def made(demo, mode, dtype, device, choice):
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():            # at its start an adapter's A has no gradient
             if name.endswith("lora_b"):
-                parameter.data = torch.randn(parameter.shape, generator=generator).to(device) / 100
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / 100)
     return model
 
 
@@ -160,6 +161,25 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
         scale = theirs.abs().max().item()
         assert scale > 0 and (mine.float() - theirs.float()).abs().max().item() <= near * scale
     assert len(recorded.recorded) == 1
+
+
+def test_a_replay_finds_the_masters_rounded_after_each_step(demo, batches, monkeypatch):
+    """A replay runs nothing of Python's, and so rounds nothing itself."""
+    by_kernels(monkeypatch)
+    model = made(demo, MODES["lora"], torch.bfloat16, "cpu", "torch")
+    gradients = AllReduceGradients(model, 1, recorded=True)
+    flat, recorded, seen = flat_adapters(model), RecordedPasses(model), []
+
+    def recording(own, plans):
+        return _Recorded(_tensors(own, plans), torch.zeros(()), lambda: seen.append(flat.rounded.clone()))
+    monkeypatch.setattr(recorded, "_record", recording)
+    optimizer = torch.optim.AdamW(gradients.parameters, lr=0.1, fused=True)
+    for step in range(3):
+        recorded(batches[0])
+        assert torch.equal(seen[-1], flat.masters.bfloat16()) and (step == 0 or not torch.equal(*seen[-2:]))
+        flat.masters.grad.fill_(1.0)
+        optimizer.step()
+        gradients.clear()
 
 
 def test_attention_without_kernels_is_refused(demo, batches):

@@ -1,4 +1,6 @@
 """lora.py: wrapping, the choice of kernels, and merging."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,22 @@ import lora
 import lora_kernels
 from data import pack
 from dataset.examples import Example
-from lora import LoRAAttention, LoRAConfig, LoRAMLP, adapters, choose_kernels, draw, merge, odd_numbers, wrap
+from lora import (
+    LoRAAttention,
+    LoRAConfig,
+    LoRAMLP,
+    adapters,
+    choose_kernels,
+    draw,
+    flat_adapters,
+    merge,
+    odd_numbers,
+    wrap,
+)
 from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear
 from storage.pretrained import load_model
+from training.distributed import AllReduceGradients
 from triton_support import in_blocks
 
 
@@ -136,6 +150,201 @@ def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator
         model.zero_grad()
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+# All adapters in one buffer
+
+
+def with_adapters_apart(model):
+    """A copy whose adapters are parameters like any others."""
+    apart = copy.deepcopy(model)
+    assert flat_adapters(apart) is None and flat_adapters(model) is not None
+    return apart
+
+
+@pytest.mark.parametrize("targets", [
+    lora.TARGETS, ("q_proj", "down_proj"), ("gate_proj", "k_proj", "v_proj", "o_proj")],
+    ids=["all", "some", "others"])
+def test_adapters_and_their_gradients_lie_group_by_group_in_one_buffer(demo, targets):
+    model = wrapped(demo, targets=targets)
+    flat = flat_adapters(model)
+    gradients = AllReduceGradients(model, 1)
+    named = dict(model.named_parameters())
+    trained = [p for p in named.values() if p.requires_grad]
+    assert all(p is not flat.masters for p in named.values()) and gradients.parameters[0] is flat.masters
+    assert len(flat.masters) == len(flat.masters.grad) == sum(p.numel() for p in trained)
+    layers = "model.layers.0.self_attn", "model.layers.0.mlp"
+    groups = [[f"{layers[0]}.{part}_proj" for part in "qkv"], [f"{layers[0]}.o_proj"],
+              [f"{layers[1]}.gate_proj", f"{layers[1]}.up_proj"], [f"{layers[1]}.down_proj"]]
+    if targets != lora.TARGETS:
+        groups = [[name] for names in groups for name in names if name.rpartition(".")[2] in targets]
+    first = 0
+    for names in groups:
+        for part in ("lora_a", "lora_b"):
+            masters = [named[f"{name}.{part}"] for name in names]
+            for buffer, parts in ((flat.masters, masters), (flat.masters.grad, [p.grad for p in masters])):
+                own = buffer[first:first + sum(p.numel() for p in masters)]
+                assert torch.equal(own, torch.cat([p.flatten() for p in parts]))
+                assert own.data_ptr() == parts[0].data_ptr()
+            first += sum(p.numel() for p in masters)
+    assert first == len(flat.masters) // len(model.model.layers)
+    seen = torch.zeros_like(flat.masters)
+    for p, part in flat.of_each(seen.detach()):
+        assert part.shape == p.shape
+        part.add_(1)
+    assert (seen == 1).all()
+
+
+CONFIGS = {"plain": {}, "dropout": {"dropout": 0.25},
+           "some": {"targets": ("q_proj", "down_proj"), "rslora": True}}
+
+
+@pytest.mark.parametrize(("choice", "config"), [
+    *(("torch", config) for config in CONFIGS),
+    *(pytest.param("triton", config, marks=INTERPRETER.marks) for config in ("dropout", "some"))])
+def test_gradients_added_in_the_buffer_are_those_that_autograd_adds(demo, generator, choice, config):
+    """Bit for bit, over two micro-batches."""
+    model = wrapped(demo, **CONFIGS[config]).train()
+    apart = with_adapters_apart(model)
+    AllReduceGradients(model, 1)
+    wanted = [name for name, p in model.named_parameters() if p.requires_grad]
+    views = [p.grad for p in model.parameters() if p.requires_grad]
+    for one in (model, apart):
+        choose_kernels(one, choice, 24)
+    for tokens in (24, 9):
+        ids = torch.randint(110, 1000, (1, tokens), generator=generator)
+        for one in (model, apart):
+            draw(one, lambda tokens=tokens: torch.arange(tokens, dtype=torch.int32), tokens)
+            one.logits(ids).square().mean().backward()
+    for name, view in zip(wanted, views, strict=True):
+        mine, theirs = (one.get_parameter(name).grad for one in (model, apart))
+        assert mine is view and theirs.any() and torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("gone", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_where_a_gradient_left_the_buffer_autograd_adds_its_groups(demo, generator, gone):
+    model = wrapped(demo)
+    apart, ids = with_adapters_apart(model), torch.randint(110, 1000, (1, 20), generator=generator)
+    AllReduceGradients(model, 1)
+    for one in (model, apart):
+        one.get_parameter(f"model.layers.1.{gone}.lora_a").grad = None
+        one.logits(ids).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, apart.get_parameter(name).grad), name
+
+
+def test_adapters_of_a_group_can_be_asked_for_alone_and_in_another_dtype(demo, generator):
+    model = in_bf16(demo)
+    flat = AllReduceGradients(model, 1).flat
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(5, model.config.hidden_size, generator=generator)
+    q, k, v = attention.project(x.bfloat16())
+    for linear, y in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)):
+        torch.testing.assert_close(linear(x.bfloat16()), y, rtol=2e-2, atol=2e-2)
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        a, b = flat.operands(flat.groups[0], dtype)
+        linears = attention.q_proj, attention.k_proj, attention.v_proj
+        assert torch.equal(a, torch.cat([linear.lora_a for linear in linears]).to(dtype))
+        assert torch.equal(b, torch.cat([linear.lora_b for linear in linears]).to(dtype))
+
+
+def test_without_a_buffer_of_gradients_autograd_gets_them(demo, generator):
+    model = wrapped(demo)
+    ids = torch.randint(110, 1000, (1, 20), generator=generator)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(model.logits(ids).square().mean(), trained)
+    model.logits(ids).square().mean().backward()
+    assert all(torch.equal(p.grad, grad) and grad.any() for p, grad in zip(trained, found, strict=True))
+
+
+def in_bf16(demo):
+    model = load_model(demo / "model", torch.bfloat16)
+    wrap(model, LoRAConfig(rank=4), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _, adapter in adapters(model):
+            adapter.lora_b.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def step_of(optimizer, gradients, model):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad.fill_(1.0)
+    optimizer.step()
+    gradients.clear()
+
+
+def first(model):
+    return next(adapters(model))[1]
+
+
+CHANGES = {
+    "fused AdamW of the buffer": lambda model, gradients: step_of(
+        torch.optim.AdamW(gradients.parameters, lr=0.3, fused=True), gradients, model),
+    "fused AdamW of the adapters": lambda model, gradients: step_of(
+        torch.optim.AdamW([p for _, one in adapters(model) for p in one.adapted[1:]], lr=0.3, fused=True),
+        gradients, model),
+    "SGD": lambda model, gradients: step_of(torch.optim.SGD(gradients.parameters, lr=0.3), gradients, model),
+    "in place": lambda model, _: first(model).lora_b.add_(1.0),
+    "copy_": lambda model, _: first(model).lora_b.copy_(torch.ones_like(first(model).lora_b)),
+    "the buffer": lambda model, _: flat_adapters(model).masters.mul_(2.0),
+    "a state dict": lambda model, _: model.load_state_dict(
+        {name: 2 * tensor for name, tensor in model.state_dict().items() if "lora" in name}, strict=False),
+    "init": lambda model, _: torch.nn.init.ones_(first(model).lora_b),
+    "another parameter": lambda model, _: setattr(
+        first(model), "lora_b", torch.nn.Parameter(torch.ones_like(first(model).lora_b))),
+    "another memory": lambda model, _: setattr(
+        first(model).lora_b, "data", torch.ones_like(first(model).lora_b))}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("trained", [True, False], ids=["training", "evaluation"])
+def test_products_are_of_the_masters_as_they_are_whatever_changed_them(demo, generator, change, trained):
+    if not trained and ("AdamW" in change or change == "SGD"):
+        pytest.skip("a step is training")
+    model, ids = in_bf16(demo), torch.randint(110, 1000, (1, 20), generator=generator)
+    gradients = AllReduceGradients(model, 1) if trained else None
+    before = model.logits(ids)
+    assert torch.equal(before, with_adapters_apart(model).logits(ids))
+    with torch.no_grad():
+        CHANGES[change](model, gradients)
+        after = model.logits(ids)
+        assert torch.equal(after, copy.deepcopy(model).logits(ids))
+    assert not torch.equal(after, before)
+
+
+def test_masters_are_rounded_once_a_step(demo, generator, monkeypatch):
+    model, ids = in_bf16(demo), torch.randint(110, 1000, (1, 20), generator=generator)
+    gradients = AllReduceGradients(model, 1)
+    rounded, copy_ = [], torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, *more: (
+        rounded.append(1) if other is gradients.flat.masters else None, copy_(self, other, *more))[1])
+    for steps in (1, 2):
+        for _ in range(3):
+            model.logits(ids).square().mean().backward()
+        assert len(rounded) == steps
+        step_of(torch.optim.AdamW(gradients.parameters, lr=0.1, fused=True), gradients, model)
+
+
+def test_a_moved_model_is_computed_without_the_buffer(demo, generator):
+    model, ids = wrapped(demo), torch.randint(110, 1000, (1, 20), generator=generator)
+    logits = model.logits(ids)
+    model.double()
+    assert flat_adapters(model) is None
+    model.float()
+    assert torch.equal(model.logits(ids), logits)
+    assert len(AllReduceGradients(model, 1).parameters) == 2 * 7 * len(model.model.layers)
+
+
+def test_gradients_that_left_the_buffer_are_noticed(demo, generator):
+    model = wrapped(demo)
+    gradients = AllReduceGradients(model, 1)
+    model.logits(torch.randint(110, 1000, (1, 20), generator=generator)).square().mean().backward()
+    gradients.finish(torch.zeros(3))
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"in the buffer of all: end steps with gradients\.clear\(\)"):
+        gradients.finish(torch.zeros(3))
 
 
 # Dropout

@@ -154,6 +154,20 @@ def test_kernels_give_the_same_bits_each_time(device, generator):
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+@pytest.mark.parametrize(("A", "B", "splits_a", "splits_b"), [
+    (300, 900, 37, 5), (900, 300, 1, 16), (257, 1, 2, 40)])
+@pytest.mark.parametrize("add", [True, False])
+def test_the_sums_of_splits_are_added_up_each_at_its_place(A, B, splits_a, splits_b, add, device, generator):
+    a, b, gradient = (torch.randn(*shape, generator=generator).to(device)
+                      for shape in ((splits_a, A), (splits_b, B), (A + B,)))
+    exact = torch.cat((a.double().sum(0), b.double().sum(0))) + (gradient.double() if add else 0)
+    partial = torch.cat((a.flatten(), b.flatten()))
+    lora_kernels._add_splits_kernel[(-(-(A + B) // 256),)](
+        partial, gradient, splits_a, splits_b, A=A, B=B, ADD=add, BLOCK_S=16, BLOCK=256)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 # Mutations: what the checks above are worth.
 
 
@@ -180,6 +194,8 @@ def test_a_zeroed_halved_or_flipped_gradient_is_caught(broken, generator):
     ("    if P > 1:\n", "    if P > 2:\n", {"dx", "da1"}),
     ("start * NARROW + rows", "rows", {"da0", "db0"}),
     ("m + rows < count", "m + rows < count - 1", {"da0", "db0"}),
+    ("rows[:, None] < count[None, :]", "rows[:, None] < count[None, :] - 1", {"da0", "db0"}),
+    ("splits_a * A + places - A", "splits_a * A + places - A + 1", {"db0"}),
     ("(sums * gelu(gate))", "(sums * gate)", {"dx", "da1"}),
     ("sums * up * gelu_slope(gate)", "sums * up * gelu(gate)", {"dx", "da0"}),
     ("gelu(sums.to(tl.float32)) * up_sums", "gelu(up_sums.to(tl.float32)) * sums", {"y0"}),

@@ -51,6 +51,21 @@ def test_kernels_run_on_the_current_device_alone(monkeypatch):
     assert [can_run(torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1", "cpu")] == [True, False, True, False]
 
 
+@pytest.mark.skipif(triton_support.triton is None, reason="no Triton for this platform")
+def test_registers_are_capped_where_that_lets_two_programs_share_a_multiprocessor(monkeypatch):
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
+    tiles = triton_support.tile_sizes(("BLOCK_M", "BLOCK_O"), (128, 128, 8, 3, 128), (128, 128, 8, 3))
+    configs = triton_support.tuned(tiles, (), _forward_kernel.fits)(_forward_kernel.fn).configs
+    usual = {"BLOCK_R": 16, "GEGLU": False, "DROPOUT": False, "PRECISION": "tf32"}
+
+    def caps(capability, **arguments):
+        fit = fitting(configs, _forward_kernel.fits, usual | arguments, capability)
+        return [config.all_kwargs().get("maxnreg") for config in fit]
+    assert caps((9, 0)) == [128, None] and caps((8, 0)) == [None]
+    for more in ({"BLOCK_R": 32}, {"DROPOUT": True}, {"GEGLU": True}):
+        assert caps((9, 0), **more) == [None]
+
+
 def test_large_tiles_are_left_out_where_registers_are_few():
     def tiles(capability, **arguments):
         usual = {"BLOCK_R": 16, "GEGLU": False, "DROPOUT": False, "PRECISION": "tf32"}

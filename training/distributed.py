@@ -4,12 +4,13 @@ A process has some of a step's batches; the step's gradient is the sum over all 
 
     gradients.begin_pass(last=False); loss.backward(); …; gradients.begin_pass(last=True); loss.backward()
     extra = gradients.finish(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
-    optimizer.step(); gradients.clear()
+    optimizer.step(); gradients.clear()     # an optimizer of `gradients.parameters`
 
-`AllReduceGradients` keeps every parameter whole in every process. Adapters (15 MB) go through one all-reduce with `extra` at its end; where
-everything is trained (1.07 GB) a bucket of layers is sent as soon as the last backward pass has finished with it, while the
-layers below are still being computed. `FSDPGradients` is PyTorch's FSDP2: each process keeps a share of every parameter, of its
-gradient and of the optimizer's moments, and gathers a layer's weights when it comes to that layer.
+`AllReduceGradients` keeps every parameter whole in every process. Adapters (15 MB) have their gradients in one buffer,
+and that goes through one all-reduce with `extra` at its end. Where everything is trained (1.07 GB) a bucket
+of layers is sent as soon as the last backward pass has finished with it, while the layers below are still
+being computed. `FSDPGradients` is PyTorch's FSDP2: each process keeps a share of every parameter, of its gradient
+and of the optimizer's moments, and gathers a layer's weights when it comes to that layer.
 """
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lora import flat_adapters
 from model import Gemma3
 
 TIMEOUT = timedelta(minutes=30)         # for the slowest process between two meetings, such as rank 0 building the token cache
 BUCKET = 8_000_000          # numbers sent together at least: large enough that latency does not count (32 MB of fp32)
+EXTRA = 16                  # numbers that may travel with the adapters' gradients
 
 
 class AllReduceGradients:
@@ -39,11 +42,17 @@ class AllReduceGradients:
     """
 
     def __init__(self, model: Gemma3, world: int, recorded: bool = False) -> None:
-        self.model, self.world, self.sent, self.open = model, world, [], None
+        self.model, self.world, self.sent, self.open, self.buckets = model, world, [], None, []
+        self.flat = flat_adapters(model)
+        if self.flat:
+            self.flat.start_training(model.compute_dtype, EXTRA)
+            self.parameters = [self.flat.masters]                                   # all adapters as one
+            return
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.kept = recorded or model.head.device.type == "cpu"
         layers = [list(block.parameters()) for block in reversed(model.model["layers"])]       # as a backward pass finishes them
         inside = {parameter for layer in layers for parameter in layer}
-        self.buckets: list[list[nn.Parameter]] = [[]]
+        self.buckets = [[]]
         for layer in [*layers, [p for p in model.parameters() if p not in inside]]:
             if sum(p.numel() for p in self.buckets[-1]) >= BUCKET:
                 self.buckets.append([])
@@ -78,8 +87,16 @@ class AllReduceGradients:
 
     def finish(self, extra: Tensor) -> Tensor:
         """After the last pass, or where a process has none: gradients and `extra` (n) become those of all processes."""
+        if self.flat and not self.flat.in_place():
+            raise RuntimeError("an adapter or its .grad is no longer in the buffer of all: end steps with "
+                               "gradients.clear(), not with zero_grad, and make AllReduceGradients after moving")
         if self.world == 1:
             return extra
+        if self.flat:
+            sent = self.flat.gradients[:len(self.flat.masters) + len(extra)]
+            sent[-len(extra):] = extra
+            dist.all_reduce(sent)
+            return sent[-len(extra):].clone()
         while len(self.sent) < len(self.buckets) - 1:
             self._send()
         self._send(extra)
@@ -95,10 +112,20 @@ class AllReduceGradients:
 
     def clear(self) -> None:
         """After the optimizer's step."""
-        if self.kept:
+        if self.flat:
+            self.flat.clear()
+        elif self.kept:
             torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
         else:
             self.model.zero_grad()
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients together.
+
+        On a CPU it is that of the parameters' norms: its sum over millions of numbers in fp32 is off by 1e-4.
+        """
+        on_cpu = self.model.head.device.type == "cpu"
+        return total_norm(self.model.parameters() if on_cpu else self.parameters)
 
 
 class FSDPGradients:
@@ -116,6 +143,7 @@ class FSDPGradients:
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)              # a sum, not a mean
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def begin_pass(self, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)
@@ -126,6 +154,9 @@ class FSDPGradients:
 
     def clear(self) -> None:
         self.model.zero_grad()
+
+    def norm(self) -> Tensor:
+        return total_norm(self.parameters)
 
 
 def init_distributed(kind: str) -> tuple[int, int, torch.device]:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lora import flat_adapters
 from storage.atomic import atomic_folder, read_json, remove_leftovers, sha256_of, temporary_path, write_json
 from storage.tensors import read_tensors, write_tensors
 from training.distributed import full_tensor, shard_like
@@ -136,24 +137,36 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensor
     Under FSDP all processes must call it, as it gathers the shards.
     """
     trained, moments = {}, {}
+    stored = _moments_by_parameter(model, optimizer)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         trained[name] = full_tensor(parameter)
-        if parameter in optimizer.state:
+        if parameter in stored:
             for key in MOMENT_NAMES:
-                moments[f"{key}.{name}"] = full_tensor(optimizer.state[parameter][key])
+                moments[f"{key}.{name}"] = full_tensor(stored[parameter][key])
     return trained, moments
 
 
-def adamw_state(parameter: Tensor, step: int = 0, *moments: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a parameter after `step` steps.
+def _moments_by_parameter(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensors]:
+    """AdamW's moments of each of the model's parameters.
 
-    moments: the first and the second, each of the parameter's shape; zeros by default.
+    If the optimizer updates all adapters as one flat parameter, these are views of its moments.
     """
-    moments = moments or (torch.zeros_like(parameter), torch.zeros_like(parameter))
-    state = dict(zip(MOMENT_NAMES, moments, strict=True))
-    return {"step": torch.tensor(float(step), device=parameter.device)} | state
+    flat = flat_adapters(model)
+    if flat is None or flat.masters not in optimizer.state:
+        return optimizer.state
+    found: dict[Tensor, Tensors] = {}
+    for key in MOMENT_NAMES:
+        for parameter, moment in flat.of_each(optimizer.state[flat.masters][key]):
+            found.setdefault(parameter, {})[key] = moment
+    return found
+
+
+def adamw_state(parameter: Tensor, step: int = 0) -> Tensors:
+    """AdamW's state of a parameter after `step` steps, with moments of zero."""
+    moments = {key: torch.zeros_like(parameter) for key in MOMENT_NAMES}
+    return {"step": torch.tensor(float(step), device=parameter.device)} | moments
 
 
 @torch.no_grad()
@@ -167,14 +180,18 @@ def load_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     state = read_json(path / STATE)
     state = {key: value for key, value in state.items() if key not in ("files", "sha256")}
     tensors, stored_moments = read_tensors(path / TRAINED), read_tensors(path / MOMENTS)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = adamw_state(parameter, state["step"])
+    moments = _moments_by_parameter(model, optimizer)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name not in tensors or tensors[name].shape != parameter.shape:
             raise ValueError(f"{path}: no {name} of shape {tuple(parameter.shape)}; the run had other flags")
         parameter.copy_(shard_like(parameter, tensors.pop(name)))
-        moments = (shard_like(parameter, stored_moments[f"{key}.{name}"]) for key in MOMENT_NAMES)
-        optimizer.state[parameter] = adamw_state(parameter, state["step"], *moments)
+        for key in MOMENT_NAMES:
+            moments[parameter][key].copy_(shard_like(parameter, stored_moments[f"{key}.{name}"]))
     if tensors:
         raise ValueError(f"{path}: {next(iter(tensors))} has no place in this run; it had other flags")
     return state

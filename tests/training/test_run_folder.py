@@ -9,13 +9,14 @@ import torch
 from conftest import ROOT
 
 import train
-from lora import LoRAConfig, wrap
+from lora import LoRAConfig, flat_adapters, wrap
 from storage import tensors
 from storage.atomic import remove_leftovers, write_json
 from storage.pretrained import load_model
 from storage.tensors import read_tensors
 from tokenizer import Tokenizer
 from training import run_folder
+from training.distributed import AllReduceGradients
 from training.run_folder import RunFolder, find_checkpoints, find_last, load_run, snapshot, verify
 
 
@@ -58,6 +59,33 @@ def test_a_run_is_put_back_exactly_and_the_newest_checkpoints_are_kept(demo, tra
         assert torch.equal(mine, theirs), name
         if mine.requires_grad:
             assert all(torch.equal(optimizer.state[mine][key], fresh.state[theirs][key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_adapters_trained_as_one_are_saved_and_put_back_adapter_by_adapter(demo, trained, tmp_path):
+    """An optimizer of each adapter, as runs had before, and one of all as one have the same checkpoints."""
+    path = save(tmp_path, 4, trained, {})
+    other = load_model(demo / "model", torch.float32)
+    wrap(other, LoRAConfig(rank=2), torch.Generator().manual_seed(1))
+    gradients = AllReduceGradients(other, 1)
+    as_one = torch.optim.AdamW(gradients.parameters, lr=0.1, fused=True)
+    assert load_run(path, other, as_one) == {"step": 4}
+    state = as_one.state[flat_adapters(other).masters]
+    assert state["step"] == 4 and all(state[key].any() for key in ("exp_avg", "exp_avg_sq"))
+    again = save(tmp_path / "again", 4, (other, as_one), {})
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        assert (again / name).read_bytes() == (path / name).read_bytes()
+    model, optimizer = trained
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    stored = read_tensors(path / "optimizer.safetensors")
+    assert set(stored) == {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in wanted}
+    for each in optimizer.state.values():
+        each["step"].fill_(4)
+    model.zero_grad()
+    for one, of_it in ((model, optimizer), (other, as_one)):                        # and they go on alike
+        one(torch.tensor([2, 105, 107]), torch.arange(3), torch.zeros(3)).square().sum().backward()
+        of_it.step()
+    for name in wanted:
+        assert torch.equal(model.get_parameter(name), other.get_parameter(name)), name
 
 
 def test_a_checkpoint_of_other_flags_or_a_cut_one_is_refused(demo, trained, tmp_path):
