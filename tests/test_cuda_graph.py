@@ -8,7 +8,8 @@ from test_train import by_kernels
 import checkpoint
 import data
 import train
-from cuda_graph import RecordedPasses, size_for
+from attention_kernels import tables
+from cuda_graph import RecordedPasses, _filled, size_for
 from gradients import Summed
 from lora import LoRAConfig, choose_kernels, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
@@ -43,6 +44,13 @@ def test_sizes_are_few_and_little_larger():
         sizes = [size_for(count, steps) for count in range(1, 40_000)]
         assert all(count <= size < max(count + 64, count * (1 + 1 / steps)) for count, size in enumerate(sizes, 1))
         assert sizes == sorted(sizes) and len(set(sizes)) < 10 * (steps + 1)
+
+
+def test_blocks_of_no_tokens_come_after_those_that_have_some():
+    plan = tables([70, 200, 9], None, torch.device("cpu"), longest_first=True)
+    filled = _filled(plan, 279)
+    for mine, of_tokens in ((filled.queries, plan.queries), (filled.keys, plan.keys)):
+        assert torch.equal(mine[:len(of_tokens)], of_tokens) and len(mine) > len(of_tokens) and not mine[len(of_tokens):].any()
 
 
 def test_a_filled_batch_gives_the_same_loss_and_gradients(demo, batches):
