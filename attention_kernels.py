@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cpu_kernels import call, takes
-from triton_support import can_run, cdiv, jit, next_power_of_2, precision, sent, tl, tuned
+from triton_support import can_run, cdiv, jit, next_power_of_2, precision, sent, tile_sizes, tl, tuned
 
 QUERIES = 256           # of a tile by PyTorch on a CPU: its scores stay in the cache
 CPP_ROWS = 192          # of cpu_kernels.cpp's blocks, query heads of all tokens together: 16 of its strips
@@ -115,6 +115,7 @@ class Tables:
     keys of its own run that any of them sees, and of the beginning's. keys (blocks, 4): of a few tokens the first key and
     how many, and the first and the end of the queries that may see them. seen (3, keys): each token sees of its own document
     the keys from the first number on up to itself, and of the beginning that this continues those from the second to the third.
+    The rows of queries and keys stand in the order of their tokens, or those that take longest come first.
     """
 
     queries: Tensor
@@ -127,12 +128,13 @@ class Tables:
 
 
 def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None, keys_only: int = 0,
-           block_q: int = ROWS // 4, block_k: int = KEYS) -> Tables:
+           block_q: int = ROWS // 4, block_k: int = KEYS, longest_first: bool = False) -> Tables:
     """Documents of these lengths, one after another, cut into blocks of queries and of keys.
 
     window: tokens that a query sees, itself included (None: all). starts: each document's first position (default 0): one
     that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only: so many
-    documents at the beginning have keys but no queries.
+    documents at the beginning have keys but no queries. longest_first: whether the blocks are sorted by the number of tiles that
+    they go over. A GPU starts them in this order, and none of the last ones then is a long one that the others wait for.
     """
     lengths, starts = np.array(lengths, dtype=np.int64), np.array(starts or [0] * len(lengths), dtype=np.int64)
     firsts, reach = np.concatenate(([0], np.cumsum(lengths))), window or EVERYTHING
@@ -169,6 +171,11 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
     of, first, stop = blocks(block_k)
     last = np.where(goes_on[of] - positions[stop - 1] < reach, ends[of], np.minimum(firsts[documents[stop - 1] + 1], stop - 1 + reach))
     keys = np.stack((first, stop - first, np.maximum(first, firsts[keys_only]), last), axis=1)
+    if longest_first:
+        of_queries = cdiv(queries[:, 3] - queries[:, 2], block_k) + cdiv(queries[:, 5] - queries[:, 4], block_k)
+        of_keys = cdiv(keys[:, 3] - keys[:, 2], block_q)
+        queries = queries[np.argsort(-of_queries, kind="stable")]
+        keys = keys[np.argsort(-of_keys, kind="stable")]
     goes_on_from, where = firsts[roots[documents]], starts[documents]
     seen = np.stack((np.maximum(firsts[documents], np.arange(len(documents)) - reach + 1),
                      goes_on_from + np.clip(positions - reach + 1, 0, where), goes_on_from + where))
@@ -195,44 +202,53 @@ def _seen(tokens, there, keys, inside, seen, T):
 
 
 @jit
-def _tiles_of(block, BLOCK_K: tl.constexpr):
-    """How many tiles of keys a block of queries sees: of the beginning, and of both."""
-    shared = tl.cdiv(tl.load(block + 5) - tl.load(block + 4), BLOCK_K)
-    return shared, shared + tl.cdiv(tl.load(block + 3) - tl.load(block + 2), BLOCK_K)
+def _tiles_of(key, end, old, old_end, BLOCK_K: tl.constexpr):
+    """How many tiles of keys some queries see: of the beginning, and of both."""
+    shared = tl.cdiv(old_end - old, BLOCK_K)
+    return shared, shared + tl.cdiv(end - key, BLOCK_K)
 
 
 @jit
-def _keys_of(block, i, shared, BLOCK_K: tl.constexpr):
+def _keys_of(i, shared, key, end, old, old_end, BLOCK_K: tl.constexpr):
     """The i-th of these tiles, and which of its keys are there."""
-    at = tl.where(i < shared, tl.load(block + 4) + i * BLOCK_K, tl.load(block + 2) + (i - shared) * BLOCK_K)
+    at = tl.where(i < shared, old + i * BLOCK_K, key + (i - shared) * BLOCK_K)
     keys = at + tl.arange(0, BLOCK_K)
-    return keys, keys < tl.where(i < shared, tl.load(block + 5), tl.load(block + 3))
+    return keys, keys < tl.where(i < shared, old_end, end)
 
 
 _ATTENTION_KEY = ("M_BUCKET", "N", "K", "H")
 
 
-@tuned([{"BLOCK_K": 32, "num_warps": 8, "num_stages": 3}, {"BLOCK_K": 32, "num_warps": 8, "num_stages": 2}], key=_ATTENTION_KEY,
-       fits=lambda num_stages, CAPABILITY, **_: CAPABILITY >= 90 or num_stages == 2)
+@tuned(tile_sizes(("PARTS", "BLOCK_K"), (2, 32, 4, 2), (1, 32, 8, 3), (1, 32, 8, 2)), key=_ATTENTION_KEY,
+       fits=lambda PARTS, num_stages, CAPABILITY, N, K, **_:
+       (PARTS, num_stages) == (1, 2) if CAPABILITY < 90 else PARTS == 1 or N // K != 2)        # a half of two heads spills
 @jit
 def _forward_kernel(q, k, v, out, lse, table, seen, scale, offset, T, M_BUCKET, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-                    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+                    BLOCK_Q: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """O and each row's log-sum of scores (of base 2).
 
-    q, out (queries, N, H); k, v (T, K, H); lse (queries, N) fp32. A program owns the N/K heads of one kv head for a block of
-    queries, and reads each of the keys they see once: first of the beginning that they continue, then of their own run.
+    q, out (queries, N, H); k, v (T, K, H); lse (queries, N) fp32. A program owns the N/K heads of one kv head for a part of a
+    block of queries (all of it, or a half), and reads each of the keys they see once: first of the beginning that they continue,
+    then of their own run.
     """
-    block = table + tl.program_id(0) * 6
+    TOKENS: tl.constexpr = BLOCK_Q // PARTS
+    block = table + tl.program_id(0) // PARTS * 6
     head = tl.program_id(1)
-    first, count = tl.load(block), tl.load(block + 1)
-    tokens, there, places = _rows(first, count, head, N, K, H, BLOCK_Q)
+    skipped = tl.program_id(0) % PARTS * TOKENS
+    first, count = tl.load(block) + skipped, tl.load(block + 1) - skipped   # a short block's second half has none
+    key, end, old, old_end = tl.load(block + 2), tl.load(block + 3), tl.load(block + 4), tl.load(block + 5)
+    tokens, there, places = _rows(first, count, head, N, K, H, TOKENS)
+    if PARTS > 1:       # only the keys that this part sees; of the beginning those of the block, hardly more
+        end = tl.minimum(end, first + offset + TOKENS)
+        key = tl.load(seen + first + offset, mask=count > 0, other=end)
+        old = tl.where(count > 0, old, old_end)
     columns = tl.arange(0, H)
     q_tile = tl.load(q + places[:, None] * H + columns[None, :], mask=there[:, None], other=0.0)
-    ROWS: tl.constexpr = BLOCK_Q * (N // K)
+    ROWS: tl.constexpr = TOKENS * (N // K)
     sums, total, top = tl.zeros((ROWS, H), tl.float32), tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), -1e30, tl.float32)
-    shared, tiles = _tiles_of(block, BLOCK_K)
+    shared, tiles = _tiles_of(key, end, old, old_end, BLOCK_K)
     for i in range(0, tiles):
-        keys, inside = _keys_of(block, i, shared, BLOCK_K)
+        keys, inside = _keys_of(i, shared, key, end, old, old_end, BLOCK_K)
         at = (keys.to(tl.int64) * K + head)[:, None] * H + columns[None, :]
         k_tile, v_tile = tl.load(k + at, mask=inside[:, None], other=0.0), tl.load(v + at, mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
@@ -267,9 +283,10 @@ def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, seen, scale,
     delta_tile = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + places, delta_tile, mask=there)
     sums = tl.zeros((BLOCK_Q * (N // K), H), tl.float32)
-    shared, tiles = _tiles_of(block, BLOCK_K)
+    key, end, old, old_end = tl.load(block + 2), tl.load(block + 3), tl.load(block + 4), tl.load(block + 5)
+    shared, tiles = _tiles_of(key, end, old, old_end, BLOCK_K)
     for i in range(0, tiles):
-        keys, inside = _keys_of(block, i, shared, BLOCK_K)
+        keys, inside = _keys_of(i, shared, key, end, old, old_end, BLOCK_K)
         at_keys = (keys.to(tl.int64) * K + head)[:, None] * H + tl.arange(0, H)[None, :]
         k_tile, v_tile = tl.load(k + at_keys, mask=inside[:, None], other=0.0), tl.load(v + at_keys, mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
@@ -324,8 +341,9 @@ class _AttentionByTriton(torch.autograd.Function):
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         sizes = _sizes(q, k, plan)
         if len(plan.queries):
-            _forward_kernel[(len(plan.queries), k.shape[1])](q, k, v, out, lse, plan.queries, plan.seen, scale * LOG2_E, plan.first_query,
-                                                             *sizes.pop("numbers"), BLOCK_Q=plan.block_q, **sizes)
+            _forward_kernel[lambda config: (len(plan.queries) * config["PARTS"], k.shape[1])](
+                q, k, v, out, lse, plan.queries, plan.seen, scale * LOG2_E, plan.first_query, *sizes.pop("numbers"),
+                BLOCK_Q=plan.block_q, **sizes)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.plan = scale, plan
         return out
@@ -466,7 +484,7 @@ def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
         card = torch.cuda.get_device_properties(device)
         if card.shared_memory_per_block_optin >= OLDER_SHARED:
             rows, keys = (ROWS, KEYS) if card.major >= 9 else (OLDER_ROWS, OLDER_KEYS)
-            return tables(lengths, window, device, starts, keys_only, rows * K // N, keys)
+            return tables(lengths, window, device, starts, keys_only, rows * K // N, keys, longest_first=True)
     return tile(lengths, window, dtype, device, starts, keys_only)
 
 

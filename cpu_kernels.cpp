@@ -524,7 +524,7 @@ void loss_gradient(bf16* logits, const float* log_sums, const int64_t* targets, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Norms (norm_kernels.py): rows of D, a multiple of 32, `heads` of them side by side, which lie `x_row` apart in x and are
-// row-major elsewhere. cos and sin (rows / heads, D), whose halves are alike. residual, cos and sin, and dw may be null.
+// row-major elsewhere. cos and sin (rows / heads, D), whose halves are alike. residual, cos and sin, dskip and dw may be null.
 
 void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf16* cos, const bf16* sin, bf16* y, float* r, float eps,
                   int64_t x_row, int64_t heads, int64_t M, int64_t D) {
@@ -552,8 +552,8 @@ void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf1
     }
 }
 
-void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* sin, const bf16* dy, const float* r, bf16* dx, float* dw,
-                   int64_t x_row, int64_t heads, int64_t M, int64_t D) {
+void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* sin, const bf16* dy, const bf16* dskip, const float* r,
+                   bf16* dx, float* dw, int64_t x_row, int64_t heads, int64_t M, int64_t D) {
     constexpr int64_t ROWS = 256;                                           // that add up their share of dw
     const int64_t parts = (M + ROWS - 1) / ROWS;
     std::vector<float> shares(dw ? parts * D : 0, 0);
@@ -580,9 +580,11 @@ void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* s
                     _mm512_storeu_ps(&dn[i], g);
                 }
                 along = _mm512_set1_ps(_mm512_reduce_add_ps(along) / D);
-                for (int64_t i = 0; i < D; i += PANEL)
-                    store(dx + row * D + i,
-                          _mm512_mul_ps(scale, _mm512_fnmadd_ps(_mm512_mul_ps(load(from + i), scale), along, _mm512_loadu_ps(&dn[i]))));
+                for (int64_t i = 0; i < D; i += PANEL) {
+                    const __m512 unit = _mm512_mul_ps(load(from + i), scale);
+                    const __m512 d = _mm512_mul_ps(scale, _mm512_fnmadd_ps(unit, along, _mm512_loadu_ps(&dn[i])));
+                    store(dx + row * D + i, dskip ? _mm512_add_ps(d, load(dskip + row * D + i)) : d);
+                }
             }
     }
     if (dw)

@@ -155,9 +155,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The norm of x over its last axis, added to `residual` or turned by `rope`."""
-        return rms_norm(x, self.weight, self.eps, residual, rope)
+    def forward(self, x: Tensor, residual: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
+                return_input: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x over its last axis, added to `residual` or turned by `rope`; with return_input x, too (`rms_norm`)."""
+        return rms_norm(x, self.weight, self.eps, residual, rope, return_input)
 
 
 class Attention(nn.Module):
@@ -202,8 +203,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, rows: Tensor | None = None) -> Tensor:
         """x (T, D) → (T, D), or those of its tokens that `rows` names: after attention a token stands alone."""
-        x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, attend, rows), residual=select(x, rows))
-        return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)), residual=x)
+        # A norm gives back the x that it reads: its backward pass then adds the gradient of the residual stream, too.
+        normed, x = self.input_layernorm(x, return_input=True)
+        x = self.post_attention_layernorm(self.self_attn(normed, rope, attend, rows), residual=select(x, rows))
+        normed, x = self.pre_feedforward_layernorm(x, return_input=True)
+        return self.post_feedforward_layernorm(self.mlp(normed), residual=x)
 
 
 class Gemma3(nn.Module):

@@ -3,6 +3,9 @@
     n = x r (1 + w)     r = 1 / √(mean(x²) + ε)          y = n,  or  residual + n,  or  rotate(n)
     dn = dy, or dy rotated back      g = dn (1 + w)      dx = r (g − x r · mean(g · x r))      dw = Σ over rows dn · x r
 
+x also goes past the norm, into the residual stream. With `return_input` it comes back along with y, and its gradient there,
+dskip, is added to dx before dx is rounded: one pass over memory less than autograd's sum of the two.
+
 Saved for the backward pass are x, which is there anyway, and r, one number a row; autograd alone would keep x thrice in
 fp32. All of it is fp32 inside and rounded once.
 
@@ -20,7 +23,7 @@ from torch import Tensor
 import cpu_kernels
 from triton_support import can_run, cdiv, in_cache, jit, next_power_of_2, one_pass, tl
 
-PROGRAMS = 512          # of a backward pass: each adds up its rows' share of dw
+PROGRAMS = 512          # of a backward pass with a trained weight: each adds up its rows' share of dw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,16 +85,20 @@ def _forward_kernel(x, w, residual, cos, sin, y, r, eps, stride_t, M, HEADS: tl.
 
 
 @jit
-def _backward_kernel(x, w, cos, sin, dy, r, dx, dw, stride_t, M, rows_a_program, HEADS: tl.constexpr, D: tl.constexpr,
-                     BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, ROTATE: tl.constexpr, WEIGHT: tl.constexpr):
-    """dx (M, D) of a program's rows, BLOCK_M at a time, and its share of dw: a row of dw (programs, D) fp32."""
+def _backward_kernel(x, w, cos, sin, dy, dskip, r, dx, dw, stride_t, M, rows_a_program, HEADS: tl.constexpr,
+                     D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr, ROTATE: tl.constexpr,
+                     WEIGHT: tl.constexpr):
+    """dx (M, D) of a program's rows, BLOCK_M at a time, and its share of dw: a row of dw (programs, D) fp32.
+
+    rows_a_program is a multiple of BLOCK_M. Where the weight is frozen there is nothing to add up, and it is BLOCK_M.
+    """
     columns = tl.arange(0, BLOCK_H)
     w_low, w_high = _halves(w, columns, (columns < D // 2)[None, :], D)
     start = tl.program_id(0).to(tl.int64) * rows_a_program
     share_low, share_high = tl.zeros((1, BLOCK_H), tl.float32), tl.zeros((1, BLOCK_H), tl.float32)
-    for first in range(0, rows_a_program, BLOCK_M):
+    for first in range(0, rows_a_program if WEIGHT else BLOCK_M, BLOCK_M):
         rows = start + first + tl.arange(0, BLOCK_M)
-        inside = (rows < M) & (first + tl.arange(0, BLOCK_M) < rows_a_program)
+        inside = rows < M
         mine = inside[:, None] & (columns < D // 2)[None, :]
         low, high = _halves(dy + rows[:, None] * D, columns, mine, D)
         if ROTATE:
@@ -107,7 +114,11 @@ def _backward_kernel(x, w, cos, sin, dy, r, dx, dw, stride_t, M, rows_a_program,
             share_high += tl.sum(high * x_high, 0, keep_dims=True)
         low, high = low * (1.0 + w_low), high * (1.0 + w_high)
         along = ((tl.sum(low * x_low, 1) + tl.sum(high * x_high, 1)) / D)[:, None]
-        _store_halves(dx + rows[:, None] * D, columns, scale * (low - x_low * along), scale * (high - x_high * along), mine, D)
+        low, high = scale * (low - x_low * along), scale * (high - x_high * along)
+        if ADD:
+            skip_low, skip_high = _halves(dskip + rows[:, None] * D, columns, mine, D)
+            low, high = low + skip_low, high + skip_high
+        _store_halves(dx + rows[:, None] * D, columns, low, high, mine, D)
     if WEIGHT:
         mine = (columns < D // 2)[None, :]
         _store_halves(dw + tl.program_id(0) * D, columns, share_low, share_high, mine, D)
@@ -120,7 +131,7 @@ def _backward_kernel(x, w, cos, sin, dy, r, dx, dw, stride_t, M, rows_a_program,
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None,
-                by_triton: bool) -> Tensor:
+                return_input: bool, by_triton: bool) -> Tensor | tuple[Tensor, Tensor]:
         by_cpp = not by_triton and _takes_cpp(x, weight, residual, rope)
         if by_triton:
             y, r = _forward_by_triton(x, weight, eps, residual, rope)
@@ -133,21 +144,26 @@ class _RMSNorm(torch.autograd.Function):
                                     rope and [table[rows] for table in rope], y[rows], r[rows])
         ctx.save_for_backward(x, weight, r, *(rope or ()))
         ctx.by_triton, ctx.by_cpp = by_triton, by_cpp
-        return y
+        if not return_input:
+            return y
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(x)
+        return y, x
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy: Tensor, dskip: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, r, *rope = ctx.saved_tensors
         need_x, need_weight, _, need_residual = ctx.needs_input_grad[:4]
-        if ctx.by_triton:
-            dx, dw = _backward_by_triton(x, weight, rope, dy.contiguous(), r, need_weight)
-        elif ctx.by_cpp:
-            dx, dw = _backward_by_cpp(x, weight, rope, dy.contiguous(), r, need_weight)
+        if ctx.by_triton or ctx.by_cpp:
+            by = _backward_by_triton if ctx.by_triton else _backward_by_cpp
+            dx, dw = by(x, weight, rope, dy.contiguous(), None if dskip is None else dskip.contiguous(), r, need_weight)
         else:
             dx, dw = x.new_empty(x.shape), torch.zeros_like(weight, dtype=r.dtype) if need_weight else None
             for rows in in_cache(x):
-                _backward_by_pytorch(x[rows], weight, [table[rows] for table in rope], dy[rows], r[rows], dx[rows], dw)
-        return (dx if need_x else None, dw.to(weight.dtype) if need_weight else None, None, dy if need_residual else None, None, None)
+                _backward_by_pytorch(x[rows], weight, [table[rows] for table in rope], dy[rows],
+                                     None if dskip is None else dskip[rows], r[rows], dx[rows], dw)
+        dx, dw = dx if need_x else None, dw.to(weight.dtype) if need_weight else None
+        return dx, dw, None, dy if need_residual else None, None, None, None
 
 
 def _takes_cpp(x: Tensor, weight: Tensor, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> bool:
@@ -164,11 +180,11 @@ def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
     return y, r
 
 
-def _backward_by_cpp(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
+def _backward_by_cpp(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, dskip: Tensor | None, r: Tensor,
                      need_weight: bool) -> tuple[Tensor, Tensor | None]:
     dx, dw = x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32) if need_weight else None
-    cpu_kernels.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, r, dx, dw, x.stride(0), _shape(x)["HEADS"],
-                     r.numel(), x.shape[-1])
+    cpu_kernels.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, dskip, r, dx, dw, x.stride(0),
+                     _shape(x)["HEADS"], r.numel(), x.shape[-1])
     return dx, dw
 
 
@@ -184,14 +200,16 @@ def _forward_by_pytorch(x: Tensor, weight: Tensor, eps: float, residual: Tensor 
 
 
 @one_pass
-def _backward_by_pytorch(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor, dx: Tensor, dw: Tensor | None) -> None:
+def _backward_by_pytorch(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, dskip: Tensor | None, r: Tensor, dx: Tensor,
+                         dw: Tensor | None) -> None:
     """Write dx and add to dw."""
     dn = dy.to(r.dtype) if not rope else rotate(dy.to(r.dtype), rope[0], -rope[1])
     unit = x.to(r.dtype) * r
     if dw is not None:
         dw.add_((dn * unit).flatten(0, -2).sum(0))
     g = dn * (1.0 + weight.to(r.dtype))
-    dx.copy_(g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r))
+    g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(r)
+    dx.copy_(g if dskip is None else g.add_(dskip))
 
 
 def _shape(x: Tensor) -> dict:
@@ -211,17 +229,17 @@ def _forward_by_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor |
     return y, r
 
 
-def _backward_by_triton(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, r: Tensor,
+def _backward_by_triton(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, dskip: Tensor | None, r: Tensor,
                         need_weight: bool) -> tuple[Tensor, Tensor | None]:
     shape, M = _shape(x), x.numel() // x.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = cdiv(cdiv(M, PROGRAMS), shape["BLOCK_M"]) * shape["BLOCK_M"]
+    rows = shape["BLOCK_M"] * (cdiv(cdiv(M, PROGRAMS), shape["BLOCK_M"]) if need_weight else 1)
     programs = cdiv(M, rows) if M else 0
     dw = torch.empty(programs, shape["D"], dtype=torch.float32, device=x.device) if need_weight else None
     if M:
         cos, sin = rope or (None, None)
-        _backward_kernel[(programs,)](x, weight, cos, sin, dy, r, dx, dw, x.stride(0), M, rows, **shape,
-                                      ROTATE=bool(rope), WEIGHT=need_weight)
+        _backward_kernel[(programs,)](x, weight, cos, sin, dy, dskip, r, dx, dw, x.stride(0), M, rows, **shape,
+                                      ADD=dskip is not None, ROTATE=bool(rope), WEIGHT=need_weight)
     return dx, dw.sum(0) if need_weight else None
 
 
@@ -230,12 +248,13 @@ def _backward_by_triton(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tenso
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
-             by_triton: bool | None = None) -> Tensor:
+             return_input: bool = False, by_triton: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """x r (1 + w) over the last axis; plus `residual`, or turned by `rope`.  Gradients for x, weight and residual.
 
     x (M, D), or (T, heads, D) with rope, where each token's heads lie side by side and tokens may lie further apart (a part
     of a wider row); weight (D) of any floating dtype; residual (M, D) of x's dtype; rope: cosines and sines, (T, 1, D)
-    each. by_triton: whether kernels compute it (default: on a CUDA device). Returns x's shape and dtype.
+    each. by_triton: whether kernels compute it (default: on a CUDA device). Returns x's shape and dtype; with return_input
+    x itself, too, for what else x goes into: the backward pass then adds the gradients of both uses in fp32 and rounds once.
     """
     if residual is not None and (rope is not None or residual.shape != x.shape):
         raise ValueError(f"RMSNorm adds a residual of x's shape {tuple(x.shape)} or rotates, not both")
@@ -250,4 +269,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if by_triton and (x.dim() not in (2, 3) or x.shape[-1] % 2 or x.stride(-1) != 1 or (x.dim() == 3 and x.stride(1) != x.shape[2])):
         raise ValueError(f"RMSNorm takes (M, D) or (T, heads, D), D even and a token's heads side by side; got {tuple(x.shape)}, "
                          f"strides {x.stride()}")
-    return _RMSNorm.apply(x, weight, eps, residual, rope, by_triton)
+    return _RMSNorm.apply(x, weight, eps, residual, rope, return_input, by_triton)

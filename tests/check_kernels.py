@@ -53,12 +53,15 @@ def launches() -> list[tuple[str, object, dict]]:
     try:
         for dtype in (torch.bfloat16, torch.float32):
             tables = torch.empty(256, 1, 256, dtype=dtype), torch.empty(256, 1, 256, dtype=dtype)
-            for name, shape, residual, rope, weight in (("norm", (256, 640), False, None, dtype), ("norm + residual", (256, 640), True, None, dtype),
-                                                        ("q", (256, 4, 256), False, tables, dtype), ("norm, dw", (256, 640), False, None, None)):
+            for name, shape, residual, rope, returned, weight in (
+                    ("norm", (256, 640), False, None, False, dtype), ("norm + residual", (256, 640), True, None, False, dtype),
+                    ("norm, x", (256, 640), False, None, True, dtype), ("q", (256, 4, 256), False, tables, False, dtype),
+                    ("norm, dw", (256, 640), False, None, False, None), ("norm, x, dw", (256, 640), False, None, True, None)):
                 what = f"{name} {str(dtype).removeprefix('torch.')}"
                 x = torch.empty(shape, dtype=dtype, requires_grad=True)
                 w = torch.empty(shape[-1], dtype=weight or torch.float32, requires_grad=weight is None)
-                norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, by_triton=True).sum().backward()
+                made = norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, returned, by_triton=True)
+                sum(part.sum() for part in (made if returned else [made])).backward()
         for dtype in (torch.bfloat16, torch.float32):
             what = f"geglu {str(dtype).removeprefix('torch.')}"
             gate, up = torch.empty(256, 4096, dtype=dtype, requires_grad=True).chunk(2, dim=1)

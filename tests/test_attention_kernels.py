@@ -1,5 +1,6 @@
 """Attention over packed documents equals its definition, in values, gradients and rounding."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from conftest import GPU, INTERPRETED, INTERPRETER, NEEDS_CPP
 
 import attention_kernels as module
 from attention_kernels import attention, attention_reference, plan, tables, tile
+from triton_support import triton
 
 
 def naive_attention(q, k, v, documents, window, scale):
@@ -137,7 +139,8 @@ def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1
     exact = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), [x.double().cpu() for x in (q, k, v)], dout.cpu().double())
     tiles = tile(lengths, window, dtype, torch.device(device), starts)
     naive = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), (q, k, v), dout)
-    table = replace(module.tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k), by_cpp=by_cpp)
+    table = module.tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k, longest_first=not by_cpp)
+    table = replace(table, by_cpp=by_cpp)
     ours = gradients(lambda q, k, v: module.attention(q, k, v, 0.3, table), (q, k, v), dout)
 
     def error(got, want):                   # where all see themselves alone dq and dk are 0, and what cancels is of the other size
@@ -152,6 +155,65 @@ def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1
 def test_the_kernels_are_as_accurate_as_pytorchs_attention(layout, window, device, dtype, generator, poisoned):
     assert kernel_faults(*LAYOUTS[layout], window, device, dtype, generator) == []
     assert kernel_faults(*LAYOUTS[layout], window, device, dtype, generator, block_q=64, block_k=32) == []
+
+
+@pytest.fixture
+def parts(request, monkeypatch):
+    """From now on each program of the forward kernel takes this part of a block: 1 all of it, 2 a half."""
+    config = triton.Config({"PARTS": request.param, "BLOCK_K": 32}, num_warps=8 // request.param, num_stages=2)
+    monkeypatch.setattr(module._forward_kernel, "configs", [config])
+    return request.param
+
+
+@pytest.mark.parametrize(("device", "dtype"), MACHINES)
+@pytest.mark.parametrize("parts", [1, 2], indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_in_one_part_or_two_are_as_accurate(layout, parts, device, dtype, generator, poisoned):
+    assert kernel_faults(*LAYOUTS[layout], 50, device, dtype, generator) == []
+
+
+@pytest.mark.parametrize("device", [INTERPRETER, GPU])
+@pytest.mark.parametrize("parts", [1, 2], indirect=True)
+@pytest.mark.parametrize(("lengths", "starts", "window", "key", "half"), [([32], None, 16, 0, 1), ([32], None, 16, 16, 0)],
+                         ids=["first keys", "last keys"])
+def test_each_half_reads_only_the_keys_of_its_own_run_that_it_needs(lengths, starts, window, key, half, parts, device, generator):
+    """NaN in a value that one half of the last block's queries does not see reaches it only where the block is computed as one."""
+    T = sum(lengths)
+    q, k, v = (torch.randn(T, n, 16, generator=generator).to(device, torch.float16) for n in (4, 1, 1))
+    v[key] = torch.nan
+    out = attention(q, k, v, 0.3, tables(lengths, window, torch.device(device), starts, block_q=32))[-32:].isnan().flatten(1).any(1)
+    assert out.unflatten(0, (2, 16))[1 - half].any() and out.unflatten(0, (2, 16))[half].any() == (parts == 1)
+
+
+@pytest.mark.parametrize("window", [8, 50, None])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_blocks_that_take_longest_come_first(layout, window):
+    lengths, starts = LAYOUTS[layout]
+    plain, ordered = (tables(lengths, window, torch.device("cpu"), starts, block_q=16, block_k=32, longest_first=way) for way in (False, True))
+    for before, after, block, ranges in ((plain.queries, ordered.queries, 32, ((2, 3), (4, 5))), (plain.keys, ordered.keys, 16, ((2, 3),))):
+        assert before[:, 0].tolist() == sorted(before[:, 0].tolist())
+        assert sorted(after.tolist()) == before.tolist()
+        tiles = [sum(-(-(row[end] - row[start]) // block) for start, end in ranges) for row in after.tolist()]
+        order = list(zip(tiles, after[:, 0].tolist(), strict=True))
+        assert order == sorted(order, key=lambda block: (-block[0], block[1]))          # of equals the first tokens first
+    assert layout in ("one", "short") or window == 8 or ordered.queries.tolist() != plain.queries.tolist()
+    assert torch.equal(plain.seen, ordered.seen)
+
+
+def test_plans_for_a_gpu_are_ordered_and_those_for_a_cpu_are_not(monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "tables", lambda *of, **more: made.append(more) or tables(*of[:2], torch.device("cpu"), *of[3:], **more))
+    monkeypatch.setattr(module, "can_run", lambda device: True)
+    monkeypatch.setattr(module, "takes", lambda: True)
+    for major, optin in ((9, 227), (8, 163)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, of=(major, optin): SimpleNamespace(
+            major=of[0], shared_memory_per_block_optin=of[1] * 1024))
+        assert plan([3, 90], None, torch.bfloat16, torch.device("cuda"), (4, 1, 256)).queries[0, 0] > 3
+    by_cpp = plan([3, 90], None, torch.bfloat16, torch.device("cpu"), (4, 1, 256))
+    assert by_cpp.by_cpp and by_cpp.queries[:, 0].tolist() == [0, 3, 51]
+    assert made == [{"longest_first": True}] * 2 + [{}]
+    tiles = tile([3, 90], None, torch.float32, torch.device("cpu"))
+    assert [t.queries.start for t in tiles] == [0, 3]
 
 
 @pytest.mark.parametrize(("device", "dtype"), MACHINES)
@@ -204,7 +266,11 @@ def test_a_plan_for_other_documents_is_refused(queries, keys, values):
     ("total = total * fade", "total = total", {"out"}), ("sums * fade[:, None]", "sums", {"out"}), ("top + tl.log2(total)", "top", {"dq", "dk"}),
     ("- delta_tile[:, None])", ")", {"dq"}), ("- delta_tile[None, :])", ")", {"dk"}), ("(dk_sums * factor)", "dk_sums", {"dk"}),
     ("np.where(goes_on[of] - positions[stop - 1] < reach, ", "np.where(False, ", {"dk", "dv"}),
-    ("np.clip(lowest - reach + 1, 0, start[of])", "np.clip(lowest - reach + 2, 0, start[of])", {"out"})])
+    ("np.clip(lowest - reach + 1, 0, start[of])", "np.clip(lowest - reach + 2, 0, start[of])", {"out"}),
+    ("key = tl.load(seen + first + offset,", "key = 1 + tl.load(seen + first + offset,", {"out"}),
+    ("first + offset + TOKENS)", "first + offset + TOKENS - 1)", {"out"}),
+    ("old = tl.where(count > 0, old, old_end)", "old = old_end", {"out"}),
+    ("tl.program_id(0) % PARTS * TOKENS", "0", {"out"})])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, poisoned, mutant):
     broken_module = mutant(module, sound, broken)
     found = {name for layout in ("shared", "long", "many") for name in

@@ -123,15 +123,23 @@ def test_a_linear_of_fp32_masters_has_fp32s_gradient(generator, poisoned, called
     assert called == ["weight_gradient"] * 2
 
 
-NORMS = ["plain", "residual", "rotated", "one-head", "one-row"]
+NORMS = ["plain", "residual", "returned", "rotated", "one-head", "one-row"]
 
 
 @NEEDS_CPP
 @pytest.mark.parametrize("T", [2, 37, 600])
 @pytest.mark.parametrize("kind", NORMS)
 def test_the_norm_is_as_accurate_as_its_definition(kind, T, generator, poisoned, called):
-    assert test_norm_kernels.faults(test_norm_kernels.by(False), test_norm_kernels.operands(kind, generator, torch.bfloat16, "cpu", T)) == []
-    assert called == ["norm_forward", "norm_backward"]
+    given = test_norm_kernels.operands(kind, generator, torch.bfloat16, "cpu", T)
+    for trained in (True, False):
+        assert test_norm_kernels.faults(test_norm_kernels.by(False), given, trained) == []
+    assert called == ["norm_forward", "norm_backward"] * 2
+
+
+@NEEDS_CPP
+def test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once(generator, poisoned, called):
+    test_norm_kernels.test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once("cpu", torch.bfloat16, False, generator)
+    assert called == ["norm_forward", "norm_backward"]                  # of bf16; fp32 goes through PyTorch
 
 
 @NEEDS_CPP
@@ -209,6 +217,7 @@ def test_what_is_not_a_number_stays_none(generator):
     ("/ D + eps)", "/ D + 1)", {"y"}), ("_mm512_fmsub_ps(low, load(c + i), _mm512_mul_ps(high, load(s + i)))", "low", {"y"}),
     ("load(residual + row * D + i)) : normed(i)", "load(residual + i)) : normed(i)", {"y"}), ("dw[i] += shares[part * D + i]", "dw[i] = shares[part * D + i]", {"dw"}),
     ("_mm512_reduce_add_ps(along) / D", "_mm512_reduce_add_ps(along)", {"dx"}), ("bf16* d = dy + row * D;", "bf16* d = dy + row / 2 * D;", {"dx"}),
+    ("load(dskip + row * D + i)) : d", "load(dskip + i)) : d", {"dx"}),
     ("load(up + row * up_row + i)", "load(up + row * F + i)", {"h", "dgate"}), ("(_mm512_set1_ps(3), bent, one)", "(_mm512_set1_ps(2), bent, one)", {"dgate"}),
     ("made + row * 2 * F + F + i, _mm512_mul_ps(d, value)", "made + row * 2 * F + F + i, value", {"dup"}),
     ("sum = sum * std::exp2(highest - higher)", "sum = sum", {"loss"}), ("std::expm1(logit - log_sums[r])", "std::exp(logit - log_sums[r])", {"dhidden", "dweight"}),

@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from conftest import GPU, INTERPRETER
 from test_train import by_kernels
 
-import data
 import train
 from attention_kernels import tables
-from cuda_graph import RecordedPasses, _Recorded, _tensors, size_for
+from cuda_graph import RecordedPasses, _filled, _Recorded, _tensors, size_for
 from dataset.examples import Example
 from lora import LoRAConfig, choose_kernels, flat_adapters, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
@@ -75,11 +74,18 @@ def test_a_batch_is_filled_by_short_documents_that_waste_no_block(batches, idle)
                        for each in (batch, filled))
     assert longer == lengths + [64] * (idle // 64) + [idle % 64] * (idle % 64 > 0)
     added = slice(len(batch.tokens), None)
-    assert (filled.tokens[added] == 0).all() and (filled.targets[added] == data.IGNORE).all()
+    assert (filled.tokens[added] == 0).all() and (filled.loss_rows < len(batch.tokens)).all()
     for size in (16, 32, 64):
         plain, more = (tables(documents, None, torch.device("cpu"), block_q=size, block_k=size)
                        for documents in (lengths, longer))
         assert len(more.queries) - len(plain.queries) == len(more.keys) - len(plain.keys) == -(-idle // size)
+
+
+def test_blocks_of_no_tokens_come_after_those_that_have_some():
+    plan = tables([70, 200, 9], None, torch.device("cpu"), longest_first=True)
+    filled = _filled(plan, 279)
+    for mine, of_tokens in ((filled.queries, plan.queries), (filled.keys, plan.keys)):
+        assert torch.equal(mine[:len(of_tokens)], of_tokens) and len(mine) > len(of_tokens) and not mine[len(of_tokens):].any()
 
 
 @pytest.mark.parametrize("idle", [50, 150])

@@ -491,7 +491,7 @@ def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_p
 def by_kernels(monkeypatch):
     """From now on a model on a CPU computes by the kernels, all of them, interpreted."""
     def tables(lengths, window, dtype, device, heads, starts=None, keys_only=0):
-        return attention_kernels.tables(lengths, window, device, starts, keys_only, 64 * heads[1] // heads[0], 32)
+        return attention_kernels.tables(lengths, window, device, starts, keys_only, 64 * heads[1] // heads[0], 32, longest_first=True)
 
     monkeypatch.setattr("model.plan", tables)
     for function in (model_file.rms_norm, model_file.geglu, model_file.linear_cross_entropy):
