@@ -9,6 +9,7 @@ from test_train import by_kernels
 import train
 from attention_kernels import tables
 from cuda_graph import RecordedPasses, _filled, _Recorded, _tensors, size_for
+from data import pack
 from dataset.examples import Example
 from lora import LoRAConfig, choose_kernels, flat_adapters, wrap
 from loss_kernels import IGNORE, linear_cross_entropy
@@ -26,7 +27,7 @@ def batches_of(lengths, without_loss=0.7):
     def row(length):
         trained = np.arange(length + 1) > without_loss * length
         return Example(generator.integers(110, 1000, length + 1).astype(np.int32), trained, "a row")
-    return [data.pack([row(length) for length in pair], 4096)[0] for pair in lengths]
+    return [pack([row(length) for length in pair], 4096)[0] for pair in lengths]
 
 
 @pytest.fixture

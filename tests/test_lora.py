@@ -413,7 +413,7 @@ def test_a_token_loses_the_same_alone_packed_shared_and_recomputed(demo):
         return recomputed(model, batch.tokens, batch.positions, batch.documents, use_reentrant=False)
 
     alone = torch.cat([hidden(pack([row], 1000)[0]) for row in rows])
-    torch.testing.assert_close(hidden(pack(rows, 1000, share=False)[0]), alone)
+    torch.testing.assert_close(hidden(pack(rows, 1000, share_prefixes=False)[0]), alone)
     [shared] = pack(rows, 1000)
     assert len(shared.tokens) == 60 + 14 + 14
     once = hidden(shared)
