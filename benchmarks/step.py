@@ -128,7 +128,7 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
                 loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            gradients.clear()
+            gradients.zero()
             return loss.detach(), norm
 
         made = timed(step, args.steps, device, reserved=recorded)
