@@ -7,6 +7,9 @@ Wrong is: a register spilled to memory, more shared memory than a program may ha
 and a tile that a thread reads in many pieces of less than 4 bytes (whatever hides from the compiler that its addresses
 follow each other costs the asynchronous copies, and with them most of the speed). "In use" is what the operations launch for Gemma 3 270M,
 seen by standing in for the launch.
+
+Tiles are chosen for the triton that requirements.txt pins: there no configuration may spill. Another triton's compiler spends registers
+otherwise; a spill there is wrong only where every configuration of a launch has one, as the autotuner takes the fastest.
 """
 from __future__ import annotations
 
@@ -125,7 +128,7 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
     ptx = made.asm["ptx"]
     reads = [int(width) // 8 * int(vector or 1) for vector, width in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)]
     reads += [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[\w:.]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
-    return {"what": what, "kernel": f"{module.removesuffix('_kernels')}{name.removesuffix('_kernel')}", "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
+    return {"launch": (name, str(arguments), capability), "what": what, "kernel": f"{module.removesuffix('_kernels')}{name.removesuffix('_kernel')}", "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
             "shared_kib": made.metadata.shared / 1024, "too_large": made.metadata.shared / 1024 > SHARED_KIB[capability],
@@ -135,9 +138,23 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
 
 def wrong(made: dict) -> str:
     return ", ".join(name for name, bad in (
-        (f"{made['spilled']} bytes spilled", made["spilled"]), ("too much shared memory", made["too_large"]),
+        (f"{made['spilled']} bytes spilled", made["spilled"] and not made.get("avoidable")), ("too much shared memory", made["too_large"]),
         ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"] and not made["kernel"].startswith(("norm", "geglu"))),
         (f"{made['narrow_reads']} reads of {made['narrowest_read']} bytes", made["narrow_reads"] > 4)) if bad)
+
+
+def pinned_triton() -> str:
+    requirements = Path(__file__).resolve().parent.parent / "requirements.txt"
+    return re.search(r"^triton==([\w.]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def excuse_avoidable_spills(compiled: list[dict]) -> list[dict]:
+    """Mark and return the configurations that spill where another one of the same launch does not."""
+    without = {made["launch"] for made in compiled if not made["spilled"]}
+    excused = [made for made in compiled if made["spilled"] and made["launch"] in without]
+    for made in excused:
+        made["avoidable"] = True
+    return excused
 
 
 def main(everything: bool) -> int:
@@ -149,7 +166,9 @@ def main(everything: bool) -> int:
                       spilled="spilled", shared="shared KiB", cores="tensor cores", reads="reads of bytes", wrong=""))
     groups: dict[tuple, list[dict]] = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        for made in pool.map(compile_one, jobs()):
+        compiled = list(pool.map(compile_one, jobs()))
+        excused = excuse_avoidable_spills(compiled) if triton.__version__ != pinned_triton() else []
+        for made in compiled:
             groups.setdefault((made["kernel"], made["what"], made["card"], made["config"] if everything or wrong(made) else ""), []).append(made)
     for (kernel, what, card, config), made in sorted(groups.items()):
         print(line.format(kernel=kernel, what=what, card=card, configs=config or len(made), registers=max(m["registers"] for m in made),
@@ -157,7 +176,9 @@ def main(everything: bool) -> int:
                           cores=" ".join(sorted({m["tensor_cores"] or "-" for m in made})),
                           reads=min(m["narrowest_read"] for m in made), wrong=wrong(made[0])))
     failed = [made for group in groups.values() for made in group if wrong(made)]
-    print(f"{sum(map(len, groups.values()))} configurations compiled, {len(failed)} wrong")
+    print(f"triton {triton.__version__}: {len(compiled)} configurations compiled, {len(failed)} wrong"
+          + (f", {len(excused)} spill up to {max(made['spilled'] for made in excused)} bytes where others of the launch do not; "
+             f"tiles are chosen for triton {pinned_triton()}" if excused else ""))
     return 1 if failed else 0
 
 
