@@ -45,7 +45,7 @@ def torchrun(processes: int, program: str, *arguments, **more) -> subprocess.Com
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_tuning():
-    """The autotuner times each configuration for two milliseconds, not forty: tests ask whether it is right, not how fast."""
+    """The autotuner times a configuration for two milliseconds, not forty: tests want right, not fast."""
     usual, triton_support.TUNING_MS = triton_support.TUNING_MS, (0.5, 1.5)
     yield
     triton_support.TUNING_MS = usual
