@@ -57,11 +57,12 @@ def late_layers(s: Sizes) -> float:
 def timed_cases(draw: Draw, s: Sizes) -> dict[str, tuple[Callable[[], Case], dict[str, Work]]]:
     """What a step computes by one function of ours, and its work by direction; LoRA's linears apart.
 
-    The first layer's norm has no backward pass. Cross-entropy does all in its forward pass; a fifth of its
-    rows carry no loss.
+    The first layer's norm has no backward pass. The key heads' norm counts as the part of the query heads' that
+    it is. Cross-entropy does all in its forward pass; a fifth of its rows carry no loss.
     """
     x, q, k = s.T * s.D, s.T * s.heads[0] * s.heads[2], s.T * s.heads[1] * s.heads[2]
     late, norms = late_layers(s), LAYERS + late_layers(s) + s.M / s.T
+    of_heads = LAYERS * (1 + s.heads[1] / s.heads[0])
     lengths, _ = make.documents(s)
 
     def attention(local: bool) -> tuple[Callable[[], Case], dict[str, Work]]:
@@ -77,7 +78,7 @@ def timed_cases(draw: Draw, s: Sizes) -> dict[str, tuple[Callable[[], Case], dic
         "norm + residual": (lambda: make.norm(draw, s, residual=True),
                             {"forward": Work(2 * late, 3 * x), "backward": Work(2 * late, 3 * x)}),
         "q norm + rotation": (lambda: make.rotated_norm(draw, s),
-                              {"forward": Work(LAYERS, 2 * q), "backward": Work(LAYERS, 3 * q)}),
+                              {"forward": Work(of_heads, 2 * q), "backward": Work(of_heads, 3 * q)}),
         "attention, local": attention(local=True),
         "attention, global": attention(local=False),
         "cross-entropy": (lambda: make.head(draw, s, trained=False),
