@@ -184,10 +184,10 @@ LAYOUTS: dict[str, Callable[[Sizes], tuple[list[int], list[int] | None]]] = {
 }
 
 
-def head(draw: Draw, s: Sizes, trained: bool) -> Case:
-    """A fifth of the rows carry no loss."""
+def head(draw: Draw, s: Sizes, trained: bool, idle: float = 0.2) -> Case:
+    """Cross-entropy. idle: the share of rows that carry no loss."""
     targets = torch.randint(s.V, (s.M,), device=draw.device)
-    targets[torch.rand(s.M, device=draw.device) < 0.2] = IGNORE
+    targets[torch.rand(s.M, device=draw.device) < idle] = IGNORE
     weight = draw(s.V, s.D, size=2 * s.D**-0.5, dtype=torch.float32 if trained else None)
 
     def in_64(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -45,6 +45,13 @@ def test_a_kernel_that_is_wrong_is_called_so(broken, where, bench, case):
     assert where in bench.compare(wrong)["wrong"]
 
 
+def test_a_sum_in_fp32_may_be_made_in_another_order_and_no_more(bench):
+    x = torch.randn(50, dtype=torch.float64).float()
+    for off, right in ((1e-6, True), (1e-4, False)):
+        case = bench.Case(lambda x, off=off: x * (1 + off), lambda x: x * 1, {"x": x}, ["x"])
+        assert ("wrong" not in bench.compare(case)) == right
+
+
 def test_the_cases_after_a_lost_context_run_in_a_new_process(bench, tmp_path):
     """Two cases end the context; the program goes on after each."""
     program = f"""
