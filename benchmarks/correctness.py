@@ -65,7 +65,7 @@ def compare(case: Case) -> dict:
     errors, ratios, bad = {}, {}, []
     for name, right in exact.items():
         mine, theirs = (((x[name].double() - right).norm() / right.norm()).item() for x in (got, plain))
-        # A definition may make no error at all: one rounding is allowed, or another order of a long sum in fp32.
+        # A definition may make no error at all: allowed is one rounding, in fp32 another order of a long sum.
         allowed = 1e-5 if got[name].dtype == torch.float32 else torch.finfo(got[name].dtype).eps / 4
         errors[name], ratios[name] = [mine, theirs], mine / max(theirs, allowed)
         if not ratios[name] <= MOST or not got[name].norm() > 0:

@@ -4,8 +4,8 @@
     python benchmarks/decode.py --save              # random weights of full size and the demo's rows
 
 Both sides answer the same real queries greedily with the same merged weights in bf16. Reading the prompt is timed apart
-(an answer of one token), so that "decoding" counts the tokens after it. Random weights answer nonsense as fast,
-and in bf16 the two sides soon write different nonsense.
+(an answer of one token), so that "decoding" counts the tokens after it. Random weights answer nonsense as
+fast, and in bf16 the two sides soon write different nonsense.
 """
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def late_layers(s: Sizes) -> float:
 def timed_cases(draw: Draw, s: Sizes) -> dict[str, tuple[Callable[[], Case], dict[str, Work]]]:
     """What a step computes by one function of ours, and its work by direction; LoRA's linears apart.
 
-    The first layer's norm has no backward pass. The key heads' norm counts as the part of the query heads' that
-    it is. Cross-entropy does all in its forward pass.
+    The first layer's norm has no backward pass. The key heads' norm counts as the part of the query heads'
+    that it is. Cross-entropy does all in its forward pass.
     """
     x, q, k = s.T * s.D, s.T * s.heads[0] * s.heads[2], s.T * s.heads[1] * s.heads[2]
     late, norms = late_layers(s), LAYERS + late_layers(s) + s.M / s.T
@@ -89,8 +89,8 @@ def timed_cases(draw: Draw, s: Sizes) -> dict[str, tuple[Callable[[], Case], dic
 def lora_work(s: Sizes, group: str, I: int, O: int) -> dict[str, Work]:  # noqa: E741
     """Of each operation of a group; the first layer needs no gradient of its input.
 
-    GeGLU writes h beside gate and up. Its gradient is a part of down's input gradient, which reads gate and up and
-    writes their gradients in place of h's.
+    GeGLU writes h beside gate and up. Its gradient is a part of down's input gradient, which reads gate
+    and up and writes their gradients in place of h's.
     """
     count, product = LAYERS if group == "qkv" else late_layers(s), 2 * s.T * I * O
     written = s.T * O // 2 if group == "gate, up" else 0

@@ -197,7 +197,7 @@ def main(args: argparse.Namespace, parts: Sequence[Part] = PARTS) -> int:
     if unknown := set(names) - {part.name for part in parts}:
         known = ", ".join(part.name for part in parts)
         sys.exit(f"gpu.py: no part is called {', '.join(sorted(unknown))}; there are {known}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))          # `run` then ends the part too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))      # `run` ends the part
     out = Path(args.out or GPU_RESULTS).resolve()
     out.mkdir(parents=True, exist_ok=True)
     summary = Summary(out, conditions(device) | {"tiny": args.tiny}, args.go_on)

@@ -179,7 +179,7 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 @cache
 @torch.no_grad()
 def first_losses(config: GemmaConfig, device: torch.device, tokens: int) -> tuple[Tensor, float]:
-    """Losses (M) of the first step's tokens that carry loss, in fp32; and how far those in bf16 are from them.
+    """Losses (M) of the first step's tokens that carry loss, in fp32; and how far bf16 is from them.
 
     By PyTorch alone, row after row, each computed by itself. How far is a root mean square, in nats.
     """
@@ -207,8 +207,8 @@ def fault(config: GemmaConfig, device: torch.device, tokens: int, first_loss: fl
     """{"wrong": …} where a first step is not the one that fp32 takes; else nothing.
 
     A way in bf16 may be three times as far from fp32 as the model in bf16 is, token by token; so may the mean
-    over tokens, for a mean of errors is at most their root mean square. The mean alone would not do: where rows
-    attend to each other, it moves by a hundredth of what the tokens do.
+    over tokens, for a mean of errors is at most their root mean square. The mean alone would not do: where
+    rows attend to each other, it moves by a hundredth of what the tokens do.
     """
     exact, error = first_losses(config, device, tokens)
     off = {"loss": abs(first_loss - exact.mean().item())}
@@ -401,7 +401,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=16_896, help="of a step")
     parser.add_argument("--steps", type=int, default=20, help="measured ones, after up to ten that warm up")
     parser.add_argument("--parts", default="ladder,sizes,peers", help="which of the three to measure, for where time is short")
-    parser.add_argument("--few-peers", action="store_true", help="four that stand for all, where time is short")
+    parser.add_argument("--few-peers", action="store_true", help="four that stand for all")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="what the result file lacks")
     parser.add_argument("--tiny", action="store_true", help="a small model and few peers, to see that everything runs")
     add_result_flags(parser)

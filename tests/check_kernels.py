@@ -8,8 +8,8 @@ and a tile that a thread reads in many pieces of less than 4 bytes (whatever hid
 follow each other costs the asynchronous copies, and with them most of the speed). "In use" is what the operations launch for Gemma 3 270M,
 seen by standing in for the launch.
 
-Tiles are chosen for the triton that requirements.txt pins: with it no configuration may spill. Another version
-spends registers otherwise; a spill is then wrong only where every configuration of a launch has one, for the
+Tiles are chosen for the triton that requirements.txt pins: with it no configuration may spill. Another
+version spends registers otherwise; a spill is then wrong only where every configuration of a launch has one, for the
 autotuner takes the fastest, and KNOWN_SPILLS has not as many bytes.
 """
 from __future__ import annotations
@@ -186,8 +186,8 @@ def main(everything: bool) -> int:
                           reads=min(m["narrowest_read"] for m in made), wrong=wrong(made[0])))
     failed = [made for group in groups.values() for made in group if wrong(made)]
     print(f"triton {triton.__version__}: {len(compiled)} configurations compiled, {len(failed)} wrong"
-          + (f"; {len(excused)} spill up to {max(made['spilled'] for made in excused)} bytes, which is excused: "
-             f"tiles are chosen for triton {pinned_triton()}" if excused else ""))
+          + (f"; {len(excused)} spill up to {max(made['spilled'] for made in excused)} bytes, "
+             f"which is excused: tiles are chosen for triton {pinned_triton()}" if excused else ""))
     return 1 if failed else 0
 
 
