@@ -51,7 +51,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import train
 from storage import tensors
-from training import run_folder
+from training import load_data, run_folder
 from dataset import token_cache
 RANK, LIFE, passed = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), 0
 
@@ -691,13 +691,13 @@ def error_in_all(bench: Bench) -> Iterator[dict]:
 
 # The last process reads another file than the one that --data names.
 READ_OTHER_ROWS = """
-def other(read_tokens):
+def other(read_source):
     def read_others(args, sources, *more):
         mark()
-        return read_tokens(args, {path!r}, *more)
+        return read_source(args, {path!r}, *more)
     return read_others
 if RANK == 1:
-    patch(train, "read_tokens", other)
+    patch(load_data, "read_source", other)
 """
 
 

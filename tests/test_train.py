@@ -31,6 +31,9 @@ from storage.atomic import read_json
 from storage.pretrained import load_model
 from storage.tensors import read_tensors
 from tokenizer import DEVELOPER_TEXT, Tokenizer
+from training import loss as loss_module
+from training.load_data import load_datasets
+from training.run import Run
 from training.run_folder import find_checkpoints
 
 RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "trained_tokens", "seconds", "tokens_per_second", "trained_tokens_per_second",
@@ -123,7 +126,7 @@ def test_the_result_is_the_best_held_out_loss(demo, tmp_path, monkeypatch):
 
 def test_steps_0_checks_everything_and_writes_nothing(demo, tmp_path, capsys):
     assert run(demo, tmp_path / "run", "--steps", 0) == 0
-    assert "ready  first row's loss" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert "the first row's loss is" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_preview_shows_the_tokens_that_carry_loss_in_green(demo, tmp_path, capsys):
@@ -151,9 +154,13 @@ def test_a_step_can_be_sized_in_tokens(demo, tmp_path):
 
 
 def test_dropout_is_drawn_anew_each_step_and_makes_a_difference_to_the_losses(demo, tmp_path, monkeypatch):
-    seeds, usual = [], train.draw
-    monkeypatch.setattr(train, "draw", lambda model, keys, seed, rows: (seeds.append(seed) if model.training else None,
-                                                                         usual(model, keys, seed, rows)))
+    seeds, usual = [], loss_module.draw
+    def draw(model, keys, seed, rows):
+        if model.training:
+            seeds.append(seed)
+        usual(model, keys, seed, rows)
+
+    monkeypatch.setattr(loss_module, "draw", draw)
     for name, more in (("with", ()), ("without", ("--lora-dropout", 0)), ("other", ("--seed", 1))):
         run(demo, tmp_path / name, *LORA, "--steps", 3, "--micro-tokens", 300, *more)
     assert len(seeds) > 9 and len(set(seeds)) == 6                      # the passes of a step have one; the second run has the first one's
@@ -381,7 +388,8 @@ def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
     some = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()[:20]]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps({**row, "query": row["query"].upper()}) + "\n" for row in some))
     args = train.parse_args(flags(demo, tmp_path / "run", "--eval-data", tmp_path / "eval.jsonl"))
-    trained, held_out, _ = train.read_examples(args, demo / "model", Tokenizer.load(demo / "model"), print)
+    run = Run(args, 0, 1, torch.device("cpu"))
+    trained, held_out, _ = load_datasets(run, demo / "model", Tokenizer.load(demo / "model"))
     queries = [json.loads(line)["query"].casefold() for line in (demo / "rows.jsonl").read_text().splitlines()]
     assert not {queries[int(example.source.partition(":")[2]) - 1] for example in trained} & {
         held_out.conversation(i).query.casefold() for i in range(len(held_out))}
@@ -393,14 +401,14 @@ def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
 
 def test_the_learning_rate_warms_up_and_decays():
     args = train.parse_args(["--model", "m", "--data", "d", "--lr", "1.0", "--min-lr", "0.1"])
-    rates = [train.learning_rate(step, 100, 10, args) for step in range(100)]
+    rates = [train.learning_rate(step, 100, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
     args.schedule = "linear"
-    assert train.learning_rate(55, 100, 10, args) == pytest.approx(0.55) and train.learning_rate(99, 100, 10, args) == pytest.approx(0.11)
+    assert train.learning_rate(55, 100, args) == pytest.approx(0.55) and train.learning_rate(99, 100, args) == pytest.approx(0.11)
     args.schedule = "constant"
-    assert train.learning_rate(99, 100, 10, args) == 1.0
+    assert train.learning_rate(99, 100, args) == 1.0
 
 
 @pytest.mark.parametrize("bad", [["--batch-rows", "0"], ["--batch-rows", "2", "--batch-tokens", "9"], ["--steps", "-1"], ["--lr", "x"]])
