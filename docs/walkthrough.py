@@ -124,8 +124,8 @@ The types of the tools become JSON Schema's. `str, optional` makes `label` a str
 ## 3. Conversation → segments
 
 {where(render_segments)} writes the text that the model reads, in {len(segments)} segments, of
-which {controls} are control tokens. Each segment says whether it carries loss. What the model has to produce carries
-loss, here between « and »; the prompt does not. This is decided here and nowhere else.
+which {controls} are control tokens. Each segment says whether it carries loss. What the model has to produce
+carries loss, here between « and »; the prompt does not. This is decided here and nowhere else.
 
 ```text
 {marked}
@@ -166,14 +166,14 @@ text into pieces by BPE, in which `▁` stands for a space. The last {len(ids)} 
 ## 5. Examples → Batch
 
 {where(pack)} puts rows side by side, as documents, without padding. Line {LINES[1]}, "{rows[1].query}",
-declares the same tools, so the two rows begin with the same {prefix} tokens. This shared prefix becomes a document
-of its own, and each row continues it.
+declares the same tools, so the two rows begin with the same {prefix} tokens. This shared prefix becomes a
+document of its own, and each row continues it.
 
 {table("document | what | indices in the batch | positions | tokens that carry loss", documents)}
 
 The last id of a row is only ever a target. So there are T = {T} tokens to compute; without sharing there
-would be {unshared}. The batch has five tensors: `tokens`, `positions` and `documents` of T numbers, and `loss_rows` and
-`targets` of M = {M}. The token at index `loss_rows[i]` has to predict `targets[i]`:
+would be {unshared}. The batch has five tensors: `tokens`, `positions` and `documents` of T numbers, and
+`loss_rows` and `targets` of M = {M}. The token at index `loss_rows[i]` has to predict `targets[i]`:
 
 {table("loss_rows | token | position | document | targets", predictions)}
 """
@@ -239,8 +239,8 @@ with s = alpha / R = {adapter.config.scale:g}: {where(lora_linear_reference)} is
 {table("matrix | letters | shape | note", rows)}
 
 As B is zero, y is x Wᵀ: training starts at the base model. The brackets matter: x Aᵀ has R columns only, so
-the adapter costs few operations, while B A would be as large as W. [derivations.md](derivations.md) derives the
-gradients.
+the adapter costs few operations, while B A would be as large as W. [derivations.md](derivations.md) derives
+the gradients.
 """
 
 
@@ -268,17 +268,19 @@ def loss_and_steps(model: Gemma3, batch: Batch) -> str:
 the head. That gives logits (M, V) = ({M}, {V:,}). They are computed in chunks of tokens, so that not all of
 them exist at once. The loss of a token is log Σ exp(logits) − its target's logit.
 
-The losses of the {M} tokens add up to {losses[0] * M:.0f} nats, {losses[0]:.2f} on average. Equal probabilities for all
-{V:,} pieces would give ln V = {math.log(V):.2f}. Random weights do worse: they prefer some pieces, mostly wrong ones.
+The losses of the {M} tokens add up to {losses[0] * M:.0f} nats, {losses[0]:.2f} on average. Equal
+probabilities for all {V:,} pieces would give ln V = {math.log(V):.2f}. Random weights do worse: they prefer some
+pieces, mostly wrong ones.
 
 ## 9. Gradients, clipping, AdamW
 
 The loop is in {where(train)}. The backward pass gives the gradient of the *sum* of the losses;
 {where(AllReduceGradients)} adds it up over micro-batches and ranks. Only then is it
-divided by the number of tokens that carry loss in the whole step, here {M}. So it does not matter how the rows
-are divided among micro-batches and ranks.
+divided by the number of tokens that carry loss in the whole step, here {M}. So it does not matter how the
+rows are divided among micro-batches and ranks.
 
-- The norm of the gradient is {norms[0]:.1f}. It is clipped to {CLIP:g}: each number is divided by {norms[0] / CLIP:.1f}.
+- The norm of the gradient is {norms[0]:.1f}. It is clipped to {CLIP:g}: each number is divided by
+  {norms[0] / CLIP:.1f}.
 - While B is zero, so is the gradient of A: the first step changes B alone.
 - AdamW's first step moves each number of B by the learning rate, here {LR:g}, up or down, however large its
   gradient.
