@@ -24,6 +24,7 @@ except ImportError:                     # no Triton for this platform: the kerne
     triton = tl = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TUNING_MS = 10, 30      # that the autotuner warms a configuration up and times it, in milliseconds
 PIECE = 1 << 18         # numbers that a CPU passes over at a time: 1 MB in fp32
 
 
@@ -100,7 +101,8 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
-    return triton.testing.do_bench(call, warmup=10, rep=30, quantiles=quantiles)
+    warm_up, timed = TUNING_MS
+    return triton.testing.do_bench(call, warmup=warm_up, rep=timed, quantiles=quantiles)
 
 
 def can_run(device: torch.device) -> bool:

@@ -17,21 +17,29 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "faults.md", ROOT / "docs" / "scaling.md"]
 RESULTS = ROOT / "benchmarks" / "results"
+GPU_RESULTS = RESULTS / "gpu"                   # where `make gpu` writes
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
     """--save and --out of a benchmark, for `keep_result`."""
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results, those of a CPU under cpu_…")
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results: cpu_… or gpu/…")
     parser.add_argument("--out", help="write them to this folder instead")
 
 
+def result_file(name: str, device: torch.device, args: argparse.Namespace) -> Path | None:
+    """Where --save and --out want a benchmark's figures; None where they want none."""
+    on_gpu = device.type == "cuda"
+    folder = args.out or (args.save and (GPU_RESULTS if on_gpu else RESULTS))
+    return Path(folder) / f"{'' if on_gpu else 'cpu_'}{name}.json" if folder else None
+
+
 def keep_result(result: dict, name: str, device: torch.device, args: argparse.Namespace) -> None:
-    """Write a benchmark's figures, or those it has so far, where --save and --out want them."""
-    if args.out or args.save:
-        folder = Path(args.out or RESULTS)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{'' if device.type == 'cuda' else 'cpu_'}{name}.json"
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    """Write a benchmark's figures, or those it has so far, to its `result_file`, whole at every moment."""
+    if file := result_file(name, device, args):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
 
 
 def summarise(run: Path) -> dict:
@@ -54,26 +62,22 @@ def summarise(run: Path) -> dict:
 def tables() -> dict[str, str]:
     """{mark: Markdown} for every table whose results are there."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
-    made = {}
+    gpu, made = gpu_results(), {}
     if "demo" in found:
         made["demo"] = demo_table(found["demo"])
     if runs := [found[name] for name in ("sixty_steps", "an_hour") if name in found]:
         made["calls"] = calls_table(runs)
-    if decode := found.get("decode", found.get("cpu_decode")):
-        made["decode"] = decode_table(decode)
+    if decode := found.get("cpu_decode"):
+        on_gpu = gpu.get("decode", {})
+        made["decode"] = decode_table(on_gpu if on_gpu.get("weights") == "trained" else decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
         made["peft"] = peft_table(found["cpu_vs_peft"], found.get("cpu_full"), found.get("cpu_vs_peft_fp32"), found["cpu_parity"])
     if "cpu_one_set" in found:
         made["one_set"] = one_set_table(found["cpu_one_set"])
-    if "step" in found:
-        made["step"] = step_table(found["step"])
-    if "lora" in found:
-        made["lora"] = lora_table(found["lora"])
-    if "attention" in found:
-        made["attention"] = attention_table(found["attention"])
+    made["gpu"] = gpu_table(gpu)
     if "data" in found:
         made["data"] = data_table(found["data"])
-    if scaling := found.get("scaling", found.get("cpu_scaling")):
+    if scaling := gpu.get("scaling", found.get("cpu_scaling")):
         made["scaling"], made["dealt"] = scaling_table(scaling), dealt_table(scaling)
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
@@ -167,12 +171,96 @@ def one_set_table(r: dict) -> str:
         f"{r['versions']['torch']}; `python benchmarks/cpu_vs_peft.py --one-set`"])
 
 
-def step_table(r: dict) -> str:
-    lines = [f"| {name} | {made['tokens_per_second'] / 1e3:.1f}k | {made['seconds'] * 1e3:.0f} | {made['peak_gib']:.1f} |"
-             if "failed" not in made else f"| {name} | {made['failed'].partition(':')[0]} | | |"
-             for part in ("ladder", "peers") for name, made in r[part].items()]
-    return "\n".join([f"| a step of {r['tokens']} tokens | tokens/s | ms | GiB |", "|---|---|---|---|", *lines, "",
-                      f"{r['device']}, torch {r['versions']['torch']}; `python benchmarks/step.py`"])
+NO_GPU = "No figure of a GPU exists yet; with a CUDA device `make gpu` measures them in nine minutes."
+
+
+def gpu_results() -> dict[str, dict]:
+    """What `make gpu` wrote, by file; nothing of a dry run or a CPU."""
+    files = sorted(GPU_RESULTS.glob("*.json"))
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    if any(result.get("tiny") for result in found.values()):
+        return {}
+    return {name: result for name, result in found.items() if not result["device"].startswith("CPU")}
+
+
+def gpu_table(found: dict[str, dict]) -> str:
+    """Steps, sizes, LoRA's linears, attention and each kernel, as far as they were measured."""
+    made = []
+    if "step" in found:
+        step = found["step"]
+        if step["ladder"] or step["peers"]:
+            made.append(step_table(step, found.get("floors", {}).get("step_floor_ms")))
+        if step["sizes"]:
+            made.append(sizes_table(step))
+    for name, table in (("lora", lora_table), ("attention", attention_table), ("floors", floors_table)):
+        if name in found:
+            made.append(table(found[name]))
+    return "\n\n".join(made) or NO_GPU
+
+
+def under(r: dict, command: str) -> str:
+    """The line below a table: on what its figures were measured, and how."""
+    versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items()
+                         if version and name != "numpy")
+    return f"{r['device']}, {versions}, commit {r['commit']}; `{command}`"
+
+
+def best(rows: dict[str, dict], full: bool) -> float | None:
+    """Tokens a second of our fastest way to train LoRA, or every parameter."""
+    speeds = [row["tokens_per_second"] for name, row in rows.items()
+              if is_right(row) and name.startswith("every parameter") == full]
+    return max(speeds, default=None)
+
+
+def is_right(row: dict) -> bool:
+    return "failed" not in row and "wrong" not in row
+
+
+def step_cells(row: dict) -> str:
+    mfu = "" if row["mfu"] is None else f"{row['mfu']:.0%}"
+    speed = f"{row['tokens_per_second'] / 1e3:.1f}k | {row['seconds'] * 1e3:.1f}"
+    return f"{speed} | {mfu} | {row['peak_gib']:.1f}"
+
+
+def step_table(r: dict, floor_ms: float | None) -> str:
+    """Each rung and peer: speed, memory, share of the floor; and our fastest way's speed over a peer's."""
+    lines = []
+    for part in ("ladder", "peers"):
+        for name, row in r[part].items():
+            full = name.startswith("every parameter")
+            if not is_right(row):
+                lines.append(f"| {name} | {'failed' if 'failed' in row else 'wrong'} | | | | | |")
+                continue
+            has_floor = floor_ms and part == "ladder" and not full
+            floor = f"{floor_ms / row['seconds'] / 1e3:.0%}" if has_floor else ""
+            ours = best(r["ladder"], full)
+            ratio = f"{ours / row['tokens_per_second']:.1f} ×" if ours and part == "peers" else ""
+            lines.append(f"| {name} | {step_cells(row)} | {floor} | {ratio} |")
+    return "\n".join([
+        f"| a step of {r['tokens']} tokens | tokens/s | ms | MFU | GiB | of the floor | ours is |",
+        "|---|---|---|---|---|---|---|", *lines, "",
+        f"LoRA rank 16 but where every parameter is trained; {under(r, 'python benchmarks/step.py --save')}"])
+
+
+def sizes_table(r: dict) -> str:
+    rows = {int(tokens): row for tokens, row in r["sizes"].items() if is_right(row)}
+    lines = [f"| {tokens:,} | {step_cells(row)} |" for tokens, row in rows.items()]
+    return "\n".join([
+        "| LoRA, tokens a step | tokens/s | ms | MFU | GiB |", "|---|---|---|---|---|", *lines, "",
+        under(r, "python benchmarks/step.py --save --parts sizes")])
+
+
+def floors_table(r: dict) -> str:
+    """Each kernel of a LoRA step, those first that take most of it."""
+    rows = {name: row for name, row in r["kernels"].items() if "ms" in row}
+    lines = [f"| {name} | {row['count']:.0f} | {row['ms'] * 1e3:.0f} | {row['floor_ms'] * 1e3:.0f} | "
+             f"{row['floor_ms'] / row['ms']:.0%} |"
+             for name, row in sorted(rows.items(), key=lambda item: -item[1]["count"] * item[1]["ms"])]
+    return "\n".join([
+        "| kernel | a step | µs | floor, µs | of the floor |", "|---|---|---|---|---|", *lines, "",
+        f"All of a step: {r['step_kernels_ms']:.1f} ms, floor {r['step_floor_ms']:.1f} ms, by "
+        f"{r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
+        + under(r, "python benchmarks/floors.py --save")])
 
 
 def lora_table(r: dict) -> str:

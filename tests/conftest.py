@@ -16,6 +16,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
 
 import cpu_kernels  # noqa: E402
+import triton_support  # noqa: E402
 from triton_support import has_compiler  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,14 @@ def torchrun(processes: int, program: str, *arguments, **more) -> subprocess.Com
     """The end of a program of ours that torchrun started in so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, ROOT / program, *arguments]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_tuning():
+    """The autotuner times a configuration for two milliseconds, not forty: tests want right, not fast."""
+    usual, triton_support.TUNING_MS = triton_support.TUNING_MS, (0.5, 1.5)
+    yield
+    triton_support.TUNING_MS = usual
 
 
 @pytest.fixture(scope="session")

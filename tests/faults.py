@@ -66,15 +66,15 @@ def patch(owner, name, wrap):
     setattr(owner, name, wrap(getattr(owner, name)))
 
 def at_step(fault):
-    def wrap(finish):
-        def finish_with_fault(self, extra):
+    def wrap(all_reduce):
+        def all_reduce_with_fault(self, extra):
             global passed
             passed += 1
             fault(passed)
-            return finish(self, extra)
-        return finish_with_fault
+            return all_reduce(self, extra)
+        return all_reduce_with_fault
     for gradients in (train.AllReduceGradients, train.FSDPGradients):
-        patch(gradients, "finish", wrap)
+        patch(gradients, "all_reduce", wrap)
 
 {fault}
 train.cli()

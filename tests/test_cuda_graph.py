@@ -155,8 +155,8 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
             loss = add(batch, seed)
             seen += [loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
             if seed == 1:                                                                   # a step ends
-                gradients.clear()
-        gradients.clear()
+                gradients.zero()
+        gradients.zero()
         return seen
 
     def plain(batch, seed):
@@ -186,7 +186,7 @@ def test_a_replay_finds_the_masters_rounded_after_each_step(demo, batches, monke
         assert torch.equal(seen[-1], flat.masters.bfloat16()) and (step == 0 or not torch.equal(*seen[-2:]))
         flat.masters.grad.fill_(1.0)
         optimizer.step()
-        gradients.clear()
+        gradients.zero()
 
 
 def test_attention_without_kernels_is_refused(demo, batches):

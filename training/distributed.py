@@ -2,9 +2,9 @@
 
 A process has some of a step's batches; the step's gradient is the sum over all of them. Both classes give it the same way:
 
-    gradients.begin_pass(last=False); loss.backward(); …; gradients.begin_pass(last=True); loss.backward()
-    extra = gradients.finish(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
-    optimizer.step(); gradients.clear()     # an optimizer of `gradients.parameters`
+    gradients.set_sync(last=False); loss.backward(); …; gradients.set_sync(last=True); loss.backward()
+    extra = gradients.all_reduce(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
+    optimizer.step(); gradients.zero()     # an optimizer of `gradients.parameters`
 
 `AllReduceGradients` keeps every parameter whole in every process. Adapters (15 MB) have their gradients in one buffer,
 and that goes through one all-reduce with `extra` at its end. Where everything is trained (1.07 GB) a bucket
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from data import IDLE, Batch
 from lora import flat_adapters
 from model import Gemma3
 
@@ -34,7 +35,7 @@ EXTRA = 16                  # numbers that may travel with the adapters' gradien
 
 
 class AllReduceGradients:
-    """Gradients added up over `world` processes.  Between `begin_pass(last=True)` and `finish` parts of them are on their way.
+    """Gradients added up over `world` processes.  Between `set_sync(last=True)` and `all_reduce` parts of them are on their way.
 
     On a CPU they keep their memory from step to step: made anew in each they would lie among what a pass leaves again, and
     large pieces would find no room between them (docs/log.md). So they must where passes are recorded, which always add to the
@@ -64,12 +65,16 @@ class AllReduceGradients:
                 for parameter in bucket:
                     parameter.register_post_accumulate_grad_hook(partial(self._finished, number))
 
+    def equalize(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of a step, or of an evaluation.  Processes may have different numbers of them."""
+        return batches
+
     @property
     def weight_grad_out(self) -> Tensor | None:
         """Where the tied embedding's gradient may be added to directly (Gemma3.forward), 0.67 GB less; None: nowhere."""
         return self.model.head.grad if self.model.head.device.type == "cpu" else None
 
-    def begin_pass(self, last: bool) -> None:
+    def set_sync(self, last: bool) -> None:
         """Before each forward and backward pass; last: whether no other follows in this step."""
         self.open = [len(bucket) for bucket in self.buckets] if last else None
 
@@ -85,11 +90,11 @@ class AllReduceGradients:
         flat = torch.cat([*(grad.flatten() for grad in grads), *extra])
         self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
 
-    def finish(self, extra: Tensor) -> Tensor:
+    def all_reduce(self, extra: Tensor) -> Tensor:
         """After the last pass, or where a process has none: gradients and `extra` (n) become those of all processes."""
         if self.flat and not self.flat.in_place():
             raise RuntimeError("an adapter or its .grad is no longer in the buffer of all: end steps with "
-                               "gradients.clear(), not with zero_grad, and make AllReduceGradients after moving")
+                               "gradients.zero(), not with zero_grad, and make AllReduceGradients after moving")
         if self.world == 1:
             return extra
         if self.flat:
@@ -110,7 +115,7 @@ class AllReduceGradients:
         self.sent, self.open = [], None
         return extra
 
-    def clear(self) -> None:
+    def zero(self) -> None:
         """After the optimizer's step."""
         if self.flat:
             self.flat.clear()
@@ -145,14 +150,18 @@ class FSDPGradients:
             module.set_gradient_divide_factor(1.0)              # a sum, not a mean
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def begin_pass(self, last: bool) -> None:
+    def equalize(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches, and as many idle ones as all processes need to go through the layers together."""
+        return batches + [IDLE] * (all_reduce_max(len(batches), self.model.head.device) - len(batches))
+
+    def set_sync(self, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)
 
-    def finish(self, extra: Tensor) -> Tensor:
+    def all_reduce(self, extra: Tensor) -> Tensor:
         dist.all_reduce(extra)
         return extra
 
-    def clear(self) -> None:
+    def zero(self) -> None:
         self.model.zero_grad()
 
     def norm(self) -> Tensor:
