@@ -262,15 +262,16 @@ def loss_and_steps(model: Gemma3, batch: Batch) -> str:
             optimizer.zero_grad()
     rows = [(step, f"{losses[step]:.2f}", numbers_a[step], numbers_b[step]) for step in (0, 1, 2)]
     rows += [(step, f"{losses[step]:.2f}", "", "") for step in (5, 10, STEPS)]
+    total, mean, uniform = f"{losses[0] * M:.0f}", f"{losses[0]:.2f}", f"{math.log(V):.2f}"
+    norm, divisor = f"{norms[0]:.1f}", f"{norms[0] / CLIP:.1f}"
     return f"""## 8. Cross-entropy
 
 {where(linear_cross_entropy)} multiplies the hidden states by the embedding, which is also
 the head. That gives logits (M, V) = ({M}, {V:,}). They are computed in chunks of tokens, so that not all of
 them exist at once. The loss of a token is log Σ exp(logits) − its target's logit.
 
-The losses of the {M} tokens add up to {losses[0] * M:.0f} nats, {losses[0]:.2f} on average. Equal
-probabilities for all {V:,} pieces would give ln V = {math.log(V):.2f}. Random weights do worse: they prefer some
-pieces, mostly wrong ones.
+The losses of the {M} tokens add up to {total} nats, {mean} on average. Equal probabilities for all {V:,} pieces
+would give ln V = {uniform}. Random weights do worse: they prefer some pieces, mostly wrong ones.
 
 ## 9. Gradients, clipping, AdamW
 
@@ -279,8 +280,8 @@ The loop is in {where(train)}. The backward pass gives the gradient of the *sum*
 divided by the number of tokens that carry loss in the whole step, here {M}. So it does not matter how the
 rows are divided among micro-batches and ranks.
 
-- The norm of the gradient is {norms[0]:.1f}. It is clipped to {CLIP:g}: each number is divided by
-  {norms[0] / CLIP:.1f}.
+- The norm of the gradient is {norm}. It is clipped to {CLIP:g}: each number is divided by {divisor}.
+- In {where(train)} both divisions happen inside the fused AdamW, so that the host need not wait for the norm.
 - While B is zero, so is the gradient of A: the first step changes B alone.
 - AdamW's first step moves each number of B by the learning rate, here {LR:g}, up or down, however large its
   gradient.
