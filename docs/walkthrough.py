@@ -270,8 +270,8 @@ def loss_and_steps(model: Gemma3, batch: Batch) -> str:
 the head. That gives logits (M, V) = ({M}, {V:,}). They are computed in chunks of tokens, so that not all of
 them exist at once. The loss of a token is log Σ exp(logits) − its target's logit.
 
-The losses of the {M} tokens add up to {total} nats, {mean} on average. Equal probabilities for all {V:,} pieces
-would give ln V = {uniform}. Random weights do worse: they prefer some pieces, mostly wrong ones.
+The losses of the {M} tokens add up to {total} nats, {mean} on average. Equal probabilities for all {V:,}
+pieces would give ln V = {uniform}. Random weights do worse: they prefer some pieces, mostly wrong ones.
 
 ## 9. Gradients, clipping, AdamW
 
