@@ -332,11 +332,14 @@ def scaling_table(r: dict) -> str:
             late = by[model, "full, sent at the end", processes, scaling]["communication_seconds"]
             hidden.append(f"{1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms ({model}, {processes}, {scaling})")
     return "\n".join([
-        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | largest share |",
+        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | "
+        "most loaded rank / mean |",
         "|---|---|---|---|---|---|---|---|---|", *lines, "",
-        f"small: 33 M parameters. So few rows cannot be shared evenly, and efficiency is at most one over the largest share.  \n"
-        f"Hidden behind the backward pass: {'; '.join(hidden)}. By seconds of CPU: {r['load_average']:.0f} other programs ran at a time; "
-        f"communication as a share of a step by the clock. {r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
+        "small: 33 M parameters. So few rows cannot be divided evenly, and efficiency is at most mean / most loaded rank.  \n"
+        f"Communication that overlaps with the backward pass: {'; '.join(hidden)}.  \n"
+        f"Speed and efficiency are by seconds of CPU, because {r['load_average']:.0f} other programs ran at the same time; "
+        "communication is a fraction of the step by the clock. "
+        f"{r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
         "`python benchmarks/scaling.py`"])
 
 
@@ -345,9 +348,10 @@ def dealt_table(r: dict) -> str:
              f"{one['without_teams']['computed']:.0%} | {one['seconds'] * 1e3:.0f} | {one['without_teams']['seconds'] * 1e3:.0f} |"
              for one in r["dealt"]]
     return "\n".join([
-        "| processes | rows a step | largest share / mean | tokens computed | … if one team | packing, ms | … if one team |",
+        "| ranks | rows a step | most loaded rank / mean | tokens computed | … without groups | packing, ms | … without groups |",
         "|---|---|---|---|---|---|---|", *lines, "",
-        f"{' + '.join(r['data'])}, 16,896 tokens a process while there are so many; milliseconds of CPU; `python benchmarks/scaling.py`"])
+        f"{' + '.join(r['data'])}, 16,896 tokens a rank, or all rows where that is less; tokens computed are a "
+        "fraction of the rows' tokens; milliseconds are of CPU; `python benchmarks/scaling.py`"])
 
 
 def tokenizer_table(r: dict) -> str:
@@ -381,7 +385,7 @@ def faults_table(r: dict) -> str:
     if kills:
         torn = sum(result["how"].endswith("torn") for result in kills)
         lines.append("| killed by -9 at random | " + cells({
-            "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times with a save begun", "exit": -9,
+            "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times during a save", "exit": -9,
             "losses": max(result["losses"] for result in ends), "recomputed": f"{max(result['recomputed'] for result in kills)} at most"}))
     for result in r["results"]:
         if result not in at_random:
@@ -389,7 +393,7 @@ def faults_table(r: dict) -> str:
             last = result["fault"]
     commits = sorted({result["commit"] for result in r["results"]})
     return "\n".join([
-        "| fault | how | losses | steps again | s to stop | exit | what it says |", "|---|---|---|---|---|---|---|", *lines, "",
+        "| fault | how | losses | steps repeated | s to stop | exit | message |", "|---|---|---|---|---|---|---|", *lines, "",
         f"{r['machine']}, load average {r['load']:.0f}, torch {r['torch']}, commit {', '.join(commits)}; `make faults`"])
 
 
