@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import statistics
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "faults.md", ROOT / "docs" / "scaling.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("usage", "benchmarks", "faults", "scaling"))]
 RESULTS = ROOT / "benchmarks" / "results"
 GPU_RESULTS = RESULTS / "gpu"                   # where `make gpu` writes
 
@@ -65,8 +66,8 @@ def tables() -> dict[str, str]:
     gpu, made = gpu_results(), {}
     if "demo" in found:
         made["demo"] = demo_table(found["demo"])
-    if runs := [found[name] for name in ("sixty_steps", "an_hour") if name in found]:
-        made["calls"] = calls_table(runs)
+    if "an_hour" in found:
+        made["calls"] = calls_table([found["an_hour"]])
     if decode := found.get("cpu_decode"):
         on_gpu = gpu.get("decode", {})
         made["decode"] = decode_table(on_gpu if on_gpu.get("weights") == "trained" else decode)
@@ -75,6 +76,9 @@ def tables() -> dict[str, str]:
     if "cpu_one_set" in found:
         made["one_set"] = one_set_table(found["cpu_one_set"])
     made["gpu"] = gpu_table(gpu)
+    made["files"], made["modules"] = files_table(), modules_table()
+    if all(name in found for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data", "demo")):
+        made["summary"] = summary_table(found)
     if "data" in found:
         made["data"] = data_table(found["data"])
     if scaling := gpu.get("scaling", found.get("cpu_scaling")):
@@ -86,12 +90,81 @@ def tables() -> dict[str, str]:
     return made
 
 
+# The files that make up the algorithm, in the order to read them.
+READING_ORDER = {
+    "train.py": "flags and the training loop",
+    "data.py": "batches without padding, shared prefixes, the loader of steps",
+    "model.py": "Gemma 3",
+    "lora.py": "adapters: add, list, merge",
+    "lora_kernels.py": "the fused LoRA linears, forward and backward, in Triton and in PyTorch",
+    "ops": "attention, cross-entropy, norms, GeGLU: Triton, C++ and PyTorch",
+    "tokenizer": "the function-call template and its inverse, BPE",
+    "dataset": "rows of every shape become token ids with a loss mask",
+    "training": "processes, gradients, checkpoints, evaluation during a run",
+    "inference": "decoding and scoring; generate.py, evaluate.py and export.py are the commands",
+}
+
+
+def files_table() -> str:
+    """The files and folders in reading order, with their lines."""
+    lines = ["| read in this order | lines | |", "|---|---|---|"]
+    for name, what in READING_ORDER.items():
+        path = ROOT / name
+        if path.exists():
+            lines.append(f"| [{name}{'/' if path.is_dir() else ''}]({name}) | {count_lines(path):,} | {what} |")
+    return "\n".join(lines)
+
+
+def modules_table() -> str:
+    """Every module, with the first sentence of its docstring."""
+    packages = ["", "ops", "tokenizer", "storage", "dataset", "training", "inference", "report", "examples"]
+    lines = ["| file | what it is |", "|---|---|"]
+    for package in packages:
+        for path in sorted((ROOT / package).glob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            if path.name != "__init__.py":
+                name, first = path.relative_to(ROOT).as_posix(), " ".join(text.partition("\n\n")[0].split())
+                lines.append(f"| [{name}](../{name}) | {first.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a source file, or of all in a folder, rounded to tens."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in (".py", ".cpp", ".css")]
+    return round(sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files), -1)
+
+
+def summary_table(found: dict[str, dict]) -> str:
+    """The README's first table: the figures that matter, on a CPU."""
+    def row(what: str, peer: float, ours: float, unit: str, digits: int = 0) -> str:
+        times = f"{ours / peer:.0f} ×" if ours / peer >= 10 else f"{ours / peer:.1f} ×"
+        return f"| {what} | {peer:,.{digits}f} | **{ours:,.{digits}f}** {unit} | {times} |"
+
+    def speed(result: dict, side: str) -> float:
+        return statistics.median(result[side]["tokens_per_second"])
+
+    lora, full, one_set, data, demo = (found[name] for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data", "demo"))
+    rows_per_second = {side: statistics.median(one_set[side]["rows_per_second"]) for side in ("peft", "ours")}
+    file = next(iter(data["files"].values()))
+    memory = f"{lora['peft']['peak_gib']:.1f} | **{lora['ours']['peak_gib']:.1f}** GiB | {lora['memory_ratio']:.0%}"
+    return "\n".join([
+        "| Gemma 3 270M, two CPU cores | transformers + PEFT | this project | |", "|---|---|---|---|",
+        row("LoRA, rank 16", speed(lora, "peft"), speed(lora, "ours"), "tokens/s"),
+        f"| … peak memory | {memory} |",
+        row("full fine-tuning", speed(full, "peft"), speed(full, "ours"), "tokens/s"),
+        row("LoRA, rows that share their tools", rows_per_second["peft"], rows_per_second["ours"], "rows/s", 2),
+        row("rows to packed batches (peer: datasets)", file["peer, cold"]["rows_per_second"],
+            file["ours, cold"]["rows_per_second"], "rows/s"), "",
+        f"{lora['machine']}, bf16; conditions and all other figures: [docs/benchmarks.md](docs/benchmarks.md). "
+        + NO_GPU])
+
+
 def demo_table(r: dict) -> str:
     before, after = r["calls"][0], r["calls"][-1]
     return "\n".join([
         "| `make finetune` | before | after |", "|---|---|---|",
-        f"| exactly the right calls, of {after['rows']} held-out queries | {before['exact_match']:.1%} | **{after['exact_match']:.1%}** |",
-        f"| held-out loss, nats a trained token | {r['held_out_loss'][0]:.2f} | {r['held_out_loss'][1]:.3f} |", "",
+        f"| exact match of {after['rows']} held-out queries | {before['exact_match']:.1%} | **{after['exact_match']:.1%}** |",
+        f"| held-out loss, nats per token | {r['held_out_loss'][0]:.2f} | {r['held_out_loss'][1]:.3f} |", "",
         f"{r['steps']} steps in {r['minutes']:.1f} minutes, {r['tokens_per_second'] / 1e3:.1f}k tokens/s, {r['peak_gib']:.1f} GiB; "
         f"{r['device']}, torch {r['torch']}, commit {r['commit']}"])
 
@@ -110,7 +183,8 @@ def calls_table(runs: list[dict]) -> str:
         files = after.get("files", {})
         name = " + ".join(Path(file).stem for file in r["data"])
         lines.append(f"| {name}, {r['steps']} steps, {r['minutes']:.0f} minutes | {cells(before, after)} |")
-        lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()]
+        lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()
+                  if of_file["rows"] >= 10]
         between = [c for c in r["calls"] if c["step"] > 0]
         if len(between) > 1:
             notes.append("Exact match after " + ", ".join(f"{c['step'] * flags['batch_rows']}" for c in between) + " rows: "
@@ -159,7 +233,7 @@ def peft_table(s: dict, full: dict | None, fp32: dict | None, p: dict) -> str:
 
 
 def one_set_table(r: dict) -> str:
-    names = {"peft": "transformers + PEFT, one by one", "ours, each alone": "ours, each row alone", "ours": "ours, their beginning once"}
+    names = {"peft": "transformers + PEFT, one by one", "ours, each alone": "ours, each row alone", "ours": "ours, their shared prefix once"}
     slowest = statistics.median(r["peft"]["rows_per_second"])
     lines = []
     for side, name in names.items():
