@@ -270,7 +270,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         gradients = AllReduceGradients(model, run.world_size, recorded=args.cuda_graph)
     optimizer = torch.optim.AdamW(gradients.parameters, lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=args.weight_decay, fused=True)
-    if run.device.type == "cpu":        # allocated before the activations, else memory fragments (docs/log.md)
+    if run.device.type == "cpu":  # allocated before the activations, else memory fragments (docs/log.md)
         for parameter in gradients.parameters:
             optimizer.state[parameter] = adamw_state(parameter)
 
@@ -296,7 +296,8 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         batch = pack([examples[0]], args.micro_tokens)[0]
         with torch.no_grad():
             loss = loss_sum(model, batch).item() / batch.loss_tokens
-        run.say(f"check  model, rows and flags are valid; the first row's loss is {loss:.4f}; --steps 0 stops here")
+        run.say(f"check  model, rows and flags are valid; the first row's loss is {loss:.4f}; --steps 0 "
+                f"stops here")
         return 0
     if folder:
         more = {"kernels": kernels, "processes": run.world_size}
@@ -328,7 +329,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         micro_batches = gradients.equalize(step.batches)
         total_loss = torch.zeros((), device=run.device)
         for i, batch in enumerate(micro_batches):
-            gradients.set_sync(last=i == len(micro_batches) - 1)            # reduced during the last backward pass
+            gradients.set_sync(last=i == len(micro_batches) - 1)  # reduced during the last backward pass
             total_loss += micro_step(batch, seed)
 
         # Sum over the ranks. Loss, stop request and number of tokens travel along with the gradients.
@@ -336,8 +337,8 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         extra = [torch.full_like(total_loss, value) for value in (stop.received, own_tokens)]
         total_loss, *totals = gradients.all_reduce(torch.stack([total_loss, *extra]))
 
-        # Mean, clipping and skipping a bad step happen inside the fused AdamW kernel, so that the host need not
-        # wait for the GPU to decide: it divides the gradients by `grad_scale`, and updates nothing if
+        # Mean, clipping and skipping a bad step happen inside the fused AdamW kernel, so that the host need
+        # not wait for the GPU to decide: it divides the gradients by `grad_scale`, and updates nothing if
         # `found_inf` is 1.
         loss, grad_norm = total_loss / step.loss_tokens, gradients.norm() / step.loss_tokens
         clip_factor = (grad_norm / args.clip).clamp(min=1) if args.clip else torch.ones_like(grad_norm)
@@ -397,11 +398,11 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if folder:
         folder.wait()
     if run.step < run.total_steps:
-        number = stop.number or signal.SIGTERM                      # no number: another rank received the signal
+        number = stop.number or signal.SIGTERM  # no number: another rank received the signal
         run.say(f"stopped by {signal.Signals(number).name} after step {run.step}; the checkpoint is saved, "
                 "continue with --resume")
         return shutdown_distributed(128 + number)
-    if run.best_loss is None:                                       # nothing held out: the last model is the result
+    if run.best_loss is None:  # nothing held out: the last model is the result
         evaluator.save_result()
     if evaluator.queries:
         evaluator.count_calls_of_result()

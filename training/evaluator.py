@@ -1,4 +1,6 @@
-"""What a run evaluates: the loss of held-out rows and the calls for held-out queries; the best result is saved."""
+"""What a run evaluates: the loss of held-out rows and the calls for held-out queries; the best result is
+saved.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -27,8 +29,8 @@ class Evaluator:
     def __init__(self, run: Run, model: Gemma3, model_folder: Path, tokenizer: Tokenizer, *,
                  batches: Sequence[Batch], loss_tokens: int, queries: Sequence[Conversation],
                  evaluate: Callable[..., dict]) -> None:
-        """batches: this rank's held-out rows, as many batches on every rank under FSDP. loss_tokens: of all ranks'
-        held-out rows. queries: the rows to answer. evaluate: `evaluate.evaluate`.
+        """batches: this rank's held-out rows, as many batches on every rank under FSDP. loss_tokens: of all
+        ranks' held-out rows. queries: the rows to answer. evaluate: `evaluate.evaluate`.
         """
         self.run, self.model, self.model_folder, self.tokenizer = run, model, model_folder, tokenizer
         self.batches, self.loss_tokens = batches, loss_tokens
@@ -68,7 +70,8 @@ class Evaluator:
             model = decoding_copy(self.model) if run.args.full else self.model.eval()
         result = self.evaluate(model, self.tokenizer, self.queries, processes=(run.rank, run.world_size),
                                say=lambda text: run.say(f"{run.progress} | {text}"))
-        run.say(f"{run.progress} | exact match {result['exact_match']:.1%} | AST match {result['ast_match']:.1%} "
+        run.say(f"{run.progress} | exact match {result['exact_match']:.1%} | AST match "
+                f"{result['ast_match']:.1%} "
                 f"of {result['rows']} held-out queries")
         run.log({"step": run.step, **{key: result[key] for key in LOGGED}})
         if run.rank == 0:

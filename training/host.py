@@ -62,8 +62,9 @@ def launch_id() -> str:
 class StopSignal:
     """Notes SIGINT and SIGTERM while in the `with` block, so that a run can finish its step and save.
 
-    A second signal, three seconds or more after the first, ends the process at once. What arrives earlier counts as the first
-    one: torchrun forwards to its processes what a terminal or a scheduler has already sent to them.
+    A second signal, three seconds or more after the first, ends the process at once. What arrives earlier
+    counts as the first one: torchrun forwards to its processes what a terminal or a scheduler has already
+    sent to them.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,9 @@ class StopSignal:
         return self.number is not None
 
     def __enter__(self) -> StopSignal:
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,4 +1,6 @@
-"""From the flags to the training rows and the held-out rows: sources pinned to commits, rows tokenized and split."""
+"""From the flags to the training rows and the held-out rows: sources pinned to commits, rows tokenized and
+split.
+"""
 from __future__ import annotations
 
 import argparse
@@ -22,7 +24,8 @@ from training.run_folder import restarted_by_torchrun
 def pin_sources(run: Run, restarts: int) -> None:
     """Replace each Hub name in the flags by the name at a commit.
 
-    A resumed run keeps its commits. A new one takes those that rank 0 finds now, so that all ranks read the same.
+    A resumed run keeps its commits. A new one takes those that rank 0 finds now, so that all ranks read the
+    same.
 
     restarts: how often torchrun has restarted the processes.
     """
@@ -56,8 +59,9 @@ def read_source(args: argparse.Namespace, sources: str, model_folder: Path, toke
     """The tokenized rows of comma-separated sources."""
     cache = Path(args.data_cache) if args.data_cache else None
     evaluated = max(args.eval_rows, args.eval_calls)
-    return token_cache.read_tokens(sources.split(","), model_folder, tokenizer, cache, evaluated, skip_invalid,
-                                   args.system)
+    return token_cache.read_tokens(
+        sources.split(","), model_folder, tokenizer, cache, evaluated, skip_invalid, args.system
+    )
 
 
 def survey(run: Run, model_folder: Path, tokenizer: Tokenizer) -> dict:
@@ -68,7 +72,9 @@ def survey(run: Run, model_folder: Path, tokenizer: Tokenizer) -> dict:
     return found
 
 
-def load_datasets(run: Run, model_folder: Path, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset, dict]:
+def load_datasets(
+    run: Run, model_folder: Path, tokenizer: Tokenizer
+) -> tuple[TokenDataset, TokenDataset, dict]:
     """(training rows, held-out rows to evaluate, statistics of the training rows), as the flags ask."""
     args = run.args
     evaluated = max(args.eval_rows, args.eval_calls)
@@ -77,7 +83,8 @@ def load_datasets(run: Run, model_folder: Path, tokenizer: Tokenizer) -> tuple[T
         _, held_out = read_source(args, args.eval_data, model_folder, tokenizer, args.skip_invalid).split(1.0)
         train = rows.select(~np.isin(rows.hashes, held_out.hashes))
         if len(train) < len(rows):
-            run.say(f"data   {len(rows) - len(train)} training rows left out: their query is among the held-out ones")
+            run.say(f"data   {len(rows) - len(train)} training rows left out: their query is among the "
+                    f"held-out ones")
     else:
         train, held_out = rows.split(args.eval_fraction)
     limit = f", of which {evaluated} are evaluated" if len(held_out) > evaluated else ""
@@ -96,7 +103,7 @@ def load_datasets(run: Run, model_folder: Path, tokenizer: Tokenizer) -> tuple[T
 def _without_long_rows(run: Run, examples: TokenDataset, name: str) -> TokenDataset:
     """The rows of at most `--max-tokens` tokens; what was dropped is reported."""
     max_tokens = run.args.max_tokens
-    fits = np.asarray(examples.lengths) < max_tokens                # a length is one less than the row's tokens
+    fits = np.asarray(examples.lengths) < max_tokens  # a length is one less than the row's tokens
     kept = examples.select(fits)
     if len(kept) < len(examples):
         run.say(f"data   {len(examples) - len(kept)} {name} rows dropped: longer than {max_tokens} tokens "

@@ -24,8 +24,9 @@ def loss_sum(model: Gemma3, batch: Batch, seed: int = 0, weight_grad_out: Tensor
 
 
 @torch.no_grad()
-def describe_failure(model: Gemma3, examples: list[Example], step: int, seed: int, loss: float, grad_norm: float,
-                     out: Path) -> str:
+def describe_failure(
+    model: Gemma3, examples: list[Example], step: int, seed: int, loss: float, grad_norm: float, out: Path
+) -> str:
     """What to tell the user about a step with a NaN or an exploding gradient: its rows, the worst first."""
     losses = []
     for example in examples:
@@ -34,5 +35,6 @@ def describe_failure(model: Gemma3, examples: list[Example], step: int, seed: in
     worst = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:5]
     rows = ", ".join(f"{source} (loss {loss:.3g})" for loss, source in worst)
     return (f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}; the step was not taken and no "
-            f"checkpoint was touched. Its worst rows: {rows}. Fix or remove these rows, or start over with a lower "
+            f"checkpoint was touched. Its worst rows: {rows}. Fix or remove these rows, or start over with "
+            f"a lower "
             f"--lr; with a larger --max-grad-norm, --resume continues from the last checkpoint in {out}")

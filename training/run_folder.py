@@ -250,14 +250,17 @@ def verify(path: Path) -> None:
 
 def open_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, flags: dict, restarts: int,
              stack: contextlib.ExitStack) -> RunFolder | None:
-    """Lock the run's folder, and if the run is resumed, load its last checkpoint into `run`, model and optimizer.
+    """Lock the run's folder, and if the run is resumed, load its last checkpoint into `run`, model and
+    optimizer.
 
-    Returns rank 0's folder, which `stack` closes; None on other ranks, and with `--steps 0`, which writes nothing. A
-    run resumes with `--resume`, and by itself when torchrun restarts its processes because one of them died.
+    Returns rank 0's folder, which `stack` closes; None on other ranks, and with `--steps 0`, which writes
+    nothing. A run resumes with `--resume`, and by itself when torchrun restarts its processes because one of
+    them died.
 
     flags: those that decide the losses. restarts: how often torchrun has restarted the processes.
 
-    Raises ValueError if the folder holds another run, or an earlier one that neither `--resume` nor `--overwrite` asks for.
+    Raises ValueError if the folder holds another run, or an earlier one that neither `--resume` nor
+    `--overwrite` asks for.
     """
     args, out = run.args, run.out
     folder, step = None, 0
@@ -268,7 +271,8 @@ def open_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, flags
         resume = args.resume or restarted_by_torchrun(out, restarts)
         holds_run = find_checkpoints(out) or (out / "log.jsonl").exists()
         if folder and holds_run and not (resume or args.overwrite):
-            raise ValueError(f"{out} holds an earlier run; pass --resume to continue it, --overwrite to lose it, or "
+            raise ValueError(f"{out} holds an earlier run; pass --resume to continue it, --overwrite to "
+                             f"lose it, or "
                              "another --out")
         last = find_last(out, run.say) if resume else None
         step = int(last.name.removeprefix("step-")) if last else 0
@@ -277,7 +281,8 @@ def open_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, flags
     if step:
         last = checkpoint_folder(out, step)
         if not last.exists():
-            raise FileNotFoundError(f"{last} exists only where rank 0 runs: --out must be a folder that all machines see")
+            raise FileNotFoundError(f"{last} exists only where rank 0 runs: --out must be a folder that all "
+                                    f"machines see")
         check_same_run(out, flags)
         state = load_run(last, model, optimizer)
         run.step, run.position, run.best_loss = state["step"], state["position"], state["best_loss"]

@@ -120,8 +120,10 @@ class DivergenceCheck:
         if self.reported or not is_high:
             return None
         self.reported = True
-        return (f"warning: the loss has been above {min(self.recent):.2f} for {len(self.recent)} steps, and began at "
-                f"{self.first:.2f}; a learning rate of {lr:.1e} is probably too high, start over with a lower --lr")
+        return (f"warning: the loss has been above {min(self.recent):.2f} for {len(self.recent)} steps, and "
+                f"began at "
+                f"{self.first:.2f}; a learning rate of {lr:.1e} is probably too high, start over with a "
+                f"lower --lr")
 
 
 def before_and_after(out: Path, table: Callable[[dict[str, dict]], str]) -> str:
