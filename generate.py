@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_kernels import attention, plan
-from cuda_graph import record, size_for
 from data import side_by_side
 from dataset.errors import RowError
 from dataset.files import read_system_text
 from dataset.tools import parse_tools
 from model import Gemma3
+from ops.graph_capture import record, size_for
 from storage.adapters import load_tuned, system_prompt_of
 from storage.atomic import read_json
 from storage.pretrained import DTYPES, load_tokenizer

@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 
 import data
 import report
-from cuda_graph import RecordedPasses
 from dataset import sampler, stats, token_cache
 from dataset.examples import Example, text_runs
 from dataset.files import parse_weight, read_system_text
@@ -51,6 +50,7 @@ from storage.pretrained import (
     save_system_prompt,
 )
 from tokenizer import DEVELOPER_TEXT, Tokenizer
+from training.cuda_graph import RecordedMicroBatches
 from training.distributed import (
     AllReduceGradients,
     FSDPGradients,
@@ -313,7 +313,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
         loss.backward()
         return loss.detach()
 
-    add_gradients = RecordedPasses(model, args.micro_tokens) if args.cuda_graph else forward_and_backward
+    add_gradients = RecordedMicroBatches(model, args.micro_tokens) if args.cuda_graph else forward_and_backward
 
     def passes(batches: list[data.Batch]) -> list[data.Batch]:
         """The batches, and with --shard so many idle ones that all processes go through the layers together."""

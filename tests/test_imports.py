@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
 ORDER = (
+    ("ops",),
     ("triton_support",),
     ("tokenizer", "cpu_kernels"),
     ("geglu_kernels",),
@@ -18,7 +19,7 @@ ORDER = (
     ("data",),
     ("inference",),
     ("training",),
-    ("cuda_graph", "report"),
+    ("report",),
     ("generate",),
     ("evaluate", "export"),
     ("train", "examples"),

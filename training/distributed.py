@@ -38,7 +38,7 @@ class AllReduceGradients:
 
     On a CPU they keep their memory from step to step: made anew in each they would lie among what a pass leaves again, and
     large pieces would find no room between them (docs/log.md). So they must where passes are recorded, which always add to the
-    same memory (cuda_graph.py); what is replayed asks no hook, and so nothing is sent before the last pass has ended.
+    same memory (training/cuda_graph.py); what is replayed asks no hook, and so nothing is sent before the last pass has ended.
     """
 
     def __init__(self, model: Gemma3, world: int, recorded: bool = False) -> None:
