@@ -20,8 +20,7 @@ ORDER = (
     ("inference",),
     ("training",),
     ("report",),
-    ("generate",),
-    ("evaluate", "export"),
+    ("generate", "evaluate", "export"),
     ("train", "examples"),
 )
 RANK = {module: rank for rank, group in enumerate(ORDER) for module in group}
