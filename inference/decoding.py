@@ -79,11 +79,11 @@ class Row:
                 or answers.continuation(last, tokens) or self.prompt_lookup.continuation(last, tokens))
 
     def accept(self, sampled: Sequence[int], drafts: Sequence[int], answers: NgramLookup) -> bool:
-        """Append the sampled tokens, up to the first that differs from its draft; whether the answer is
-        complete.
+        """Append the sampled tokens, up to the first that differs from its draft.
 
-        sampled: one token more than there are drafts, the last one after them all. What was computed after a
-        draft that turned out wrong does not count.
+        Returns whether the answer is complete. What was computed after a wrong draft does not count.
+
+        sampled: a token for each draft, and one after the last
         """
         for token, draft in itertools.zip_longest(sampled[:len(drafts) + 1], drafts):
             self.ids.append(token)
@@ -202,9 +202,9 @@ def token_limits(prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequenc
 
 def step_inputs(running: Sequence[Row], drafts: Sequence[list[int]], rows: int, step_tokens: int,
                 device: torch.device) -> tuple[Tensor, Tensor]:
-    """(tokens, positions), (rows, step_tokens) int64 each: the last token of each row, its drafts, and zeros.
+    """(tokens, positions), (rows, step_tokens) int64 each: the last token of each row and its drafts.
 
-    rows: how many there are with idle ones, whose tokens are zeros
+    rows: at least as many as are running. Missing drafts, and the tokens of idle rows, are zeros.
     """
     tokens = [[row.ids[-1], *draft, *[0] * (step_tokens - 1 - len(draft))]
               for row, draft in zip(running, drafts, strict=True)]
@@ -245,13 +245,15 @@ def stream(model: Gemma3, prompts: Sequence[Sequence[int]], max_new_tokens: int 
     An answer ends with its first stop id, or after max_new_tokens. Raises ValueError for an empty prompt and
     for limits below 1.
 
-    prompts: token ids of each, of any lengths. max_new_tokens: of all answers, or of each. temperature: 0
-    takes the likeliest token each time. seed: of the sampling. batch_rows: prompts that are answered at a
-    time. look_ahead: tokens to draft in a step; by default 7, or as many as make 32 tokens with the batch's
-    rows. phrases: token ids that answers are likely to hold, for the first drafts. recorded: keeps what is
-    recorded on a GPU for the next call; without it each call there records anew.
+    prompts: token ids of each, of any lengths
+    max_new_tokens: of all answers, or of each
+    temperature, top_p, seed: of the sampling; temperature 0 takes the likeliest token each time
+    batch_rows: prompts that are answered at a time
+    look_ahead: tokens to draft in a step; by default 7, or as many as make 32 tokens with the batch's rows
+    phrases: token ids that answers are likely to hold, for the first drafts
+    recorded: keeps what is recorded on a GPU for the next call; without it each call there records anew
 
-    Neither batch_rows nor drafts change an answer, except where logits tie up to rounding.
+    At temperature 0 neither batch_rows nor drafts change an answer, except where logits tie up to rounding.
     """
     limits = token_limits(prompts, max_new_tokens, batch_rows)
     if not prompts:

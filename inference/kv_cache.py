@@ -1,5 +1,4 @@
-"""Cached keys and values: prompts are run once, and each decoding step attends to what was computed before
-it.
+"""Keys and values of the tokens so far, kept so that each token goes through the model once.
 
 `prefill` runs prompts through the model, many side by side; a prefix that they share is run once
 (`prefill_into_cache`). `KVCache.step` then runs a few more tokens of every row.
@@ -68,10 +67,10 @@ def shared_prefix_length(rows: Sequence[Sequence[int]]) -> int:
 
 
 def prefill(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[Prefix]:
-    """Run continuations of a prefix through the model, side by side; returns each one's own ids, keys and
-    values.
+    """Run continuations of a prefix through the model, in one forward pass.
 
-    rows: the token ids of each after the prefix, none empty
+    rows: the token ids of each continuation, none empty. Returns the ids, keys and values of each, without
+    the prefix.
     """
     lengths = [len(row) for row in rows]
     device, windows, start = model.head.device, model.config.windows, len(prefix.ids)
@@ -102,10 +101,11 @@ def prefill_into_cache(model: Gemma3, cache: KVCache, cached_prefix: Prefix, pro
                        next_prompt: Sequence[int] | None, first_row: int) -> Prefix:
     """Fill rows of the cache with all but the last token of each prompt; the first step runs the last one.
 
-    cached_prefix: what earlier prompts began with, and its keys and values; what these prompts share with it
-    is not computed again. next_prompt: the one to come after these, None if there is none. first_row: the
-    cache's row of the first prompt; the others follow. Returns the prefix that these prompts share, for the
-    next call.
+    Returns the prefix that these prompts share, and the next one if there is one, for the next call.
+
+    cached_prefix: returned by the call before, or empty; what the prompts share with it is not computed again
+    next_prompt: the first one of the next call; None if there is none
+    first_row: the cache's row of the first prompt; the others follow
     """
     bodies = [list(prompt[:-1]) for prompt in prompts]
     prefix = cached_prefix.truncated(shared_prefix_length([cached_prefix.ids, *bodies]))
@@ -140,8 +140,7 @@ def output_projection(model: Gemma3) -> Callable[[Tensor], Tensor]:
     """Hidden states (M, D) → logits (M, V).
 
     On a CPU most of a step's time goes into reading the output matrix. oneDNN reads it twice as fast once it
-    is packed in oneDNN's own layout, and gives the same logits; packing takes 0.2 s, and a second copy is
-    kept.
+    is packed in oneDNN's own layout, and gives the same logits; packing takes 0.2 s and makes a second copy.
     """
     head = model.head.to(model.compute_dtype)
     return in_blocks(head) or (lambda hidden: F.linear(hidden, head))
@@ -156,9 +155,10 @@ class KVCache:
 
     def __init__(self, model: Gemma3, rows: int, max_length: int, step_tokens: int,
                  project: Callable[[Tensor], Tensor] | None = None) -> None:
-        """max_length: positions of a row. step_tokens: tokens of a row in a step, its last one and the
-        drafts.
+        """An empty cache.
 
+        max_length: positions of a row
+        step_tokens: tokens of a row in a step, its last one and the drafts
         project: hidden states → logits, by default `output_projection`
         """
         self.windows, self.device = model.config.windows, model.head.device
@@ -172,9 +172,7 @@ class KVCache:
             self.values.append(torch.zeros_like(self.keys[-1]))
 
     def fill(self, row: int, prefix: Prefix, continuation: Prefix | None = None) -> None:
-        """Start a row anew with the keys and values of a prefix, and of its own tokens after it if it has
-        any.
-        """
+        """Overwrite a row with the keys and values of a prefix, and of its continuation if there is one."""
         self._fill(self.keys, row, prefix.keys, continuation and continuation.keys)
         self._fill(self.values, row, prefix.values, continuation and continuation.values)
 
@@ -198,8 +196,9 @@ class KVCache:
     def step(self, model: Gemma3, tokens: Tensor, positions: Tensor, max_position: int) -> Tensor:
         """Logits (B, Q, V) of the next token after each of `tokens` (B, Q) at `positions` (B, Q).
 
-        Their keys and values are written to the cache. max_position: no position is beyond it, so that slots
-        beyond it need not be read.
+        Their keys and values are written to the cache.
+
+        max_position: no position is larger, so that the slots after it need not be read
         """
         B, Q = tokens.shape
         rows = torch.arange(B, device=self.device)[:, None]

@@ -42,8 +42,9 @@ def record(run: Callable[[], object], device: torch.device,
 
 @functools.cache
 def _streams(device: int) -> list[torch.cuda.Stream]:
-    """For warm-up, for graphs that share memory, and for others: always the same, as each keeps memory of its
-    own.
+    """For warm-up, for graphs that share memory, and for others.
+
+    They are made once, because PyTorch keeps memory for each stream.
     """
     return [torch.cuda.Stream(device) for _ in range(3)]
 

@@ -80,9 +80,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Recording:
-    """A graph of one forward and backward pass, the inputs that it reads and the loss (a scalar) that it
-    writes.
-    """
+    """The graph of a forward and backward pass, the inputs that it reads, and the scalar loss it writes."""
 
     inputs: Inputs
     loss: Tensor
@@ -121,8 +119,7 @@ class RecordedMicroBatches:
         for recorded, tensor in zip(recording.inputs.tensors(), inputs.tensors(), strict=True):
             recorded.copy_(tensor)
         if self.adapters:
-            # Rounds the adapters for the products. No recording does: its warm-up did, so that nothing was
-            # left to do.
+            # Round the adapters for the products. A recording does not: its warm-up has already done so.
             self.adapters.refresh()
         recording.replay()
         return recording.loss.clone()
