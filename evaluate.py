@@ -28,7 +28,8 @@ from dataset.examples import tokenize
 from dataset.files import read_system_text
 from dataset.rows import Conversation, message_calls, message_text, read_sources
 from dataset.sampler import query_hash, split_held_out
-from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
+from inference.decoding import STOP_IDS, call_phrases, stream
+from inference.flags import add_machine_flags, add_model_flags
 from inference.scoring import Score, accepted_values, results_table, score, summarize
 from model import Gemma3
 from storage.adapters import load_tuned, system_prompt_of

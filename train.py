@@ -26,7 +26,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 import report
-from cuda_graph import RecordedPasses
 from data import Batch, StepLoader, pack
 from dataset import sampler, stats, token_cache
 from dataset.examples import text_runs
@@ -38,6 +37,7 @@ from model import Gemma3
 from storage.atomic import write_json
 from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer
 from tokenizer import DEVELOPER_TEXT
+from training.cuda_graph import RecordedMicroBatches
 from training.distributed import (
     AllReduceGradients,
     FSDPGradients,
@@ -279,7 +279,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         loss.backward()
         return loss.detach()
 
-    micro_step = RecordedPasses(model, args.micro_tokens) if args.cuda_graph else forward_backward
+    micro_step = RecordedMicroBatches(model, args.micro_tokens) if args.cuda_graph else forward_backward
     evaluator = Evaluator(run, model, model_folder, tokenizer,
                           batches=gradients.equalize(loader.pack_held_out(held_out)),
                           loss_tokens=held_out.loss_tokens,

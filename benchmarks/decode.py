@@ -30,7 +30,7 @@ from tables import add_result_flags, keep_result  # noqa: E402
 from dataset.rows import read_sources  # noqa: E402
 from dataset.sampler import query_hash  # noqa: E402
 from examples import demo  # noqa: E402
-from generate import STOP_IDS, RecordedSteps, call_phrases, generate  # noqa: E402
+from inference.decoding import STOP_IDS, RecordedSteps, call_phrases, generate  # noqa: E402
 from storage.adapters import load_tuned  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from training.host import device_name  # noqa: E402

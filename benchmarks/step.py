@@ -43,13 +43,13 @@ import attention_kernels  # noqa: E402
 import geglu_kernels  # noqa: E402
 import loss_kernels  # noqa: E402
 import norm_kernels  # noqa: E402
-from cuda_graph import RecordedPasses  # noqa: E402
 from data import pack  # noqa: E402
 from dataset.examples import Example  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from train import loss_sum  # noqa: E402
+from training.cuda_graph import RecordedMicroBatches  # noqa: E402
 from training.distributed import AllReduceGradients  # noqa: E402
 from training.host import peak_gib  # noqa: E402
 from training.metrics import flops, utilization  # noqa: E402
@@ -135,7 +135,7 @@ def training_step(config: GemmaConfig, device: torch.device, tokens: int, full: 
     optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
     batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
     gradients = AllReduceGradients(model, 1, recorded)
-    passes = RecordedPasses(model, tokens) if recorded else None
+    passes = RecordedMicroBatches(model, tokens) if recorded else None
 
     def step(i: int) -> tuple[Tensor, Tensor]:
         batch = batches[i % len(batches)]

@@ -142,7 +142,7 @@ def test_every_control_token_named_is_one_of_the_published():
 
 
 def test_decoding_stops_at_the_documented_ids():
-    from generate import STOP_IDS
+    from inference.decoding import STOP_IDS
     line = next(line for line in SECTIONS["Control tokens"].split("\n") if line.startswith("Decoding stops at"))
     assert {int(i) for i in re.findall(r"\bat (\d+)", line)} == set(STOP_IDS)
 

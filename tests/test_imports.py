@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
 ORDER = (
+    ("ops",),
     ("triton_support",),
     ("tokenizer", "cpu_kernels"),
     ("geglu_kernels",),
@@ -18,9 +19,8 @@ ORDER = (
     ("data",),
     ("inference",),
     ("training",),
-    ("cuda_graph", "report"),
-    ("generate",),
-    ("evaluate", "export"),
+    ("report",),
+    ("generate", "evaluate", "export"),
     ("train", "examples"),
 )
 RANK = {module: rank for rank, group in enumerate(ORDER) for module in group}

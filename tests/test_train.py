@@ -312,7 +312,7 @@ def test_what_a_run_told_its_model_is_what_answers_are_asked_with(demo, tmp_path
     def stream(_model, prompts, *_, **__):
         heard.extend(tokenizer.decode(prompt).split("<start_function_declaration>")[0] for prompt in prompts)
         return ((i, [106]) for i in range(len(prompts)))
-    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr("inference.decoding.stream", stream)
     monkeypatch.setattr(evaluate, "stream", stream)
     for model in (tuned, ["--model", str(tmp_path / "exported")], [*tuned, "--system", "Another."], ["--model", str(demo / "model")]):
         evaluate.main(evaluate.parse_args([*model, "--data", str(demo / "rows.jsonl"), "--limit", "1"]))
