@@ -77,7 +77,7 @@ def tables() -> dict[str, str]:
         made["one_set"] = one_set_table(found["cpu_one_set"])
     made["gpu"] = gpu_table(gpu)
     made["files"], made["modules"] = files_table(), modules_table()
-    if all(name in found for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data", "demo")):
+    if all(name in found for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data")):
         made["summary"] = summary_table(found)
     if "data" in found:
         made["data"] = data_table(found["data"])
@@ -143,7 +143,7 @@ def summary_table(found: dict[str, dict]) -> str:
     def speed(result: dict, side: str) -> float:
         return statistics.median(result[side]["tokens_per_second"])
 
-    lora, full, one_set, data, demo = (found[name] for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data", "demo"))
+    lora, full, one_set, data = (found[name] for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data"))
     rows_per_second = {side: statistics.median(one_set[side]["rows_per_second"]) for side in ("peft", "ours")}
     file = next(iter(data["files"].values()))
     memory = f"{lora['peft']['peak_gib']:.1f} | **{lora['ours']['peak_gib']:.1f}** GiB | {lora['memory_ratio']:.0%}"
@@ -233,7 +233,11 @@ def peft_table(s: dict, full: dict | None, fp32: dict | None, p: dict) -> str:
 
 
 def one_set_table(r: dict) -> str:
-    names = {"peft": "transformers + PEFT, one by one", "ours, each alone": "ours, each row alone", "ours": "ours, their shared prefix once"}
+    names = {
+        "peft": "transformers + PEFT, one by one",
+        "ours, each alone": "ours, each row alone",
+        "ours": "ours, their shared prefix once",
+    }
     slowest = statistics.median(r["peft"]["rows_per_second"])
     lines = []
     for side, name in names.items():

@@ -194,4 +194,4 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch, capsys, more):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         train.parse_args(["--model", "m", "--data", "d", "--cuda-graph", *more])
-    assert "--cuda-graph records what a CUDA device does" in capsys.readouterr().err
+    assert "--cuda-graph needs --device cuda" in capsys.readouterr().err
