@@ -171,7 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--skip-invalid", action="store_true",
         help="leave out rows that cannot be right, instead of stopping")
     add("--max-new-tokens", type=int, default=None, metavar="N",
-        help="longest answer (default: twice as long as the wanted one)")
+        help="longest answer, in tokens (default: twice the expected one, at least 64)")
     add("--batch-rows", type=int, default=16, metavar="N",
         help="rows answered at a time (default: %(default)s)")
     add = parser.add_argument_group("what to write").add_argument

@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -77,11 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="model folder, or owner/name[@revision] on the Hugging Face Hub")
     add("--data", required=True, metavar="A,B,…", help="rows: files, folders, or "
         "owner/name[@revision][:split or :file] on the Hub; A*2 takes each row of A twice per epoch, A*0.5 "
-        "every second epoch")
+        "half of them")
     add("--eval-data", metavar="A,B,…", help="held-out rows (default: a share of --data)")
     add("--eval-fraction", type=float, default=0.05, help="share of queries held out, chosen by a hash of "
         "the query")
-    add("--eval-rows", type=int, default=200, help="largest number of held-out rows to evaluate")
+    add("--eval-rows", type=int, default=200, help="held-out rows whose loss is measured, at most")
     add("--system", default=DEVELOPER_TEXT, metavar="TEXT", help="system prompt, or @FILE that contains it; "
         "rows with their own keep it (default: Google's sentence)")
     add("--max-tokens", type=int, default=4096, help="longest row, in tokens; longer ones are dropped and "
@@ -98,7 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=float, help="passes over the training rows (default 1, unless --steps is given)")
     add("--steps", type=int, help="optimizer steps; 0 loads and checks everything, then stops")
     add("--batch-rows", type=int, help="rows per step, over all processes (default 32)")
-    add("--batch-tokens", type=int, help="tokens per step instead, over all processes, e.g. 16896")
+    add("--batch-tokens", type=int, help="tokens per step instead, over all processes, e.g. 16896; rows "
+        "longer than a step are dropped")
     add("--micro-tokens", type=int, help="tokens per micro-batch: changes memory and speed, not the result "
         "(default 16896 on a GPU, 4096 on a CPU)")
     add("--checkpoint-activations", action="store_true", help="recompute each layer in the backward pass: "
@@ -110,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimizer (AdamW)").add_argument
     add("--lr", type=float, help="peak learning rate (default 1e-3 for LoRA, 2e-5 for --full)")
-    add("--min-lr", type=float, default=0.0, help="learning rate at the end of the schedule")
+    add("--min-lr", type=float, default=0.0, help="learning rate that the schedule decays towards")
     add("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the learning rate "
         "after warm-up")
     add("--warmup-steps", type=int, help="steps of linear warm-up (default: a tenth of all, at most 50)")
@@ -119,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0 turns clipping off")
     add("--max-grad-norm", type=float, default=1e4, help="stop and name the rows if the norm before clipping "
         "exceeds this")
-    add("--seed", type=int, default=0, help="of the order of rows, the adapters' initial values, and dropout")
+    add("--seed", type=int, default=0, help="random seed of row order, adapters and dropout")
 
     add = parser.add_argument_group("LoRA or full fine-tuning").add_argument
     add("--full", action="store_true", help="train all parameters (fp32 masters) instead of adapters")
@@ -127,10 +129,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora-alpha", type=float, default=16.0, help="adapters are scaled by alpha / rank")
     add("--lora-dropout", type=float, default=0.0, help="dropout of the adapters' input; independent of "
         "packing and processes")
-    add("--lora-targets", default=",".join(TARGETS), metavar="A,B,…", help="linears that get an adapter")
-    add("--rslora", action="store_true", help="scale by alpha / √rank instead")
+    add(
+        "--lora-targets", default=",".join(TARGETS), metavar="A,B,…", help="linear layers that get an adapter"
+    )
+    add("--rslora", action="store_true", help="scale by alpha / √rank instead (rsLoRA)")
 
-    add = parser.add_argument_group("machine (several: torchrun --nproc-per-node N train.py …)").add_argument
+    add = parser.add_argument_group("device and processes (several: torchrun --nproc-per-node N train.py "
+                                    "…)").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=device, help="where to train")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="compute dtype (default: bf16, or fp32 on "
@@ -147,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the slowest kernels")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", default="runs/last", help="folder of the run")
+    add("--out", default="runs/last", metavar="DIR", help="folder of the run")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out, to the same "
         "losses")
     add("--overwrite", action="store_true", help="start over in an --out that holds an earlier run")
@@ -256,6 +261,9 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     sampling = {"seed": args.seed, "batch_rows": args.batch_rows, "batch_tokens": args.batch_tokens,
                 "epochs": args.epochs, "weights": examples.weights}
     run.total_steps = count_steps(args, examples.lengths, sampling)
+    if run.total_steps == 0 and args.steps != 0:
+        raise ValueError(f"--epochs {args.epochs:g} of {len(examples)} rows is less than one row; train for "
+                         f"longer")
     if (examples.weights != 1).any():
         run.say(f"data   {examples.weights.sum():,.0f} rows per epoch, by the weights of --data")
 
@@ -275,15 +283,16 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
             optimizer.state[parameter] = adamw_state(parameter)
 
     def forward_backward(batch: Batch, seed: int) -> torch.Tensor:
-        loss = loss_sum(model, batch, seed, gradients.weight_grad_out)
+        loss = loss_sum(model, batch, seed, gradients.weight_grad_out)  # --full on a CPU: adds dW in place
         loss.backward()
         return loss.detach()
 
     micro_step = RecordedMicroBatches(model, args.micro_tokens) if args.cuda_graph else forward_backward
+    loss_examples, answered = held_out.select(slice(args.eval_rows)), min(args.eval_calls, len(held_out))
     evaluator = Evaluator(run, model, model_folder, tokenizer,
-                          batches=gradients.equalize(loader.pack_held_out(held_out)),
-                          loss_tokens=held_out.loss_tokens,
-                          queries=[held_out.conversation(i) for i in range(len(held_out))],
+                          batches=gradients.equalize(loader.pack_held_out(loss_examples)),
+                          loss_tokens=loss_examples.loss_tokens,
+                          conversations=[held_out.conversation(i) for i in range(answered)],
                           evaluate=evaluate)
 
     # --------------------------------------------------------------------------------------------------------
@@ -304,7 +313,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         run.log_file = stack.enter_context(open_log(run.out, run.step, flags, run.device, more))
         write_json(run.out / "data.json", statistics)
     if run.step == 0:
-        evaluator.count_calls()
+        evaluator.answer_queries()
         evaluator.measure_loss()
 
     # --------------------------------------------------------------------------------------------------------
@@ -329,7 +338,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         micro_batches = gradients.equalize(step.batches)
         total_loss = torch.zeros((), device=run.device)
         for i, batch in enumerate(micro_batches):
-            gradients.set_sync(last=i == len(micro_batches) - 1)  # reduced during the last backward pass
+            gradients.set_sync(last=i == len(micro_batches) - 1)  # --full: all-reduce during the last one
             total_loss += micro_step(batch, seed)
 
         # Sum over the ranks. Loss, stop request and number of tokens travel along with the gradients.
@@ -380,8 +389,8 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
             run.say(warning)
         if is_last or is_due(args.eval_every, run.step):
             evaluator.measure_loss()
-            if not is_last:
-                evaluator.count_calls()
+            if not (is_last or stopping):
+                evaluator.answer_queries()
         if is_last or stopping or is_due(args.save_every, run.step):
             tensors = snapshot(model, optimizer)                            # all ranks, as it gathers shards
             if folder:
@@ -404,8 +413,8 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         return shutdown_distributed(128 + number)
     if run.best_loss is None:  # nothing held out: the last model is the result
         evaluator.save_result()
-    if evaluator.queries:
-        evaluator.count_calls_of_result()
+    if evaluator.conversations:
+        evaluator.answer_queries_with_result()
         if run.rank == 0:
             run.say("\n" + before_and_after(run.out, results_table) + "\n")
     if run.rank == 0:
@@ -449,7 +458,8 @@ def build_model(run: Run, model_folder: Path) -> Gemma3:
 def tune_kernels(run: Run, model: Gemma3, loader: StepLoader, sampling: dict) -> list[str]:
     """Choose between kernel and PyTorch for the adapters' linears; returns a line about each choice.
 
-    On a GPU both are timed, with as many tokens as the first step's largest micro-batch has.
+    On a GPU both are timed, with as many tokens as the largest micro-batch of a first step has (without
+    weights and epochs, so that there is one).
     """
     started = time.perf_counter()
     on_gpu = run.args.device == "cuda" and run.args.kernels != "torch"
@@ -492,7 +502,7 @@ def is_due(every: int, step: int) -> bool:
 # The command
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Exit with one line on stderr.
 
     If all ranks meet the same error, rank 0 alone reports it: torchrun ends the others while they wait here.
@@ -523,7 +533,8 @@ def cli() -> None:
         lost_connection = any(words in str(error) for words in ("Connection closed", "gloo"))
         if not (lost_connection or isinstance(error, dist.DistError)):
             fail(traceback.format_exc())
-        fail(f"another process is gone ({str(error).splitlines()[0]:.200}); its own message says why")
+        first_line = str(error).partition("\n")[0]
+        fail(f"another process is gone ({first_line:.200}); its own message says why")
     except KeyboardInterrupt:
         sys.exit(130)
 

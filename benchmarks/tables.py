@@ -146,14 +146,14 @@ def summary_table(found: dict[str, dict]) -> str:
     lora, full, one_set, data = (found[name] for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data"))
     rows_per_second = {side: statistics.median(one_set[side]["rows_per_second"]) for side in ("peft", "ours")}
     file = next(iter(data["files"].values()))
-    memory = f"{lora['peft']['peak_gib']:.1f} | **{lora['ours']['peak_gib']:.1f}** GiB | {lora['memory_ratio']:.0%}"
+    memory = f"{lora['peft']['peak_gib']:.1f} | **{lora['ours']['peak_gib']:.1f}** GiB | {lora['memory_ratio']:.0%} of it"
     return "\n".join([
-        "| Gemma 3 270M, two CPU cores | transformers + PEFT | this project | |", "|---|---|---|---|",
+        "| Gemma 3 270M, two CPU cores | transformers + PEFT | this project | ratio |", "|---|---|---|---|",
         row("LoRA, rank 16", speed(lora, "peft"), speed(lora, "ours"), "tokens/s"),
         f"| … peak memory | {memory} |",
         row("full fine-tuning", speed(full, "peft"), speed(full, "ours"), "tokens/s"),
         row("LoRA, rows that share their tools", rows_per_second["peft"], rows_per_second["ours"], "rows/s", 2),
-        row("rows to packed batches (peer: datasets)", file["peer, cold"]["rows_per_second"],
+        row("rows tokenized and packed (peer: Hugging Face datasets)", file["peer, cold"]["rows_per_second"],
             file["ours, cold"]["rows_per_second"], "rows/s"), "",
         f"{lora['machine']}, bf16; conditions and all other figures: [docs/benchmarks.md](docs/benchmarks.md). "
         + NO_GPU])
@@ -249,7 +249,7 @@ def one_set_table(r: dict) -> str:
         f"{r['versions']['torch']}; `python benchmarks/cpu_vs_peft.py --one-set`"])
 
 
-NO_GPU = "No figure of a GPU exists yet; with a CUDA device `make gpu` measures them in nine minutes."
+NO_GPU = "There are no GPU results yet; `make gpu` measures them (time limit: nine minutes)."
 
 
 def gpu_results() -> dict[str, dict]:

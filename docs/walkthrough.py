@@ -76,12 +76,12 @@ This page follows one row from a line of a file to an updated adapter that answe
 names the function where it happens: read the page beside the code. `python docs/walkthrough.py` computes
 everything below and writes this page.
 
-The rows and the model are the embedded demo's: the same lines, vocabulary and random weights that
+The rows and the model are the built-in demo's: the same lines, vocabulary and random weights that
 `python examples/demo.py build/demo` writes. The model is a Gemma 3 with every part of the real one, but only
 {parameters / 1e6:.2f} M parameters.
 
-{table("letter | meaning | here | Gemma 3 270M", [
-    ("T", "tokens of all rows in a batch", "see step 5", "16,896 by default"), *letters,
+{table("symbol | meaning | here | Gemma 3 270M", [
+    ("T", "tokens computed in a micro-batch", "see step 5", "at most 16,896 on a GPU, 4,096 on a CPU"), *letters,
     ("R", "LoRA rank", LoRAConfig().rank, LoRAConfig().rank)])}
 """
 
@@ -157,8 +157,8 @@ def ids_and_batch(rows: list[Conversation], examples: list[Example], batch: Batc
     unshared = sum(map(len, examples))
     return f"""## 4. Segments → ids and loss mask
 
-{where(tokenize)} makes an `Example`: {len(example.ids)} ids, and a loss mask as long, in which
-{example.loss_tokens} are marked. A control token is one id. {where(Tokenizer.encode)} cuts other
+{where(tokenize)} makes an `Example`: {len(example.ids)} ids, and a loss mask of the same length, with
+{example.loss_tokens} entries set. A control token is one id. {where(Tokenizer.encode)} cuts other
 text into pieces by BPE, in which `▁` stands for a space. The last {len(ids)} ids:
 
 {table("position | piece | id | loss mask", ids)}
@@ -210,10 +210,9 @@ def forward_shapes(model: Gemma3, batch: Batch) -> str:
 {where(attention)} a token sees itself and what comes before it in its own document and in the
 prefix that this continues; in a local layer, only the last {window} of these tokens.
 
-{table("output of | letters | shape", rows)}
+{table("output of | symbols | shape", rows)}
 
-After the last layer's attention no token looks at another one, so only the M tokens that predict with loss go
-on.
+After the last attention tokens no longer interact, so only the M tokens with a target are computed further.
 """
 
 
@@ -231,7 +230,7 @@ def linear_with_adapter(model: Gemma3, batch: Batch) -> str:
             ("x Aᵀ", "(T, R)", tuple((x @ A.T).shape), ""), ("y", "(T, N·H)", tuple(y.shape), "")]
     return f"""## 7. A linear with its adapter
 
-{where(wrap)} freezes the model and gives each linear an adapter. A linear now computes y = x Wᵀ + s (x Aᵀ) Bᵀ
+{where(wrap)} freezes the model and gives each linear an adapter. Each adapted linear layer computes y = x Wᵀ + s (x Aᵀ) Bᵀ
 with s = alpha / R = {adapter.config.scale:g}: {where(lora_linear_reference)} is the definition, and
 {where(lora_linears)} computes the same faster, q, k and v together. The shapes of
 `{LINEAR}`:
@@ -281,7 +280,7 @@ divided by the number of tokens that carry loss in the whole step, here {M}. So 
 rows are divided among micro-batches and ranks.
 
 - The norm of the gradient is {norm}. It is clipped to {CLIP:g}: each number is divided by {divisor}.
-- In {where(train)} both divisions happen inside the fused AdamW, so that the host need not wait for the norm.
+- In {where(train)} both divisions happen inside the fused AdamW, so that the CPU need not wait for the norm.
 - While B is zero, so is the gradient of A: the first step changes B alone.
 - AdamW's first step moves each number of B by the learning rate, here {LR:g}, up or down, however large its
   gradient.
@@ -312,7 +311,7 @@ that is a stop token. The {len(ids)} appended ids are this text:
 {json.dumps(calls)}
 ```
 
-These are the row's `answers`. Two rows that were learned by heart prove nothing yet:
+These are the row's `answers`. Two rows that were memorized prove nothing yet:
 {where(evaluate)} asks rows that were held out.
 """
 

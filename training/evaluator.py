@@ -3,6 +3,7 @@ saved.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,14 +28,15 @@ class Evaluator:
     """Evaluates a run's model and saves its best result."""
 
     def __init__(self, run: Run, model: Gemma3, model_folder: Path, tokenizer: Tokenizer, *,
-                 batches: Sequence[Batch], loss_tokens: int, queries: Sequence[Conversation],
+                 batches: Sequence[Batch], loss_tokens: int, conversations: Sequence[Conversation],
                  evaluate: Callable[..., dict]) -> None:
-        """batches: this rank's held-out rows, as many batches on every rank under FSDP. loss_tokens: of all
-        ranks' held-out rows. queries: the rows to answer. evaluate: `evaluate.evaluate`.
+        """batches: this rank's held-out rows; under FSDP every rank has equally many. loss_tokens: of the
+        held-out rows of all ranks. conversations: whose queries the model answers. evaluate:
+        `evaluate.evaluate`, a command, which this package cannot import.
         """
         self.run, self.model, self.model_folder, self.tokenizer = run, model, model_folder, tokenizer
         self.batches, self.loss_tokens = batches, loss_tokens
-        self.queries, self.evaluate = queries[:run.args.eval_calls], evaluate
+        self.conversations, self.evaluate = conversations, evaluate
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
@@ -54,22 +56,28 @@ class Evaluator:
         run, loss = self.run, self.held_out_loss()
         run.say(f"{run.progress} | held-out loss {loss:.4f}")
         run.log({"step": run.step, "eval_loss": loss})
-        if run.step and (run.best_loss is None or loss < run.best_loss):
+        is_best = math.isfinite(loss) and (run.best_loss is None or loss < run.best_loss)
+        if run.step and is_best:
             run.best_loss = loss
             self.save_result()
 
-    def count_calls(self, model: Gemma3 | None = None) -> None:
+    def answer_queries(self, model: Gemma3 | None = None) -> None:
         """Let the model answer held-out queries; log the accuracy, and keep every answer in out/calls.
 
         model: by default the one in training.
         """
-        if not self.queries:
+        if not self.conversations:
             return
         run = self.run
         if model is None:
             model = decoding_copy(self.model) if run.args.full else self.model.eval()
-        result = self.evaluate(model, self.tokenizer, self.queries, processes=(run.rank, run.world_size),
-                               say=lambda text: run.say(f"{run.progress} | {text}"))
+        result = self.evaluate(
+            model,
+            self.tokenizer,
+            self.conversations,
+            processes=(run.rank, run.world_size),
+            say=lambda text: run.say(f"{run.progress} | {text}"),
+        )
         run.say(f"{run.progress} | exact match {result['exact_match']:.1%} | AST match "
                 f"{result['ast_match']:.1%} "
                 f"of {result['rows']} held-out queries")
@@ -93,12 +101,12 @@ class Evaluator:
             save_adapter(model, args.model, self.run.result)
         save_system_prompt(self.run.result, args.system)
 
-    def count_calls_of_result(self) -> None:
-        """As `count_calls`, of the saved result: what the user gets, not the model in memory."""
+    def answer_queries_with_result(self) -> None:
+        """As `answer_queries`, by the saved result: what the user gets, not the model in memory."""
         run = self.run
-        if not self.queries:
+        if not self.conversations:
             return
         if run.world_size > 1:
             dist.barrier()                                      # until rank 0 has written the result
         base, adapter = (str(run.out), None) if run.args.full else (str(self.model_folder), str(run.out))
-        self.count_calls(load_tuned(base, adapter, run.args.dtype, run.args.device)[0])
+        self.answer_queries(load_tuned(base, adapter, run.args.dtype, run.args.device)[0])

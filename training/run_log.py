@@ -129,7 +129,7 @@ class DivergenceCheck:
 def before_and_after(out: Path, table: Callable[[dict[str, dict]], str]) -> str:
     """Three answers of a run's first and last evaluation, and a table of both.
 
-    table: {name: evaluation} → text (evaluate.table).
+    table: {name: evaluation} → text (`inference.scoring.results_table`).
     """
     files = sorted((out / "calls").glob("step-*.json"))
     before, after = read_json(files[0]), read_json(files[-1])
