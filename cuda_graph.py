@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_kernels import Tables
 from data import Batch
 from lora import flat_adapters, hand_out, token_numbers
-from loss_kernels import IGNORE
 from model import Gemma3, Plans
-from triton_support import cdiv, next_power_of_2, sent
+from ops.attention_tables import Tables
+from ops.cross_entropy import IGNORE
+from ops.transfer import to_device_async
+from ops.triton_utils import cdiv, next_power_of_2
 
 MOST = 64           # recorded sizes that are kept, the last ones used; each takes some MB
 
@@ -101,7 +102,7 @@ class RecordedPasses:
         # The rows that are added may be of any token, here the first: what they give back to it is zero.
         rows, targets = F.pad(rows, (0, more)), F.pad(targets, (0, more), value=IGNORE)
         plans = {window: _filled(plan, len(tokens)) for window, plan in plans.items()}
-        own = tokens, sent(positions, self.device), rows, targets, token_numbers(self.model, batch.keys, seed)
+        own = tokens, to_device_async(positions, self.device), rows, targets, token_numbers(self.model, batch.keys, seed)
 
         inputs = _tensors(own, plans)
         key = tuple(len(x) for x in inputs)

@@ -29,18 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_kernels import attention, plan
 from cuda_graph import record, size_for
 from data import side_by_side
 from dataset.errors import RowError
 from dataset.files import read_system_text
 from dataset.tools import parse_tools
 from model import Gemma3
+from ops.attention import attention
+from ops.attention_tables import plan
+from ops.onednn import pack_onednn_weight
 from storage.adapters import load_tuned, system_prompt_of
 from storage.atomic import read_json
 from storage.pretrained import DTYPES, load_tokenizer
 from tokenizer import Tokenizer, parse_calls, render_segments
-from triton_support import in_blocks
 
 STOP_IDS = (1, 50, 106)      # <eos>, <start_function_response>, <end_of_turn>
 READ_TOKENS = 8_192          # prompts are read side by side until they make this many
@@ -106,7 +107,7 @@ def projection(model: Gemma3) -> Callable[[Tensor], Tensor]:
     blocks, to the same scores; that takes 0.2 s and a second copy, for as long as the answers last.
     """
     head = model.head.to(model.compute_dtype)
-    return in_blocks(head) or (lambda x: F.linear(x, head))
+    return pack_onednn_weight(head) or (lambda x: F.linear(x, head))
 
 
 class Cache:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, Flat, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
-from triton_support import sent
+from ops.transfer import to_device_async
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -339,7 +339,7 @@ def token_numbers(model: nn.Module, keys: Callable[[], Tensor], seed: int) -> Te
     adapter = next((adapter for _, adapter in adapters(model)), None)
     if adapter is None or not adapter.config.dropout:
         return None
-    return sent(odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device)
+    return to_device_async(odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device)
 
 
 def hand_out(model: nn.Module, numbers: Tensor | None, rows: Tensor | None) -> None:

@@ -30,21 +30,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
-from triton_support import (
-    can_run,
-    cdiv,
-    in_blocks,
-    jit,
-    load_tile,
-    milliseconds,
-    next_power_of_2,
-    precision,
-    remembered,
-    tile_sizes,
-    tl,
-    tuned,
-)
+from ops.disk_cache import remembered
+from ops.geglu import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
+from ops.onednn import pack_onednn_weight
+from ops.triton_utils import can_run, cdiv, jit, load_tile, milliseconds, next_power_of_2, precision, tile_sizes, tl, tuned
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
 Adapted = tuple[Tensor, Tensor, Tensor]
@@ -381,10 +370,10 @@ class Blocks:
 
     @classmethod
     def of(cls, weights: Sequence[Tensor]) -> Blocks | None:
-        """Of the weights that share x; None where there is no such layout (`in_blocks`)."""
+        """Of the weights that share x; None where there is no such layout (`pack_onednn_weight`)."""
         weight = _below(weights)
-        forward = in_blocks(weight)
-        return forward and cls(forward, in_blocks(weight.T))
+        forward = pack_onednn_weight(weight)
+        return forward and cls(forward, pack_onednn_weight(weight.T))
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-import cpu_kernels
-from attention_kernels import Tables, Tile, attention, plan
-from geglu_kernels import geglu
-from loss_kernels import linear_cross_entropy
-from norm_kernels import rms_norm
-from triton_support import sent
+from ops.attention import attention
+from ops.attention_tables import Tables, Tile, plan
+from ops.cpu import build
+from ops.cross_entropy import linear_cross_entropy
+from ops.geglu import geglu
+from ops.rms_norm import rms_norm
+from ops.transfer import to_device_async
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _LinearOfMasters(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
-        return dy @ weight if ctx.needs_input_grad[0] else None, cpu_kernels.weight_gradient(dy, x)
+        return dy @ weight if ctx.needs_input_grad[0] else None, build.weight_gradient(dy, x)
 
 
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -145,7 +146,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad and self.weight.dtype == torch.float32 and cpu_kernels.multiplies_to_fp32(x, self.out_features):
+        if self.weight.requires_grad and self.weight.dtype == torch.float32 and build.multiplies_to_fp32(x, self.out_features):
             return _LinearOfMasters.apply(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -240,7 +241,7 @@ class Gemma3(nn.Module):
         """
         plans = self.plans(positions, documents, tokens.device) if plans is None else plans
         words, head = _TiedEmbedding.apply(self.head, tokens, into)
-        hidden = self._layers(words, sent(positions, tokens.device),
+        hidden = self._layers(words, to_device_async(positions, tokens.device),
                               [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
         return hidden if targets is None else linear_cross_entropy(hidden, head, targets, every_row=rows is not None, into=into)
 

@@ -37,6 +37,8 @@ from evaluate import evaluate
 from inference.scoring import results_table
 from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
 from model import Gemma3
+from ops.compiled import compile_passes, has_compiler
+from ops.onednn import multiplies_bf16
 from storage import hub
 from storage.adapters import load_tuned, save_adapter
 from storage.atomic import read_json, write_json
@@ -74,7 +76,6 @@ from training.run_folder import (
     snapshot,
 )
 from training.run_log import before_and_after, console_line, open_log, write_record
-from triton_support import compile_passes, has_compiler, multiplies_bf16
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

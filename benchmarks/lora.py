@@ -40,12 +40,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from clock import Clock  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
-import geglu_kernels  # noqa: E402
 import lora_kernels as kernels  # noqa: E402
-from geglu_kernels import geglu, geglu_gradient, geglu_reference  # noqa: E402
 from lora_kernels import BY_PYTORCH, BY_TRITON, Adapted, Choice, lora_linear_reference, lora_linears, lora_mlp  # noqa: E402
+from ops import geglu as geglu_module  # noqa: E402
+from ops.geglu import geglu, geglu_gradient, geglu_reference  # noqa: E402
+from ops.triton_utils import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
 from training.host import device_name  # noqa: E402
-from triton_support import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
 
 SCALE = 1.5                                     # of the adapters
 BOUND = 2e-2                                    # of a relative error; bf16 makes up to 1e-2
@@ -133,7 +133,7 @@ def shrink_expand(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, again: bool = True) -> tuple[Tensor | None, Tensor | None]:
     """h (M, N), unless not again, and of dh [dgate | dup] (M, 2N): in one pass where Triton runs."""
     if can_run(gate.device):
-        return geglu_kernels.geglu_pass(gate, up, dh, value=again)
+        return geglu_module.geglu_pass(gate, up, dh, value=again)
     return geglu(gate, up, False) if again else None, None if dh is None else geglu_gradient(dh, gate, up, False)
 
 

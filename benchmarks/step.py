@@ -32,24 +32,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from cpu_vs_peft import padded  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
-import attention_kernels  # noqa: E402
-import geglu_kernels  # noqa: E402
-import loss_kernels  # noqa: E402
-import norm_kernels  # noqa: E402
 from cuda_graph import RecordedPasses  # noqa: E402
 from data import pack  # noqa: E402
 from dataset.examples import Example  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
+from ops import attention_tables  # noqa: E402
+from ops import cross_entropy as cross_entropy_module  # noqa: E402
+from ops import geglu as geglu_module  # noqa: E402
+from ops import rms_norm as rms_norm_module  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from train import loss_sum  # noqa: E402
 from training.distributed import AllReduceGradients  # noqa: E402
 from training.host import device_name, peak_gib  # noqa: E402
 
 # A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
-SIMPLE = (norm_kernels, geglu_kernels)
-EVERY = (*SIMPLE, attention_kernels, loss_kernels)
-LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, attention_kernels), "torch"),
+SIMPLE = (rms_norm_module, geglu_module)
+EVERY = (*SIMPLE, attention_tables, cross_entropy_module)
+LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, attention_tables), "torch"),
           "+ loss": (EVERY, "torch"), "+ LoRA, whichever is faster": (EVERY, "auto"), "LoRA by Triton alone": (EVERY, "triton")}
 FLOPS_A_TOKEN = {"lora": 424e6 + 51.6e6, "full": 602e6 + 51.6e6}       # layers and attention, forward and backward; the head apart
 
@@ -104,7 +104,7 @@ def start(config: GemmaConfig, device: torch.device, full: bool) -> Gemma3:
 
 def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str, recorded: bool = False) -> dict:
     device = torch.device(args.device)
-    usual = norm_kernels.can_run
+    usual = rms_norm_module.can_run
     for module in EVERY:
         module.can_run = usual if module in kernels else lambda device: False
     try:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from model import Gemma3, GemmaConfig
+from ops.onednn import multiplies_bf16
 from storage import hub
 from storage.atomic import atomic_file, read_json_object, write_json
 from storage.tensors import read_tensors, write_tensors
 from tokenizer import Tokenizer
-from triton_support import multiplies_bf16
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS = "model.safetensors"

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import attention_kernels
-import geglu_kernels
 import lora_kernels
-import loss_kernels
-import norm_kernels
-from triton_support import fitting, triton
+from ops import attention, attention_tables
+from ops import cross_entropy as cross_entropy_module
+from ops import geglu as geglu_module
+from ops import rms_norm as rms_norm_module
+from ops.triton_utils import fitting, triton
 
 SHARED_KIB = {80: 163, 90: 227}     # what one program may have on an A100 and an H100; an SM has 1 KiB more
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -60,19 +60,19 @@ def launches() -> list[tuple[str, object, dict]]:
                 what = f"{name} {str(dtype).removeprefix('torch.')}"
                 x = torch.empty(shape, dtype=dtype, requires_grad=True)
                 w = torch.empty(shape[-1], dtype=weight or torch.float32, requires_grad=weight is None)
-                made = norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, returned, by_triton=True)
+                made = rms_norm_module.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, returned, by_triton=True)
                 sum(part.sum() for part in (made if returned else [made])).backward()
         for dtype in (torch.bfloat16, torch.float32):
             what = f"geglu {str(dtype).removeprefix('torch.')}"
             gate, up = torch.empty(256, 4096, dtype=dtype, requires_grad=True).chunk(2, dim=1)
-            geglu_kernels.geglu(gate, up, by_triton=True).sum().backward()
+            geglu_module.geglu(gate, up, by_triton=True).sum().backward()
         for (window, N, K), card in itertools.product(((512, 4, 1), (None, 4, 1), (512, 4, 4), (512, 8, 4)), SHARED_KIB):
             what = f"{'local' if window else 'global'} {N}/{K} bfloat16 sm_{card}"          # 8/4: Gemma 3 4B
             q, k, v = (torch.empty(256, heads, 256, dtype=torch.bfloat16, requires_grad=True) for heads in (N, K, K))
-            rows, keys = (attention_kernels.ROWS, attention_kernels.KEYS) if card >= 90 else (
-                attention_kernels.OLDER_ROWS, attention_kernels.OLDER_KEYS)
-            table = attention_kernels.tables([100, 156], window, torch.device("cpu"), None, 0, rows * K // N, keys)
-            attention_kernels.attention(q, k, v, 0.0625, table).sum().backward()
+            rows, keys = (attention_tables.ROWS, attention_tables.KEYS) if card >= 90 else (
+                attention_tables.OLDER_ROWS, attention_tables.OLDER_KEYS)
+            table = attention_tables.tables([100, 156], window, torch.device("cpu"), None, 0, rows * K // N, keys)
+            attention.attention(q, k, v, 0.0625, table).sum().backward()
         for dtype, rank, dropout in ((torch.bfloat16, 16, 0.0), (torch.bfloat16, 128, 0.0), (torch.bfloat16, 16, 0.1), (torch.float32, 16, 0.0)):
             for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),  # noqa: E741
                                            ("gate_up", 640, (2048, 2048), "gated"), ("down", 2048, (640,), "gate")):
@@ -82,7 +82,7 @@ def launches() -> list[tuple[str, object, dict]]:
         for dtype, trained in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
             what = f"head{' trained' if trained else ''} {str(dtype).removeprefix('torch.')}"          # a multiple of the spans, as 262,144 is
             hidden, weight = torch.empty(256, 640, dtype=dtype, requires_grad=True), torch.empty(4096, 640, dtype=dtype, requires_grad=trained)
-            loss_kernels.linear_cross_entropy(hidden, weight, torch.zeros(256, dtype=torch.int64), by_triton=True)
+            cross_entropy_module.linear_cross_entropy(hidden, weight, torch.zeros(256, dtype=torch.int64), by_triton=True)
     finally:
         Autotuner.run, JITFunction.run = usual
     return seen
@@ -131,7 +131,7 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
     ptx = made.asm["ptx"]
     reads = [int(width) // 8 * int(vector or 1) for vector, width in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)]
     reads += [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[\w:.]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
-    return {"what": what, "kernel": f"{module.removesuffix('_kernels')}{name.removesuffix('_kernel')}", "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
+    return {"what": what, "kernel": f"{module.removeprefix('ops.').removesuffix('_kernels')}{name.removesuffix('_kernel')}", "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
             "registers": registers,
             "programs": programs(registers, warps, made.metadata.shared / 1024, capability),
             "spilled": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
@@ -150,7 +150,7 @@ def wrong(made: dict) -> str:
     return ", ".join(name for name, bad in (
         (f"{made['spilled']} bytes spilled", made["spilled"]), ("too much shared memory", made["too_large"]),
         ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"]
-         and not made["kernel"].startswith(("norm", "geglu", "lora_add_splits"))),
+         and not made["kernel"].startswith(("rms_norm", "geglu", "lora_add_splits"))),
         (f"{made['narrow_reads']} reads of {made['narrowest_read']} bytes", made["narrow_reads"] > 4)) if bad)
 
 
@@ -165,7 +165,7 @@ def main(everything: bool, files: list[str]) -> int:
                       reads="reads of bytes", wrong=""))
     groups: dict[tuple, list[dict]] = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        wanted = [job for job in jobs() if not files or job[1].removesuffix("_kernels") in files]
+        wanted = [job for job in jobs() if not files or job[1].removeprefix("ops.").removesuffix("_kernels") in files]
         for made in pool.map(compile_one, wanted):
             groups.setdefault((made["kernel"], made["what"], made["card"], made["config"] if everything or wrong(made) else ""), []).append(made)
     for (kernel, what, card, config), made in sorted(groups.items()):

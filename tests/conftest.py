@@ -15,8 +15,8 @@ os.environ.setdefault("GLIBC_TUNABLES", "")        # train.py need not start its
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
 
-import cpu_kernels  # noqa: E402
-from triton_support import has_compiler  # noqa: E402
+from ops.compiled import has_compiler  # noqa: E402
+from ops.cpu import build  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -24,7 +24,7 @@ INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where
 INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="SKIPPED: no CUDA device")])
 NEEDS_COMPILER = pytest.mark.skipif(not has_compiler(), reason="SKIPPED: no C++ compiler")
-NEEDS_CPP = pytest.mark.skipif(cpu_kernels.library() is None, reason="SKIPPED: no g++, or a CPU without AVX512-BF16 or with AMX")
+NEEDS_CPP = pytest.mark.skipif(build.library() is None, reason="SKIPPED: no g++, or a CPU without AVX512-BF16 or with AMX")
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
 
 
@@ -96,21 +96,21 @@ def poisoned():
 
 @pytest.fixture
 def no_cpp(monkeypatch):
-    """A CPU for which cpu_kernels.cpp is not."""
-    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
+    """A CPU for which ops/cpu/kernels.cpp is not."""
+    monkeypatch.setattr(build, "library", lambda: None)
 
 
 @pytest.fixture
 def mutant_cpp(tmp_path, monkeypatch):
-    """(a piece of cpu_kernels.cpp, another): from now on it has the one in place of the other."""
+    """(a piece of ops/cpu/kernels.cpp, another): from now on it has the one in place of the other."""
     def make(sound, broken):
-        source = (ROOT / "cpu_kernels.cpp").read_text(encoding="utf-8")
+        source = (ROOT / "ops/cpu/kernels.cpp").read_text(encoding="utf-8")
         assert source.count(sound) == 1, sound
         path = tmp_path / "mutant.cpp"
         path.write_text(source.replace(sound, broken), encoding="utf-8")
         monkeypatch.setenv("NANO_FUNCTIONGEMMA_CACHE", str(tmp_path))
-        library = cpu_kernels.compiled(path)
-        monkeypatch.setattr(cpu_kernels, "library", lambda: library)
+        library = build.compiled(path)
+        monkeypatch.setattr(build, "library", lambda: library)
     return make
 
 

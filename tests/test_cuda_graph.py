@@ -7,12 +7,12 @@ from conftest import GPU, INTERPRETER
 from test_train import by_kernels
 
 import train
-from attention_kernels import tables
 from cuda_graph import RecordedPasses, _filled, _Recorded, _tensors, size_for
 from data import pack
 from dataset.examples import Example
 from lora import LoRAConfig, choose_kernels, flat_adapters, wrap
-from loss_kernels import IGNORE, linear_cross_entropy
+from ops.attention_tables import tables
+from ops.cross_entropy import IGNORE, linear_cross_entropy
 from storage import pretrained
 from storage.pretrained import load_model
 from training.distributed import AllReduceGradients

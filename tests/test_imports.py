@@ -7,10 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
 ORDER = (
-    ("triton_support",),
-    ("tokenizer", "cpu_kernels"),
-    ("geglu_kernels",),
-    ("attention_kernels", "lora_kernels", "loss_kernels", "norm_kernels"),
+    ("tokenizer", "ops"),
+    ("lora_kernels",),
     ("model",),
     ("lora",),
     ("storage",),
@@ -31,7 +29,7 @@ KNOWN_PRIVATE: set[tuple[str, str]] = set()
 
 def sources() -> dict[str, Path]:
     """{module: its file} of everything that runs, tests and benchmarks aside."""
-    paths = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))]
+    paths = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 

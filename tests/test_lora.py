@@ -25,9 +25,9 @@ from lora import (
 )
 from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear
+from ops.onednn import pack_onednn_weight
 from storage.pretrained import load_model
 from training.distributed import AllReduceGradients
-from triton_support import in_blocks
 
 
 def test_wrapping_trains_adapters_alone_and_starts_at_the_base_model(demo, generator):
@@ -119,12 +119,12 @@ def test_a_cpu_computes_by_pytorch_unless_told_otherwise(demo, monkeypatch):
     assert choose_kernels(model, "auto", 64) == [] and model.model.layers[0].self_attn.choice == BY_PYTORCH
     choose_kernels(model, "triton", 64)                    # under the interpreter
     assert model.model.layers[0].mlp.choices == (BY_TRITON, BY_TRITON)
-    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    monkeypatch.setattr("ops.triton_utils.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"--kernels triton: .* need a CUDA device .* this is cpu; use --kernels auto"):
         choose_kernels(model, "triton", 64)
 
 
-@pytest.mark.skipif(in_blocks(torch.zeros(1, 1, dtype=torch.bfloat16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks")
+@pytest.mark.skipif(pack_onednn_weight(torch.zeros(1, 1, dtype=torch.bfloat16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks")
 def test_a_cpu_multiplies_by_weights_in_blocks_unless_told_otherwise_or_to_save_memory(demo):
     model = wrapped(demo).to(torch.bfloat16)
     block = model.model.layers[0]

@@ -18,7 +18,7 @@ from lora_kernels import (
     lora_mlp,
     lora_mlp_reference,
 )
-from triton_support import in_blocks
+from ops.onednn import pack_onednn_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -26,7 +26,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Where, in what dtype, by what: bf16 products are garbage under the interpreter, so there the kernels take fp16.
 WAYS = [pytest.param("cpu", dtype, BY_PYTORCH, id=f"pytorch-{name}") for name, dtype in (("fp32", FP32), ("bf16", BF16))]
 WAYS += [pytest.param("cpu", BF16, "blocks", id="pytorch-in-blocks-bf16", marks=pytest.mark.skipif(
-    in_blocks(torch.zeros(1, 1, dtype=BF16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks"))]
+    pack_onednn_weight(torch.zeros(1, 1, dtype=BF16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks"))]
 WAYS += [pytest.param(*INTERPRETER.values, dtype, BY_TRITON, id=f"interpreted-{name}", marks=INTERPRETER.marks)
          for name, dtype in (("fp32", FP32), ("fp16", FP16))]
 WAYS += [pytest.param(*GPU.values, dtype, choice, id=f"cuda-{way}-{name}", marks=GPU.marks) for way, choice in
@@ -341,7 +341,7 @@ def test_calls_that_cannot_be_are_refused(monkeypatch):
         lora_linear(x, linear[0], torch.randn(129, 8), torch.randn(5, 129), 1.0, choice=BY_TRITON)
     with pytest.raises(ValueError, match=r"fp32, bf16, fp16; got rank 2, torch\.float64"):
         lora_linear(*(t.double() for t in (x, *linear)), 1.0, choice=BY_TRITON)
-    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    monkeypatch.setattr("ops.triton_utils.INTERPRETED", False)
     with pytest.raises(ValueError, match="run on a CUDA device, x is on cpu"):
         lora_linear(x, *linear, 1.0, choice=BY_TRITON)
 

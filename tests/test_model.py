@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention_kernels import attention, plan
 from dataset.rows import read_rows
-from loss_kernels import linear_cross_entropy
 from model import Gemma3, GemmaConfig, _TiedEmbedding
-from norm_kernels import rms_norm, rotate
+from ops.attention import attention
+from ops.attention_tables import plan
+from ops.cross_entropy import linear_cross_entropy
+from ops.rms_norm import rms_norm, rotate
 from storage.pretrained import load_model
 from tokenizer import Tokenizer
 

@@ -14,17 +14,16 @@ import pytest
 import torch
 from conftest import INTERPRETED, NEEDS_COMPILER, ROOT, torchrun
 
-import attention_kernels
 import model as model_file
 import train
-import triton_support
 from data import pack
 from dataset import sampler
 from dataset.examples import tokenize
 from dataset.rows import read_rows
 from dataset.sampler import query_hash
 from lora import LoRAConfig, choose_kernels, wrap
-from loss_kernels import linear_cross_entropy
+from ops import attention_tables, compiled
+from ops.cross_entropy import linear_cross_entropy
 from storage import pretrained
 from storage.adapters import load_adapter, load_tuned
 from storage.atomic import read_json
@@ -425,10 +424,10 @@ def test_a_device_that_cannot_multiply_bf16_computes_in_fp32(demo, tmp_path, mon
 
 @NEEDS_COMPILER
 def test_compiled_norms_give_the_same_losses(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_support, "_compiling", False)                    # and False again for the tests after this one
+    monkeypatch.setattr(compiled, "_compiling", False)                    # and False again for the tests after this one
     for way in ((), ("--compile",)):
         run(demo, tmp_path / f"run{len(way)}", *LORA, "--steps", 3, *way)
-    assert triton_support._compiling
+    assert compiled._compiling
     assert losses(tmp_path / "run1") == pytest.approx(losses(tmp_path / "run0"), rel=1e-5)
 
 
@@ -491,7 +490,7 @@ def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_p
 def by_kernels(monkeypatch):
     """From now on a model on a CPU computes by the kernels, all of them, interpreted."""
     def tables(lengths, window, dtype, device, heads, starts=None, keys_only=0):
-        return attention_kernels.tables(lengths, window, device, starts, keys_only, 64 * heads[1] // heads[0], 32, longest_first=True)
+        return attention_tables.tables(lengths, window, device, starts, keys_only, 64 * heads[1] // heads[0], 32, longest_first=True)
 
     monkeypatch.setattr("model.plan", tables)
     for function in (model_file.rms_norm, model_file.geglu, model_file.linear_cross_entropy):
@@ -530,7 +529,7 @@ def test_all_kernels_together_give_the_losses_of_pytorch(demo, monkeypatch, full
 
 
 def test_kernels_that_cannot_run_here_are_refused_with_the_remedy(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    monkeypatch.setattr("ops.triton_utils.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"--kernels triton: .* need a CUDA device .* this is cpu; use --kernels auto"):
         run(demo, tmp_path / "run", "--kernels", "triton")
 

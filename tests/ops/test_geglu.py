@@ -1,13 +1,13 @@
-"""geglu_kernels.py: the gate, its gradients, and the functions that other kernels end in, against PyTorch."""
+"""ops/geglu.py: the gate, its gradients, and the functions that other kernels end in, against PyTorch."""
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU, INTERPRETED, INTERPRETER, NEEDS_COMPILER
 
-import geglu_kernels
-import triton_support
-from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
-from triton_support import jit, tl
+from ops import compiled
+from ops import geglu as geglu_module
+from ops.geglu import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
+from ops.triton_utils import jit, tl
 
 pytestmark = pytest.mark.usefixtures("no_cpp")
 
@@ -54,14 +54,14 @@ def test_results_and_gradients_are_as_near_as_the_definitions(M, F, halves, devi
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("numbers", [1, 5 * 90])
 def test_rows_a_few_at_a_time_give_the_same(numbers, generator, monkeypatch):
-    monkeypatch.setattr(triton_support, "PIECE", numbers)
+    monkeypatch.setattr(compiled, "CHUNK_NUMBERS", numbers)
     assert faults(geglu, 33, 90, True, torch.bfloat16, "cpu", generator) == []
 
 
 @NEEDS_COMPILER
 def test_one_loop_is_as_accurate(generator, monkeypatch):
     """As train.py --compile has it."""
-    monkeypatch.setattr(triton_support, "_compiling", True)
+    monkeypatch.setattr(compiled, "_compiling", True)
     for M in (7, 33):
         assert faults(geglu, M, 90, True, torch.bfloat16, "cpu", generator) == []
 
@@ -71,7 +71,7 @@ def test_one_loop_is_as_accurate(generator, monkeypatch):
     ("d * u * gelu_slope(g)", "d * gelu_slope(g)", "dgate"), ("d * gelu(g)", "d * gelu(u)", "dup"), ("row * up_row", "row * gate_row", "h"),
     ("inside = columns < N", "inside = columns < N - 1", "h"), ("made + row * (2 * N) + N +", "made + row * (2 * N) + N - 1 +", "dup")])
 def test_the_tests_see_a_broken_kernel(sound, broken, wrong, mutant, generator, poisoned):
-    made = mutant(geglu_kernels, sound, broken)
+    made = mutant(geglu_module, sound, broken)
     strided = lambda gate, up: made.geglu(gate.contiguous(), up, True)                                  # noqa: E731
     assert wrong in faults(strided, 7, 90, True, torch.float32, "cpu", generator)
 

@@ -1,4 +1,5 @@
 """Attention over packed documents equals its definition, in values, gradients and rounding."""
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -6,9 +7,11 @@ import pytest
 import torch
 from conftest import GPU, INTERPRETED, INTERPRETER, NEEDS_CPP
 
-import attention_kernels as module
-from attention_kernels import attention, attention_reference, plan, tables, tile
-from triton_support import triton
+from ops import attention as module
+from ops import attention_tables
+from ops.attention import attention, attention_reference
+from ops.attention_tables import plan, tables, tile
+from ops.triton_utils import triton
 
 
 def naive_attention(q, k, v, documents, window, scale):
@@ -36,7 +39,7 @@ def operands(T, generator, dtype=torch.float64, kv_heads=2):
 @pytest.mark.parametrize("lengths", [[1], [8], [9], [23], [3, 8, 1, 30, 17]], ids=str)
 @pytest.mark.parametrize("window", [8, None])
 def test_attention_and_its_gradients_equal_the_masked_definition(function, queries, lengths, window, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", queries)
+    monkeypatch.setattr(attention_tables, "QUERIES", queries)
     T = sum(lengths)
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     inputs, dout = operands(T, generator)
@@ -65,7 +68,7 @@ def shared_and_whole(lengths, starts):
                                                  ([3, 6, 4, 2, 11, 5, 9], [0, 0, 6, 6, 0, 8, 8]), ([12, 4, 4, 4], [0, 5, 12, 5])], ids=str)
 @pytest.mark.parametrize("window", [8, None])
 def test_documents_that_continue_a_shared_beginning_are_as_if_each_held_it(function, queries, lengths, starts, window, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", queries)
+    monkeypatch.setattr(attention_tables, "QUERIES", queries)
     T = sum(lengths)
     places, documents = shared_and_whole(lengths, starts)
     inputs, dout = operands(T, generator)
@@ -90,7 +93,7 @@ def test_a_document_that_continues_nothing_is_refused(lengths, starts):
 @pytest.mark.parametrize("window", [8, None])
 @pytest.mark.parametrize("before", [1, 7, 8, 20])
 def test_a_beginning_may_give_keys_alone(before, window, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", 5)
+    monkeypatch.setattr(attention_tables, "QUERIES", 5)
     lengths, starts = [before, 3, 12, 1], [0, before, before, before]
     (q, k, v), _ = operands(sum(lengths), generator)
     everything = attention(q, k, v, 0.3, tile(lengths, window, torch.float64, torch.device("cpu"), starts))
@@ -101,7 +104,7 @@ def test_a_beginning_may_give_keys_alone(before, window, generator, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [1.0, 6.0], ids=["even scores", "sharp scores"])
 def test_attention_rounds_no_more_than_the_reference(dtype, size, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", 64)
+    monkeypatch.setattr(attention_tables, "QUERIES", 64)
     lengths, window = [150, 300], 100
     inputs, dout = operands(450, generator, dtype, kv_heads=1)
     inputs = (inputs[0] * size, *inputs[1:])
@@ -117,7 +120,7 @@ def test_attention_rounds_no_more_than_the_reference(dtype, size, generator, mon
 
 
 def test_gradcheck(generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", 3)
+    monkeypatch.setattr(attention_tables, "QUERIES", 3)
     (q, k, v), _ = operands(7, generator)
     tiles = tile([2, 5], 4, torch.float64, torch.device("cpu"))
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, 0.3, tiles), [x.requires_grad_() for x in (q, k, v)])
@@ -131,7 +134,7 @@ LAYOUTS = {"one": ([1], None), "short": ([9, 1, 30], None), "long": ([150, 5, 70
            "many": ([70, 9, 2, 90, 8, 40, 33], [0, 70, 70, 0, 60, 60, 90])}
 
 
-def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1, 16), module=module, block_q=128, block_k=64, by_cpp=False):
+def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1, 16), attention=attention, tables=tables, block_q=128, block_k=64, by_cpp=False):
     """The names of outputs and gradients further from float64 than twice PyTorch's attention is, or all zero."""
     T, (N, K, H) = sum(lengths), heads
     q, k, v, dout = (torch.randn(T, n, H, generator=generator).to(device, dtype) for n in (N, K, K, N))
@@ -139,9 +142,9 @@ def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1
     exact = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), [x.double().cpu() for x in (q, k, v)], dout.cpu().double())
     tiles = tile(lengths, window, dtype, torch.device(device), starts)
     naive = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), (q, k, v), dout)
-    table = module.tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k, longest_first=not by_cpp)
+    table = tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k, longest_first=not by_cpp)
     table = replace(table, by_cpp=by_cpp)
-    ours = gradients(lambda q, k, v: module.attention(q, k, v, 0.3, table), (q, k, v), dout)
+    ours = gradients(lambda q, k, v: attention(q, k, v, 0.3, table), (q, k, v), dout)
 
     def error(got, want):                   # where all see themselves alone dq and dk are 0, and what cancels is of the other size
         return ((got.cpu().double() - want).norm() / (want.norm() if want.norm() > 1e-9 else k.norm() * dout.norm()).item()).item()
@@ -202,9 +205,9 @@ def test_the_blocks_that_take_longest_come_first(layout, window):
 
 def test_plans_for_a_gpu_are_ordered_and_those_for_a_cpu_are_not(monkeypatch):
     made = []
-    monkeypatch.setattr(module, "tables", lambda *of, **more: made.append(more) or tables(*of[:2], torch.device("cpu"), *of[3:], **more))
-    monkeypatch.setattr(module, "can_run", lambda device: True)
-    monkeypatch.setattr(module, "takes", lambda: True)
+    monkeypatch.setattr(attention_tables, "tables", lambda *of, **more: made.append(more) or tables(*of[:2], torch.device("cpu"), *of[3:], **more))
+    monkeypatch.setattr(attention_tables, "can_run", lambda device: True)
+    monkeypatch.setattr(attention_tables, "takes", lambda: True)
     for major, optin in ((9, 227), (8, 163)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, of=(major, optin): SimpleNamespace(
             major=of[0], shared_memory_per_block_optin=of[1] * 1024))
@@ -272,9 +275,11 @@ def test_a_plan_for_other_documents_is_refused(queries, keys, values):
     ("old = tl.where(count > 0, old, old_end)", "old = old_end", {"out"}),
     ("tl.program_id(0) % PARTS * TOKENS", "0", {"out"})])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, poisoned, mutant):
-    broken_module = mutant(module, sound, broken)
+    of_tables = sound in inspect.getsource(attention_tables)
+    broken_module = mutant(attention_tables if of_tables else module, sound, broken)
+    changed = {"tables": broken_module.tables} if of_tables else {"attention": broken_module.attention}
     found = {name for layout in ("shared", "long", "many") for name in
-             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.float32, generator, module=broken_module)}
+             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.float32, generator, **changed)}
     assert where <= found
 
 

@@ -1,4 +1,4 @@
-"""The functions of cpu_kernels.cpp, for bf16 on CPUs with AVX512-BF16; compiled at the first start, in some seconds.
+"""The functions of ops/cpu/kernels.cpp, for bf16 on CPUs with AVX512-BF16; compiled at the first start, in some seconds.
 
 Whoever calls one asks `takes` first, and computes by PyTorch where that says no. Shapes as in the files that call them.
 """
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from triton_support import cache_folder
+from ops.disk_cache import cache_folder
 
 FLAGS = "-O3 -std=c++17 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -fopenmp -shared -fPIC -w"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    return compiled(Path(__file__).with_suffix(".cpp"))
+    return compiled(Path(__file__).with_name("kernels.cpp"))
 
 
 def compiled(source: Path) -> ctypes.CDLL | None:

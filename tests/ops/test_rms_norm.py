@@ -1,13 +1,13 @@
-"""norm_kernels.py against autograd of its definition in float64, by the definition's own rounding."""
+"""ops/rms_norm.py against autograd of its definition in float64, by the definition's own rounding."""
 import re
 
 import pytest
 import torch
 from conftest import GPU, INTERPRETED, NEEDS_COMPILER
 
-import norm_kernels
-import triton_support
-from norm_kernels import rms_norm, rms_norm_reference, rotate
+from ops import compiled
+from ops import rms_norm as rms_norm_module
+from ops.rms_norm import rms_norm, rms_norm_reference, rotate
 
 pytestmark = pytest.mark.usefixtures("poisoned", "no_cpp")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -70,7 +70,7 @@ def faults(function, given, trained=True):
             or not error(ours, name) <= 2 * error(naive, name) + torch.finfo(x.dtype).eps / 2]
 
 
-def by(way, module=norm_kernels):
+def by(way, module=rms_norm_module):
     return lambda x, weight, residual, rope, return_input: module.rms_norm(
         x, weight, EPS, residual, rope, return_input, by_triton=way)
 
@@ -118,7 +118,7 @@ def test_a_returned_x_needs_a_gradient_where_x_does(way, generator):
 @pytest.mark.parametrize("kind", ["plain", "residual", "returned", "rotated"])
 def test_one_loop_of_the_norm_is_as_accurate(kind, generator, monkeypatch):
     """As train.py --compile has it."""
-    monkeypatch.setattr(triton_support, "_compiling", True)
+    monkeypatch.setattr(compiled, "_compiling", True)
     for T in (33, 50):
         assert faults(by(False), operands(kind, generator, torch.bfloat16, "cpu", T)) == []
 
@@ -127,29 +127,29 @@ def test_one_loop_of_the_norm_is_as_accurate(kind, generator, monkeypatch):
 @pytest.mark.parametrize("kind", ["plain", "residual", "returned", "rotated"])
 def test_rows_a_few_at_a_time_give_the_same(kind, dtype, generator, monkeypatch):
     given = operands(kind, generator, dtype, "cpu", T=50)
-    monkeypatch.setattr(triton_support, "PIECE", 7 * given[0][:1].numel())                          # 7 pieces and one row
-    assert [len(given[0][rows]) for rows in triton_support.in_cache(given[0])] == [7] * 7 + [1]
+    monkeypatch.setattr(compiled, "CHUNK_NUMBERS", 7 * given[0][:1].numel())                          # 7 pieces and one row
+    assert [len(given[0][rows]) for rows in compiled.cache_sized_chunks(given[0])] == [7] * 7 + [1]
     assert faults(by(False), given) == []
 
 
 @INTERPRETED
 def test_many_rows_are_shared_among_programs(generator, monkeypatch):
-    monkeypatch.setattr(norm_kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(rms_norm_module, "PROGRAMS", 3)
     assert faults(by(True), operands("returned", generator, FP32, "cpu", T=50)) == []
 
 
 @INTERPRETED
 def test_a_frozen_weight_takes_a_program_for_each_block_of_rows(generator, monkeypatch):
     x, weight, _, _, dy, _ = operands("plain", generator, FP32, "cpu", T=51)
-    grids, kernel = [], norm_kernels._backward_kernel
+    grids, kernel = [], rms_norm_module._backward_kernel
 
     class Noted:
         def __getitem__(self, grid):
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(norm_kernels, "_backward_kernel", Noted())
-    monkeypatch.setattr(norm_kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(rms_norm_module, "_backward_kernel", Noted())
+    monkeypatch.setattr(rms_norm_module, "PROGRAMS", 3)
     for trained in (True, False):
         results(by(True), x, weight, None, None, dy, None, trained)
     assert grids == [(3,), (26,)]                       # blocks of 2 rows of 640, and 3 programs of 18, 18 and 15 rows
@@ -183,7 +183,7 @@ def test_gradcheck(generator):
     ("share_high += ", "share_high = ", {"dw"}),
     ("rows % HEADS * D)[:, None], columns, mine, D)\n    scale", "rows * 0)[:, None], columns, mine, D)\n    scale", {"y"})])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, mutant):
-    broken_module = mutant(norm_kernels, sound, broken)
+    broken_module = mutant(rms_norm_module, sound, broken)
     broken_module.PROGRAMS = 3
     found = {name for kind in ("plain", "residual", "returned", "rotated") for name in faults(by(True, broken_module), operands(kind, generator, FP32, "cpu", T=50))}
     assert where <= found

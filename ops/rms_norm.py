@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import cpu_kernels
-from triton_support import can_run, cdiv, in_cache, jit, next_power_of_2, one_pass, tl
+from ops.compiled import cache_sized_chunks, maybe_compile
+from ops.cpu import build
+from ops.triton_utils import can_run, cdiv, jit, next_power_of_2, tl
 
 PROGRAMS = 512          # of a backward pass with a trained weight: each adds up its rows' share of dw
 
@@ -139,7 +140,7 @@ class _RMSNorm(torch.autograd.Function):
             y, r = _forward_by_cpp(x, weight, eps, residual, rope)
         else:
             y, r = x.new_empty(x.shape), torch.empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-            for rows in in_cache(x):
+            for rows in cache_sized_chunks(x):
                 _forward_by_pytorch(x[rows], weight, eps, residual if residual is None else residual[rows],
                                     rope and [table[rows] for table in rope], y[rows], r[rows])
         ctx.save_for_backward(x, weight, r, *(rope or ()))
@@ -159,7 +160,7 @@ class _RMSNorm(torch.autograd.Function):
             dx, dw = by(x, weight, rope, dy.contiguous(), None if dskip is None else dskip.contiguous(), r, need_weight)
         else:
             dx, dw = x.new_empty(x.shape), torch.zeros_like(weight, dtype=r.dtype) if need_weight else None
-            for rows in in_cache(x):
+            for rows in cache_sized_chunks(x):
                 _backward_by_pytorch(x[rows], weight, [table[rows] for table in rope], dy[rows],
                                      None if dskip is None else dskip[rows], r[rows], dx[rows], dw)
         dx, dw = dx if need_x else None, dw.to(weight.dtype) if need_weight else None
@@ -169,13 +170,13 @@ class _RMSNorm(torch.autograd.Function):
 def _takes_cpp(x: Tensor, weight: Tensor, residual: Tensor | None, rope: tuple[Tensor, Tensor] | None) -> bool:
     others = [*(rope or ()), *([] if residual is None else [residual])]
     return x.dim() in (2, 3) and x.shape[-1] % 32 == 0 and (x.dim() == 2 or x.stride(1) == x.shape[2]) and weight.shape == x.shape[-1:] \
-        and all(other.is_contiguous() for other in (weight, *others)) and cpu_kernels.takes(x, *others)
+        and all(other.is_contiguous() for other in (weight, *others)) and build.takes(x, *others)
 
 
 def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
                     rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     y, r = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    cpu_kernels.call("norm_forward", x, weight.float(), residual, *(rope or (None, None)), y, r, float(eps), x.stride(0),
+    build.call("norm_forward", x, weight.float(), residual, *(rope or (None, None)), y, r, float(eps), x.stride(0),
                      _shape(x)["HEADS"], r.numel(), x.shape[-1])
     return y, r
 
@@ -183,12 +184,12 @@ def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
 def _backward_by_cpp(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, dskip: Tensor | None, r: Tensor,
                      need_weight: bool) -> tuple[Tensor, Tensor | None]:
     dx, dw = x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32) if need_weight else None
-    cpu_kernels.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, dskip, r, dx, dw, x.stride(0),
+    build.call("norm_backward", x, weight.float(), *(rope or (None, None)), dy, dskip, r, dx, dw, x.stride(0),
                      _shape(x)["HEADS"], r.numel(), x.shape[-1])
     return dx, dw
 
 
-@one_pass
+@maybe_compile
 def _forward_by_pytorch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: list[Tensor] | None, y: Tensor,
                         r: Tensor) -> None:
     """Write y and r."""
@@ -199,7 +200,7 @@ def _forward_by_pytorch(x: Tensor, weight: Tensor, eps: float, residual: Tensor 
     y.copy_(n if residual is None else n.add_(residual))
 
 
-@one_pass
+@maybe_compile
 def _backward_by_pytorch(x: Tensor, weight: Tensor, rope: list[Tensor], dy: Tensor, dskip: Tensor | None, r: Tensor, dx: Tensor,
                          dw: Tensor | None) -> None:
     """Write dx and add to dw."""

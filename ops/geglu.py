@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cpu_kernels
-from triton_support import can_run, in_cache, jit, next_power_of_2, one_pass, tl
+from ops.compiled import cache_sized_chunks, maybe_compile
+from ops.cpu import build
+from ops.triton_utils import can_run, jit, next_power_of_2, tl
 
 STEEP, CUBIC = 1.5957691216057308, 0.044715         # 2z = STEEP (g + CUBIC g³); the first is 2 √(2/π)
 
@@ -65,7 +66,7 @@ def _kernel(gate, up, dh, h, made, gate_row, up_row, N: tl.constexpr, BLOCK: tl.
 # Where no kernel runs
 
 
-@one_pass
+@maybe_compile
 def _value(gate: Tensor, up: Tensor, h: Tensor) -> None:
     """Write h, all (M, F)."""
     g = gate.to(torch.promote_types(gate.dtype, torch.float32))
@@ -73,7 +74,7 @@ def _value(gate: Tensor, up: Tensor, h: Tensor) -> None:
     h.copy_(share.mul_(g).mul_(up))
 
 
-@one_pass
+@maybe_compile
 def _gradients(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """Write dgate and dup, all (M, F)."""
     g, d = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (gate, dh))
@@ -105,10 +106,10 @@ def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor, by_triton: bool | None 
         return geglu_pass(gate, up, dh, value=False)[1]
     made = dh.new_empty(len(dh), 2 * dh.shape[1])
     if _takes_cpp(gate, up):
-        cpu_kernels.call("geglu", gate, up, None, dh.contiguous(), made, gate.stride(0), up.stride(0), *gate.shape)
+        build.call("geglu", gate, up, None, dh.contiguous(), made, gate.stride(0), up.stride(0), *gate.shape)
         return made
     dgate, dup = made.chunk(2, dim=1)
-    for rows in in_cache(gate):
+    for rows in cache_sized_chunks(gate):
         _gradients(dh[rows], gate[rows], up[rows], dgate[rows], dup[rows])
     return made
 
@@ -122,9 +123,9 @@ class _GeGLU(torch.autograd.Function):
             return geglu_pass(gate, up)[0]
         h = gate.new_empty(gate.shape)
         if _takes_cpp(gate, up):
-            cpu_kernels.call("geglu", gate, up, h, None, None, gate.stride(0), up.stride(0), *gate.shape)
+            build.call("geglu", gate, up, h, None, None, gate.stride(0), up.stride(0), *gate.shape)
             return h
-        for rows in in_cache(gate):
+        for rows in cache_sized_chunks(gate):
             _value(gate[rows], up[rows], h[rows])
         return h
 
@@ -134,7 +135,7 @@ class _GeGLU(torch.autograd.Function):
 
 
 def _takes_cpp(gate: Tensor, up: Tensor) -> bool:
-    return gate.shape == up.shape and gate.shape[1] % 16 == 0 and cpu_kernels.takes(gate, up)
+    return gate.shape == up.shape and gate.shape[1] % 16 == 0 and build.takes(gate, up)
 
 
 def _use_triton(by_triton: bool | None, gate: Tensor, up: Tensor) -> bool:

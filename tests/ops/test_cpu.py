@@ -1,24 +1,25 @@
-"""cpu_kernels.py and its C++: what is compiled and for which CPUs, and each function against the definition's own rounding.
+"""ops/cpu/build.py and its C++: what is compiled and for which CPUs, and each function against the definition's own rounding.
 
-Attention's is tested beside its other ways, in test_attention_kernels.py.
+Attention's is tested beside its other ways, in test_ops/attention.py.
 """
 import os
 import shutil
 
 import pytest
-import test_geglu_kernels
-import test_loss_kernels
-import test_norm_kernels
+import test_cross_entropy
+import test_geglu
+import test_rms_norm
 import torch
 from conftest import NEEDS_CPP
 
-import cpu_kernels
 import model
-from attention_kernels import attention, plan
-from cpu_kernels import compiled, weight_gradient
-from geglu_kernels import geglu
-from loss_kernels import IGNORE, linear_cross_entropy
-from norm_kernels import rms_norm
+from ops.attention import attention
+from ops.attention_tables import plan
+from ops.cpu import build
+from ops.cpu.build import compiled, weight_gradient
+from ops.cross_entropy import IGNORE, linear_cross_entropy
+from ops.geglu import geglu
+from ops.rms_norm import rms_norm
 
 NEEDS_GXX = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="SKIPPED: no g++")
 
@@ -100,8 +101,8 @@ def test_a_weights_gradient_is_summed_in_fp32(M, outputs, inputs, generator, poi
 @pytest.fixture
 def called(monkeypatch):
     """The names of the functions that were called."""
-    names, call = [], cpu_kernels.call
-    monkeypatch.setattr(cpu_kernels, "call", lambda name, *operands: names.append(name) or call(name, *operands))
+    names, call = [], build.call
+    monkeypatch.setattr(build, "call", lambda name, *operands: names.append(name) or call(name, *operands))
     return names
 
 
@@ -130,22 +131,22 @@ NORMS = ["plain", "residual", "returned", "rotated", "one-head", "one-row"]
 @pytest.mark.parametrize("T", [2, 37, 600])
 @pytest.mark.parametrize("kind", NORMS)
 def test_the_norm_is_as_accurate_as_its_definition(kind, T, generator, poisoned, called):
-    given = test_norm_kernels.operands(kind, generator, torch.bfloat16, "cpu", T)
+    given = test_rms_norm.operands(kind, generator, torch.bfloat16, "cpu", T)
     for trained in (True, False):
-        assert test_norm_kernels.faults(test_norm_kernels.by(False), given, trained) == []
+        assert test_rms_norm.faults(test_rms_norm.by(False), given, trained) == []
     assert called == ["norm_forward", "norm_backward"] * 2
 
 
 @NEEDS_CPP
 def test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once(generator, poisoned, called):
-    test_norm_kernels.test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once("cpu", torch.bfloat16, False, generator)
+    test_rms_norm.test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once("cpu", torch.bfloat16, False, generator)
     assert called == ["norm_forward", "norm_backward"]                  # of bf16; fp32 goes through PyTorch
 
 
 @NEEDS_CPP
 @pytest.mark.parametrize(("M", "F", "halves"), [(1, 64, False), (7, 80, True), (33, 2048, True)])
 def test_the_gate_is_as_accurate_as_its_definition(M, F, halves, generator, poisoned, called):
-    assert test_geglu_kernels.faults(geglu, M, F, halves, torch.bfloat16, "cpu", generator) == []
+    assert test_geglu.faults(geglu, M, F, halves, torch.bfloat16, "cpu", generator) == []
     assert called == ["geglu", "geglu"]
 
 
@@ -161,20 +162,20 @@ def test_the_gate_bears_large_numbers():
 @NEEDS_CPP
 @pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(1, 32, 16), (13, 64, 4096), (600, 32, 4096 + 176)])
 def test_the_loss_is_as_accurate_as_the_reference(tokens, width, vocabulary, generator, poisoned, called):
-    hidden, weight, targets = test_loss_kernels.draw(tokens, width, vocabulary, generator, torch.bfloat16, share=1)
-    assert test_loss_kernels.faults(linear_cross_entropy, hidden, weight, targets) == []
+    hidden, weight, targets = test_cross_entropy.draw(tokens, width, vocabulary, generator, torch.bfloat16, share=1)
+    assert test_cross_entropy.faults(linear_cross_entropy, hidden, weight, targets) == []
     chunks = -(-tokens // 252)
     assert called == ["loss_logits", "loss_gradient", "weight_gradient"] * chunks
     weight, into = weight.float(), torch.zeros(vocabulary, width)           # fp32 masters, and a sum over passes
-    exact = test_loss_kernels.gradients(linear_cross_entropy, hidden.double(), weight.double(), targets)[2]
+    exact = test_cross_entropy.gradients(linear_cross_entropy, hidden.double(), weight.double(), targets)[2]
     for _ in range(2):
         linear_cross_entropy(hidden, weight.requires_grad_(), targets, into=into).backward()
-    assert (into - 8 * exact).norm() < 0.02 * (8 * exact).norm()            # that of test_loss_kernels is of a quarter of the loss
+    assert (into - 8 * exact).norm() < 0.02 * (8 * exact).norm()            # that of test_cross_entropy is of a quarter of the loss
 
 
 @NEEDS_CPP
 def test_large_logits_and_rows_without_loss(generator, poisoned):
-    hidden, weight, targets = test_loss_kernels.draw(20, 32, 512, generator, torch.bfloat16, share=1)
+    hidden, weight, targets = test_cross_entropy.draw(20, 32, 512, generator, torch.bfloat16, share=1)
     hidden *= 50
     targets[::3] = IGNORE
     with torch.no_grad():
@@ -227,10 +228,10 @@ def test_broken_cpp_is_caught(sound, broken, wrong, generator, poisoned, mutant_
     mutant_cpp(sound, broken)
     found = set()
     for kind in NORMS:
-        found |= set(test_norm_kernels.faults(test_norm_kernels.by(False), test_norm_kernels.operands(kind, generator, torch.bfloat16, "cpu", 600)))
-    found |= set(test_geglu_kernels.faults(geglu, 33, 80, True, torch.bfloat16, "cpu", generator))
-    hidden, weight, targets = test_loss_kernels.draw(1100, 32, 512, generator, torch.bfloat16, share=1)
-    found |= set(test_loss_kernels.faults(linear_cross_entropy, hidden, weight, targets))
+        found |= set(test_rms_norm.faults(test_rms_norm.by(False), test_rms_norm.operands(kind, generator, torch.bfloat16, "cpu", 600)))
+    found |= set(test_geglu.faults(geglu, 33, 80, True, torch.bfloat16, "cpu", generator))
+    hidden, weight, targets = test_cross_entropy.draw(1100, 32, 512, generator, torch.bfloat16, share=1)
+    found |= set(test_cross_entropy.faults(linear_cross_entropy, hidden, weight, targets))
     if "dweight" in wrong:
         dy, x = (torch.randn(1100, 32, generator=generator).bfloat16() for _ in range(2))
         found |= set() if torch.allclose(weight_gradient(dy, x), dy.float().T @ x.float(), rtol=1e-3, atol=1e-3) else {"dweight"}

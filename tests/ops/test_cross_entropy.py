@@ -1,12 +1,12 @@
-"""loss_kernels.py against float64, by the reference's own rounding: PyTorch's way, and the kernels (interpreted without a GPU)."""
+"""ops/cross_entropy.py against float64, by the reference's own rounding: PyTorch's way, and the kernels (interpreted without a GPU)."""
 import functools
 
 import pytest
 import torch
 from conftest import GPU, INTERPRETED, INTERPRETER
 
-import loss_kernels
-from loss_kernels import CHUNK_ROWS, IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from ops import cross_entropy as cross_entropy_module
+from ops.cross_entropy import CHUNK_ROWS, IGNORE, linear_cross_entropy, linear_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -99,7 +99,7 @@ def test_the_hidden_gradient_by_parts_of_the_words_is_rounded_once(words, parts,
     dlogits[:, half:] = dlogits[:, half:] / 64 - dlogits[:, :half]
     dlogits, matrix = dlogits.to(device, dtype), matrix.to(device, dtype)
     rows = torch.full((32, 24), torch.nan, dtype=dtype, device=device)
-    loss_kernels._hidden_gradient(rows[1:31], dlogits, matrix, parts)
+    cross_entropy_module._hidden_gradient(rows[1:31], dlogits, matrix, parts)
     exact = dlogits.double() @ matrix.double()
     assert rows[[0, 31]].isnan().all() and error(rows[1:31], exact) < max(torch.finfo(dtype).eps / 2, 1e-4)
     if words % parts == 0 and parts > 1 and dtype != FP32:
@@ -184,7 +184,7 @@ def test_the_kernels_are_as_accurate_as_the_reference(case, device, dtype, gener
 
 @pytest.mark.parametrize(("device", "dtype"), WAYS)
 def test_chunks_of_rows_add_up(device, dtype, generator, monkeypatch):
-    monkeypatch.setattr(loss_kernels, "KERNEL_ROWS", 70)
+    monkeypatch.setattr(cross_entropy_module, "KERNEL_ROWS", 70)
     assert faults(by_triton, *draw(150, 40, 1100, generator, dtype, share=1, device=device)) == []
 
 
@@ -231,8 +231,8 @@ def test_no_trained_row_gives_the_kernels_nothing_to_do(tokens, device, generato
 def test_the_kernels_work_out_only_the_gradients_that_are_wanted(device, generator, monkeypatch):
     hidden, weight, targets = draw(20, 16, 1100, generator, device=device)
     expected, dhidden, dweight = gradients(by_triton, hidden, weight, targets)
-    given, chunk = [], loss_kernels._chunk_by_triton
-    monkeypatch.setattr(loss_kernels, "_chunk_by_triton", lambda *operands: given.append(operands[-1]) or chunk(*operands))
+    given, chunk = [], cross_entropy_module._chunk_by_triton
+    monkeypatch.setattr(cross_entropy_module, "_chunk_by_triton", lambda *operands: given.append(operands[-1]) or chunk(*operands))
     frozen = hidden.clone().requires_grad_()
     (by_triton(frozen, weight, targets) * 0.25).backward()
     assert torch.equal(frozen.grad, dhidden) and weight.grad is None and given.pop() is not None
@@ -289,7 +289,7 @@ def test_operands_that_the_kernels_do_not_take_are_named(generator):
     ("tl.program_id(0) % tiles * BLOCK_D", "0 * BLOCK_D", {"dweight"}),
 ])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, mutant):
-    broken_module = mutant(loss_kernels, sound, broken)
+    broken_module = mutant(cross_entropy_module, sound, broken)
     broken_module.KERNEL_ROWS = 140
     operands = draw(180, 70, 1300, generator, share=1)
     assert where <= set(faults(functools.partial(broken_module.linear_cross_entropy, by_triton=True), *operands))
@@ -331,7 +331,7 @@ def test_nothing_but_finding_the_trained_rows_waits_for_the_gpu(device):
     for mode in ("default", "error"):                                  # at first it compiles and tunes
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            loss_kernels._LinearCrossEntropy.apply(hidden, weight, targets, True, None).backward()
+            cross_entropy_module._LinearCrossEntropy.apply(hidden, weight, targets, True, None).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -343,6 +343,6 @@ def test_a_chunk_of_more_than_two_to_the_31_logits(device, monkeypatch):
     weight = torch.randn(262_144, 64, device=device).mul_(0.2).to(BF16)
     targets = torch.randint(262_144, (9_000,), device=device)
     expected = gradients(linear_cross_entropy, hidden, weight, targets)
-    monkeypatch.setattr(loss_kernels, "KERNEL_ROWS", 9_000)
+    monkeypatch.setattr(cross_entropy_module, "KERNEL_ROWS", 9_000)
     at_once = gradients(linear_cross_entropy, hidden, weight, targets)
     assert all(error(got, one.double()) < 1e-2 for got, one in zip(at_once, expected, strict=True))

@@ -32,11 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cpu_kernels
-from triton_support import can_run, cdiv, jit, load_tile, next_power_of_2, precision, tile_sizes, tl, tuned
+from ops.cpu import build
+from ops.triton_utils import can_run, cdiv, jit, load_tile, next_power_of_2, precision, tile_sizes, tl, tuned
 
 IGNORE = -100        # target of a token that carries no loss
-CHUNK_ROWS = 252     # rows of logits alive at once otherwise: 252 · V · 2 bytes = 0.13 GB, and 21 strips of cpu_kernels.cpp
+CHUNK_ROWS = 252     # rows of logits alive at once otherwise: 252 · V · 2 bytes = 0.13 GB, and 21 strips of ops/cpu/kernels.cpp
 CPU_ROWS = 4         # of these in fp32 on a CPU: 4 · V · 4 bytes = 4 MB
 CHUNK_WORDS = 1 << 14        # words whose weight gradient PyTorch multiplies out at once: 16,384 · D · 2 bytes = 0.02 GB
 KERNEL_ROWS = 512    # rows of logits' gradients alive at once by the kernels: 512 · V · 2 bytes = 0.27 GB
@@ -171,17 +171,17 @@ def _chunk_by_pytorch(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: T
 
 def _takes_cpp(hidden: Tensor, matrix: Tensor) -> bool:
     (V, D) = matrix.shape
-    return V % 16 == D % 32 == 0 and matrix.is_contiguous() and cpu_kernels.takes(hidden, matrix)
+    return V % 16 == D % 32 == 0 and matrix.is_contiguous() and build.takes(hidden, matrix)
 
 
 def _chunk_by_cpp(hidden: Tensor, matrix: Tensor, target: Tensor, dlogits: Tensor | None) -> Tensor:
     """As `_chunk_by_triton`.  The logits are rounded to bf16 once; their sums and the gradient follow from those."""
     M, (V, D) = len(hidden), matrix.shape
     logits, log_sum = hidden.new_empty(M, V) if dlogits is None else dlogits, hidden.new_empty(M, dtype=torch.float32)
-    cpu_kernels.call("loss_logits", hidden.contiguous(), matrix, logits, log_sum, M, V, D)
+    build.call("loss_logits", hidden.contiguous(), matrix, logits, log_sum, M, V, D)
     losses = (log_sum - logits.gather(1, target[:, None].clamp_min(0))[:, 0]).clamp_min(0).masked_fill_(target < 0, 0)
     if dlogits is not None:
-        cpu_kernels.call("loss_gradient", logits, log_sum, target.long().contiguous(), M, V)
+        build.call("loss_gradient", logits, log_sum, target.long().contiguous(), M, V)
     return losses.sum()
 
 
@@ -211,8 +211,8 @@ def _products_in_fp32(left: Tensor, right: Tensor) -> Tensor:
 def _weight_gradient(dweight: Tensor, dlogits: Tensor, hidden: Tensor, add: bool, by_triton: bool) -> None:
     """dweight (V, D) fp32 = dlogitsᵀ hidden, or += where `add`."""
     if not by_triton:
-        if dweight.dtype == torch.float32 and dweight.is_contiguous() and cpu_kernels.multiplies_to_fp32(hidden, len(dweight)):
-            cpu_kernels.weight_gradient(dlogits, hidden, dweight, add)
+        if dweight.dtype == torch.float32 and dweight.is_contiguous() and build.multiplies_to_fp32(hidden, len(dweight)):
+            build.weight_gradient(dlogits, hidden, dweight, add)
             return
         for words in range(0, len(dweight), CHUNK_WORDS):                       # the product is in 16 bits at first
             part = slice(words, words + CHUNK_WORDS)
