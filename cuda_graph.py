@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Batch
-from lora import flat_adapters, hand_out, token_numbers
+from lora import flat_adapters, hash_tokens, set_token_hashes
 from model import Gemma3, Plans
 from ops.attention_tables import Tables
 from ops.cross_entropy import IGNORE
@@ -95,14 +95,14 @@ class RecordedPasses:
         batch = batch.filled(self._size(batch))
         tokens, positions, documents, rows, targets = batch.to(self.device)
         plans = self.model.plans(positions, documents, self.device)
-        if not all(isinstance(plan, Tables) for plan in plans.values()):
+        if self.model.backends.attention != "triton":
             raise ValueError("--cuda-graph needs attention by kernels: bf16, a GPU of Ampere or newer, the triton package; leave it out")
         carrying = size_for(len(rows), STEPS)
-        more = carrying + 64 * (carrying == len(tokens)) - len(rows)                     # dropout knows the two by their number
+        more = carrying - len(rows)
         # The rows that are added may be of any token, here the first: what they give back to it is zero.
         rows, targets = F.pad(rows, (0, more)), F.pad(targets, (0, more), value=IGNORE)
         plans = {window: _filled(plan, len(tokens)) for window, plan in plans.items()}
-        own = tokens, to_device_async(positions, self.device), rows, targets, token_numbers(self.model, batch.keys, seed)
+        own = tokens, to_device_async(positions, self.device), rows, targets, hash_tokens(self.model, batch.keys, seed)
 
         inputs = _tensors(own, plans)
         key = tuple(len(x) for x in inputs)
@@ -133,7 +133,7 @@ class RecordedPasses:
         loss = torch.zeros((), device=self.device)
 
         def run() -> None:
-            hand_out(self.model, numbers, rows)
+            set_token_hashes(self.model, numbers, rows)
             nats = self.model(tokens, positions, None, rows, targets, plans=plans)
             nats.backward()
             loss.copy_(nats.detach())

@@ -72,13 +72,14 @@ def read(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> list[P
     positions, _ = side_by_side(lengths, start)
     keys, values, windows = [], [], model.config.windows
     documents, starts, keys_only = ([start, *lengths], [0] + [start] * len(lengths), 1) if start else (lengths, None, 0)
-    plans = {window: plan(documents, window, model.compute_dtype, device, model.config.heads, starts, keys_only) for window in set(windows)}
+    plans = {window: plan(documents, window, model.compute_dtype, device, model.config.heads, starts, keys_only,
+                          model.backends.attention) for window in set(windows)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
         keys.append(k.split(lengths))
         values.append(v.split(lengths))
         k, v = torch.cat((prefix.keys[layer], k)), torch.cat((prefix.values[layer], v))
-        return attention(q, k, v, scale, plans[windows[layer]])
+        return attention(q, k, v, scale, plans[windows[layer]], model.backends.attention)
 
     tokens = torch.tensor(list(itertools.chain(*rows)), device=device)
     model.run(tokens, positions.to(device), [partial(attend, layer=layer) for layer in range(len(windows))])

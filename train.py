@@ -35,9 +35,9 @@ from dataset.files import parse_weight, read_system_text
 from dataset.token_dataset import TokenDataset
 from evaluate import evaluate
 from inference.scoring import results_table
-from lora import TARGETS, LoRAConfig, choose_kernels, draw, wrap
+from lora import TARGETS, LoRAConfig, choose_kernels, set_dropout_masks, wrap
 from model import Gemma3
-from ops.compiled import compile_passes, has_compiler
+from ops.compiled import has_compiler
 from ops.onednn import multiplies_bf16
 from storage import hub
 from storage.adapters import load_tuned, save_adapter
@@ -222,8 +222,6 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
     rank, world, device = init_distributed(args.device)
     say = print if rank == 0 else lambda *_, **__: None
     out = Path(args.out)
-    if args.compile:
-        compile_passes()
     restarts = all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), device)               # each machine counts its own
 
     # Rows → examples, some of them held out.
@@ -246,7 +244,7 @@ def run(args: argparse.Namespace, closing: contextlib.ExitStack) -> int:
 
     # Model, optimizer, schedule.
     dtype = DTYPES[args.dtype]
-    model = load_model(model_folder, dtype, device, master_dtype=torch.float32 if args.full else dtype)
+    model = load_model(model_folder, dtype, device, torch.float32 if args.full else dtype, args.compile)
     if not args.full:
         lora = LoRAConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, tuple(args.lora_targets.split(",")), args.rslora)
         wrap(model, lora, torch.Generator().manual_seed(args.seed))
@@ -569,7 +567,7 @@ def loss_sum(model: Gemma3, batch: data.Batch, seed: int = 0, into: torch.Tensor
     seed: of dropout, in training. into: as for the model.
     """
     tokens, positions, documents, rows, targets = batch.to(model.head.device)
-    draw(model, batch.keys, seed, rows)
+    set_dropout_masks(model, batch.keys, seed, rows)
     return model(tokens, positions, documents, rows, targets, into)
 
 

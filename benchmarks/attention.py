@@ -77,7 +77,7 @@ class Way:
 def ours(case: Case) -> Way:
     interpreted = case.device.type == "cpu"
     return Way(partial(attention, scale=case.scale, plan=tables(case.lengths, case.window, case.device) if interpreted else
-                       plan(case.lengths, case.window, case.dtype, case.device, case.heads)))
+                       plan(case.lengths, case.window, case.dtype, case.device, case.heads, backend="triton"), backend="triton"))
 
 
 def ours_by_pytorch(case: Case) -> Way:

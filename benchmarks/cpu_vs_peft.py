@@ -238,7 +238,7 @@ def main() -> None:
             elif args.device == "cpu":
                 if (cores := torch.get_num_threads()) > 1 and not args.full:
                     ways["ours, a process a core"] = (args.steps, [], cores)
-                if has_compiler() and not (args.dtype == "bf16" and build.takes()):           # or it has nothing to do
+                if has_compiler() and not (args.dtype == "bf16" and build.is_preferred()):           # or it has nothing to do
                     ways |= {f"{name}, --compile": (steps, ["--compile"], processes) for name, (steps, _, processes) in ways.items()}
             runs: dict[str, list] = {name: [] for name in (*ways, "peft")}
             for _ in range(args.repeats):

@@ -37,19 +37,16 @@ from data import pack  # noqa: E402
 from dataset.examples import Example  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
-from ops import attention_tables  # noqa: E402
-from ops import cross_entropy as cross_entropy_module  # noqa: E402
-from ops import geglu as geglu_module  # noqa: E402
-from ops import rms_norm as rms_norm_module  # noqa: E402
+from ops.backend import Backends, choose_backends  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from train import loss_sum  # noqa: E402
 from training.distributed import AllReduceGradients  # noqa: E402
 from training.host import device_name, peak_gib  # noqa: E402
 
-# A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
-SIMPLE = (rms_norm_module, geglu_module)
-EVERY = (*SIMPLE, attention_tables, cross_entropy_module)
-LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, attention_tables), "torch"),
+# A rung of the ladder: the operations that use the device's fastest backend, the others PyTorch; and who computes the adapters.
+SIMPLE = ("rms_norm", "geglu")
+EVERY = (*SIMPLE, "attention", "cross_entropy", "weight_grad")
+LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, "attention"), "torch"),
           "+ loss": (EVERY, "torch"), "+ LoRA, whichever is faster": (EVERY, "auto"), "LoRA by Triton alone": (EVERY, "triton")}
 FLOPS_A_TOKEN = {"lora": 424e6 + 51.6e6, "full": 602e6 + 51.6e6}       # layers and attention, forward and backward; the head apart
 
@@ -93,48 +90,46 @@ def weights(config: GemmaConfig) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def start(config: GemmaConfig, device: torch.device, full: bool) -> Gemma3:
-    """Our model with these weights, in fp32 where every parameter is trained."""
+def start(config: GemmaConfig, device: torch.device, full: bool, fastest: tuple[str, ...] = EVERY) -> Gemma3:
+    """Our model with these weights, in fp32 where every parameter is trained.
+
+    fastest: the operations that use the device's fastest backend; the others use PyTorch.
+    """
+    chosen = choose_backends(device, torch.bfloat16, config)
     with torch.device("meta"):
-        model = Gemma3(config, torch.bfloat16)
+        model = Gemma3(config, torch.bfloat16, Backends(**{name: getattr(chosen, name) for name in fastest}))
     dtype = torch.float32 if full else torch.bfloat16
     model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in weights(config).items()}, assign=True)
     return model.train()
 
 
-def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str, recorded: bool = False) -> dict:
+def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, fastest: tuple[str, ...], lora: str,
+         recorded: bool = False) -> dict:
     device = torch.device(args.device)
-    usual = rms_norm_module.can_run
-    for module in EVERY:
-        module.can_run = usual if module in kernels else lambda device: False
-    try:
-        model = start(config, device, full)
-        if not full:
-            wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
-            choose_kernels(model, lora if device.type == "cuda" else "torch", tokens)
-        gradients = AllReduceGradients(model, 1, recorded)
-        parameters = gradients.parameters
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
-        batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
-        passes = RecordedPasses(model, tokens) if recorded else None
+    model = start(config, device, full, fastest)
+    if not full:
+        wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
+        choose_kernels(model, lora if device.type == "cuda" else "torch", tokens)
+    gradients = AllReduceGradients(model, 1, recorded)
+    parameters = gradients.parameters
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
+    batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
+    passes = RecordedPasses(model, tokens) if recorded else None
 
-        def step(i: int) -> tuple[Tensor, Tensor]:
-            batch = batches[i % len(batches)]
-            if passes:
-                loss = passes(batch) / batch.loss_tokens
-                torch._foreach_div_([p.grad for p in parameters], batch.loss_tokens)
-            else:
-                loss = loss_sum(model, batch) / batch.loss_tokens
-                loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            gradients.clear()
-            return loss.detach(), norm
+    def step(i: int) -> tuple[Tensor, Tensor]:
+        batch = batches[i % len(batches)]
+        if passes:
+            loss = passes(batch) / batch.loss_tokens
+            torch._foreach_div_([p.grad for p in parameters], batch.loss_tokens)
+        else:
+            loss = loss_sum(model, batch) / batch.loss_tokens
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        gradients.clear()
+        return loss.detach(), norm
 
-        made = timed(step, args.steps, device, reserved=recorded)
-    finally:
-        for module in EVERY:
-            module.can_run = usual
+    made = timed(step, args.steps, device, reserved=recorded)
     return made | {"tokens_per_second": tokens / made["seconds"],
                    "tflops": FLOPS_A_TOKEN["full" if full else "lora"] * tokens / made["seconds"] / 1e12}
 

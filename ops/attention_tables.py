@@ -1,27 +1,27 @@
 """Which keys each query may see, cut into tiles: documents side by side, some of which continue a shared prefix.
 
-No score is computed outside a document or far outside a window, and no (T, T) mask exists. docs/derivations.md draws the
-tiles.
+No score is computed outside a document or far outside a window, and no (T, T) mask exists. A shared prefix is computed
+once: each document that continues it has tiles that see the prefix's keys before their own. docs/derivations.md draws
+the tiles.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ops.cpu.build import takes
 from ops.transfer import to_device_async
-from ops.triton_utils import can_run, cdiv
+from ops.triton_utils import cdiv
 
 QUERIES = 256           # of a tile by PyTorch on a CPU: its scores stay in the cache
-CPP_ROWS = 192          # of ops/cpu/kernels.cpp's blocks, query heads of all tokens together: 16 of its strips
+CPP_ROWS = 192          # of a block of kernels.cpp, query heads of all tokens together: 16 of its strips
 ROWS, KEYS = 128, 64    # of the kernels' tiles on Hopper: query heads of all tokens together, and keys
-OLDER_ROWS, OLDER_KEYS, OLDER_SHARED = 64, 32, 163 * 1024       # on older cards, and the bytes of shared memory that these take
-EVERYTHING = 1 << 30    # the window of a layer that has none
+OLDER_ROWS, OLDER_KEYS = 64, 32         # on older cards
+NO_WINDOW = 1 << 30     # the window of a layer that has none
 
 
 @dataclass(frozen=True)
@@ -45,52 +45,33 @@ class Tile:
 
     queries: slice
     keys: slice
-    mask: Tensor | None             # (queries, keys seen): 0 where seen, else -inf; None on a GPU where query i sees just keys 0 to i
-    beginning: slice | None = None  # of a shared beginning, the keys that stand before `keys`
+    mask: Tensor | None         # (queries, keys seen): 0 where seen, else -inf; None on a GPU where query i sees keys 0 to i
+    prefix: slice | None = None     # keys of a shared prefix, which come before `keys`
 
-    def seen(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
         """The rows of all keys or values (…, keys, H) that the tile sees."""
         own = x[..., self.keys, :]
-        return own if self.beginning is None else torch.cat((x[..., self.beginning, :], own), dim=-2)
+        return own if self.prefix is None else torch.cat((x[..., self.prefix, :], own), dim=-2)
 
-    def add_to(self, x: Tensor, part: Tensor) -> None:
-        """Add rows for what `seen` gives to where they come from."""
-        before = 0 if self.beginning is None else self.beginning.stop - self.beginning.start
-        x[..., self.keys, :] += part[before:]
-        if before:
-            x[..., self.beginning, :] += part[:before]
-
-
-def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, starts: Sequence[int] | None = None,
-         keys_only: int = 0) -> list[Tile]:
-    """The blocks of queries of `tables`, arguments as there, with their masks."""
-    at_once = QUERIES if device.type == "cpu" else window or max(lengths, default=1)
-    table = tables(lengths, window, torch.device("cpu"), starts, keys_only, at_once)
-    masks: dict[tuple, Tensor] = {}
-    tiles = []
-    for first, count, key, end, old, old_end in table.queries.tolist():
-        own_first, old_first, old_last = table.seen[:, end - count:end, None] - torch.tensor([key, old, old])[:, None, None]
-        mask, plain = None, old == old_end and not own_first.any()                  # query i sees just keys 0 to i + keys - queries
-        if device.type == "cpu" or not plain or count != end - key:
-            shape = end - key, old_end - old, *(x.numpy().tobytes() for x in (own_first, old_first, old_last))
-            if shape not in masks:
-                older, own = torch.arange(old_end - old), torch.arange(end - key)
-                seen = torch.cat(((older >= old_first) & (older < old_last), (own >= own_first) & (own <= own[-count:, None])), dim=1)
-                masks[shape] = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf).to(device)
-            mask = masks[shape]
-        tiles.append(Tile(slice(first, first + count), slice(key, end), mask, slice(old, old_end) if old < old_end else None))
-    return tiles
+    def add_to(self, x: Tensor, rows: Tensor) -> None:
+        """Add to x the gradient of what `select` returned."""
+        prefix_length = 0 if self.prefix is None else self.prefix.stop - self.prefix.start
+        x[..., self.keys, :] += rows[prefix_length:]
+        if prefix_length:
+            x[..., self.prefix, :] += rows[:prefix_length]
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The tiles as the kernels take them.  All int32, on the device.
+    """The tiles as the kernels and C++ take them.  All int32, on the device.
 
-    queries (blocks, 6): of a few tokens of one run the first query and how many there are, the first key and the end of the
-    keys of its own run that any of them sees, and of the beginning's. keys (blocks, 4): of a few tokens the first key and
-    how many, and the first and the end of the queries that may see them. seen (3, keys): each token sees of its own document
-    the keys from the first number on up to itself, and of the beginning that this continues those from the second to the third.
-    The rows of queries and keys stand in the order of their tokens, or those that take longest come first.
+    queries (blocks, 6): of a few tokens of one run (see `tables`) the first query and their number, the first key and
+    the end of the keys of its own run that any of them sees, and the same of the prefix's keys. keys (blocks, 4): of a
+    few tokens the first key and their number, and the first and the end of the queries that may see them. seen (3,
+    keys): each token sees of its own document the keys from the first number on up to itself, and of the prefix that
+    this continues those from the second to the third.
+
+    The rows of queries and keys are in the order of their tokens, or those that take longest come first.
     """
 
     queries: Tensor
@@ -99,36 +80,47 @@ class Tables:
     first_query: int        # the first query's place among the keys
     block_q: int            # tokens of a block of queries
     block_k: int            # and of keys
-    by_cpp: bool = False    # whether ops/cpu/kernels.cpp takes them
 
 
-def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None, keys_only: int = 0,
-           block_q: int = ROWS // 4, block_k: int = KEYS, longest_first: bool = False) -> Tables:
+def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None,
+           keys_only: int = 0, block_q: int = ROWS // 4, block_k: int = KEYS, longest_first: bool = False) -> Tables:
     """Documents of these lengths, one after another, cut into blocks of queries and of keys.
 
-    window: tokens that a query sees, itself included (None: all). starts: each document's first position (default 0): one
-    that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only: so many
-    documents at the beginning have keys but no queries. longest_first: whether the blocks are sorted by the number of tiles that
-    they go over. A GPU starts them in this order, and none of the last ones then is a long one that the others wait for.
-    """
-    lengths, starts = np.array(lengths, dtype=np.int64), np.array(starts or [0] * len(lengths), dtype=np.int64)
-    firsts, reach = np.concatenate(([0], np.cumsum(lengths))), window or EVERYTHING
-    documents, whole = np.arange(len(lengths)).repeat(lengths), starts == 0
-    positions = np.arange(firsts[-1]) - firsts[documents] + starts[documents]
-    roots = np.maximum.accumulate(np.where(whole, np.arange(len(lengths)), 0))                  # the document that each continues, or is
-    there = np.where(whole[roots], lengths[roots], 0)
-    if len(wrong := np.flatnonzero(starts > there)):
-        raise ValueError(f"document {wrong[0]} starts at position {starts[wrong[0]]}, but the last one that starts at 0 has "
-                         f"{there[wrong[0]]} tokens to continue")
+    window: tokens that a query sees, itself included (None: all). starts: each document's first position (default 0):
+    one that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only:
+    the number of documents, of the first ones, that have keys but no queries. longest_first: whether the blocks are
+    sorted by the number of tiles that they go over. A GPU starts them in this order, so that none of the last ones is a
+    long one that the others wait for.
 
-    # A run: a whole document, or documents side by side that continue one from the same position.
-    runs = np.flatnonzero(whole | (np.diff(starts, prepend=-1) != 0))
-    base, end, start, root = firsts[runs], firsts[np.append(runs[1:], len(lengths))], starts[runs], firsts[roots[runs]]
-    families = np.flatnonzero(whole)                # of a whole document and all that continue it: where they end, and first go on
+    Raises ValueError for a document that continues more tokens than there are.
+    """
+    lengths = np.array(lengths, dtype=np.int64)
+    starts = np.array(starts or [0] * len(lengths), dtype=np.int64)
+    firsts = np.concatenate(([0], np.cumsum(lengths)))          # each document's first token
+    reach = window or NO_WINDOW
+    documents = np.arange(len(lengths)).repeat(lengths)
+    is_root = starts == 0
+    positions = np.arange(firsts[-1]) - firsts[documents] + starts[documents]
+    roots = np.maximum.accumulate(np.where(is_root, np.arange(len(lengths)), 0))    # the document that each continues, or is
+    available = np.where(is_root[roots], lengths[roots], 0)
+    if len(wrong := np.flatnonzero(starts > available)):
+        raise ValueError(f"document {wrong[0]} starts at position {starts[wrong[0]]}, but the last one that starts at 0 has "
+                         f"{available[wrong[0]]} tokens to continue")
+
+    # A run: a document that starts at 0, or documents side by side that continue one from the same position.
+    runs = np.flatnonzero(is_root | (np.diff(starts, prepend=-1) != 0))
+    base, end = firsts[runs], firsts[np.append(runs[1:], len(lengths))]
+    start, root = starts[runs], firsts[roots[runs]]
+
+    # A family: a document and all that continue it: where they end, and at which position the first of them continues.
+    families = np.flatnonzero(is_root)
     family_ends = firsts[np.append(families[1:], len(lengths))]
-    family_goes_on = np.minimum.reduceat(np.where(whole, 2 * EVERYTHING, starts), families) if len(families) else families
-    family = np.cumsum(whole)[runs] - 1
-    ends, goes_on = np.where(start == 0, family_ends[family], end), np.where(start == 0, family_goes_on[family], 2 * EVERYTHING)
+    continued_from = families
+    if len(families):
+        continued_from = np.minimum.reduceat(np.where(is_root, 2 * NO_WINDOW, starts), families)
+    family = np.cumsum(is_root)[runs] - 1
+    last_query_end = np.where(start == 0, family_ends[family], end)
+    continuation = np.where(start == 0, continued_from[family], 2 * NO_WINDOW)
 
     def blocks(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The run of each block of so many tokens, its first token and its end."""
@@ -138,41 +130,72 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
         return of, first, np.minimum(first + size, end[of])
 
     of, first, stop = blocks(block_q)
-    asking = base[of] >= firsts[keys_only]
-    of, first, stop = of[asking], first[asking], stop[asking]
+    has_queries = base[of] >= firsts[keys_only]
+    of, first, stop = of[has_queries], first[has_queries], stop[has_queries]
     lowest = np.minimum.reduceat(positions, first) if len(first) else first
-    queries = np.stack((first - firsts[keys_only], stop - first, np.maximum(firsts[documents[first]], first - reach + 1), stop,
-                        root[of] + np.clip(lowest - reach + 1, 0, start[of]), root[of] + start[of]), axis=1)
+    queries = np.stack((
+        first - firsts[keys_only], stop - first,
+        np.maximum(firsts[documents[first]], first - reach + 1), stop,
+        root[of] + np.clip(lowest - reach + 1, 0, start[of]), root[of] + start[of]), axis=1)
+
     of, first, stop = blocks(block_k)
-    last = np.where(goes_on[of] - positions[stop - 1] < reach, ends[of], np.minimum(firsts[documents[stop - 1] + 1], stop - 1 + reach))
+    within_window = np.minimum(firsts[documents[stop - 1] + 1], stop - 1 + reach)
+    last = np.where(continuation[of] - positions[stop - 1] < reach, last_query_end[of], within_window)
     keys = np.stack((first, stop - first, np.maximum(first, firsts[keys_only]), last), axis=1)
     if longest_first:
-        of_queries = cdiv(queries[:, 3] - queries[:, 2], block_k) + cdiv(queries[:, 5] - queries[:, 4], block_k)
-        of_keys = cdiv(keys[:, 3] - keys[:, 2], block_q)
-        queries = queries[np.argsort(-of_queries, kind="stable")]
-        keys = keys[np.argsort(-of_keys, kind="stable")]
-    goes_on_from, where = firsts[roots[documents]], starts[documents]
-    seen = np.stack((np.maximum(firsts[documents], np.arange(len(documents)) - reach + 1),
-                     goes_on_from + np.clip(positions - reach + 1, 0, where), goes_on_from + where))
-    on_device = [to_device_async(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device) for x in (queries, keys, seen)]
+        tiles_of_queries = cdiv(queries[:, 3] - queries[:, 2], block_k) + cdiv(queries[:, 5] - queries[:, 4], block_k)
+        tiles_of_keys = cdiv(keys[:, 3] - keys[:, 2], block_q)
+        queries = queries[np.argsort(-tiles_of_queries, kind="stable")]
+        keys = keys[np.argsort(-tiles_of_keys, kind="stable")]
+
+    prefix, prefix_length = firsts[roots[documents]], starts[documents]
+    seen = np.stack((
+        np.maximum(firsts[documents], np.arange(len(documents)) - reach + 1),
+        prefix + np.clip(positions - reach + 1, 0, prefix_length), prefix + prefix_length))
+    on_device = [to_device_async(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)), device)
+                 for x in (queries, keys, seen)]
     return Tables(*on_device, int(firsts[keys_only]), block_q, block_k)
 
 
-def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device, heads: tuple[int, int, int],
-         starts: Sequence[int] | None = None, keys_only: int = 0) -> Sequence[Tile] | Tables:
-    """What `attention` needs to know of documents of these lengths: `tables` where kernels or C++ compute it, otherwise `tile`.
+def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device,
+         starts: Sequence[int] | None = None, keys_only: int = 0) -> list[Tile]:
+    """The blocks of queries of `tables`, arguments as there, with their masks in `dtype`."""
+    at_once = QUERIES if device.type == "cpu" else window or max(lengths, default=1)
+    table = tables(lengths, window, torch.device("cpu"), starts, keys_only, at_once)
+    masks: dict[tuple, Tensor] = {}
+    tiles = []
+    for first, count, key, end, prefix, prefix_end in table.queries.tolist():
+        offsets = torch.tensor([key, prefix, prefix])
+        own_first, prefix_first, prefix_last = table.seen[:, end - count:end, None] - offsets[:, None, None]
+        causal = prefix == prefix_end and not own_first.any()       # query i sees just keys 0 to i + keys - queries
+        mask = None
+        if device.type == "cpu" or not causal or count != end - key:
+            visible = own_first, prefix_first, prefix_last
+            mask_key = end - key, prefix_end - prefix, *(x.numpy().tobytes() for x in visible)
+            if mask_key not in masks:
+                prefix_keys, own_keys = torch.arange(prefix_end - prefix), torch.arange(end - key)
+                seen = torch.cat(((prefix_keys >= prefix_first) & (prefix_keys < prefix_last),
+                                  (own_keys >= own_first) & (own_keys <= own_keys[-count:, None])), dim=1)
+                mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -math.inf)
+                masks[mask_key] = mask.to(device)
+            mask = masks[mask_key]
+        tiles.append(Tile(slice(first, first + count), slice(key, end), mask,
+                          slice(prefix, prefix_end) if prefix < prefix_end else None))
+    return tiles
 
-    heads: N, K and H. The kernels take bf16 and fp16, H of 16, 32, 64, 128 or 256, N/K of 1, 2, 4 or 8, and 163 KiB of shared
-    memory; C++ takes bf16 on a CPU that multiplies it by AVX-512, and multiples of 32 for H; anything else goes tile by tile
-    through PyTorch.
+
+def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device,
+         heads: tuple[int, int, int], starts: Sequence[int] | None = None, keys_only: int = 0,
+         backend: str = "torch") -> Sequence[Tile] | Tables:
+    """What `attention` needs to know of documents of these lengths, for one backend: `tables`, or with "torch" `tile`.
+
+    heads: N, K and H; the others as for `tables` and `tile`.
     """
-    N, K, H = heads
-    if device.type == "cpu" and dtype == torch.bfloat16 and H % 32 == 0 and takes():
-        return replace(tables(lengths, window, device, starts, keys_only, max(1, CPP_ROWS * K // N)), by_cpp=True)
-    if device.type == "cuda" and can_run(device) and dtype in (torch.bfloat16, torch.float16) \
-            and H in (16, 32, 64, 128, 256) and N // K in (1, 2, 4, 8):
-        card = torch.cuda.get_device_properties(device)
-        if card.shared_memory_per_block_optin >= OLDER_SHARED:
-            rows, keys = (ROWS, KEYS) if card.major >= 9 else (OLDER_ROWS, OLDER_KEYS)
-            return tables(lengths, window, device, starts, keys_only, rows * K // N, keys, longest_first=True)
+    N, K, _ = heads
+    if backend == "cpp":
+        return tables(lengths, window, device, starts, keys_only, max(1, CPP_ROWS * K // N))
+    if backend == "triton":
+        hopper = device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+        rows, keys = (ROWS, KEYS) if hopper else (OLDER_ROWS, OLDER_KEYS)
+        return tables(lengths, window, device, starts, keys_only, rows * K // N, keys, longest_first=True)
     return tile(lengths, window, dtype, device, starts, keys_only)

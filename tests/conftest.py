@@ -24,7 +24,7 @@ INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where
 INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="SKIPPED: no CUDA device")])
 NEEDS_COMPILER = pytest.mark.skipif(not has_compiler(), reason="SKIPPED: no C++ compiler")
-NEEDS_CPP = pytest.mark.skipif(build.library() is None, reason="SKIPPED: no g++, or a CPU without AVX512-BF16 or with AMX")
+NEEDS_CPP = pytest.mark.skipif(build.library() is None, reason="SKIPPED: no g++, or a CPU without AVX512-BF16")
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
 
 
@@ -95,14 +95,8 @@ def poisoned():
 
 
 @pytest.fixture
-def no_cpp(monkeypatch):
-    """A CPU for which ops/cpu/kernels.cpp is not."""
-    monkeypatch.setattr(build, "library", lambda: None)
-
-
-@pytest.fixture
 def mutant_cpp(tmp_path, monkeypatch):
-    """(a piece of ops/cpu/kernels.cpp, another): from now on it has the one in place of the other."""
+    """(a piece of ops/cpu/kernels.cpp, another): from now on it has the second in place of the first."""
     def make(sound, broken):
         source = (ROOT / "ops/cpu/kernels.cpp").read_text(encoding="utf-8")
         assert source.count(sound) == 1, sound

@@ -11,13 +11,13 @@ from lora_kernels import (
     BY_PYTORCH,
     BY_TRITON,
     Blocks,
-    Dropout,
     lora_linear,
     lora_linear_reference,
     lora_linears,
     lora_mlp,
     lora_mlp_reference,
 )
+from ops.dropout import Dropout
 from ops.onednn import pack_onednn_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -288,10 +288,10 @@ def test_with_dropout_the_mlp_is_as_accurate_as_the_reference(case, device, dtyp
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
-    ("feature_numbers[None, :] < least", "feature_numbers[None, :] > least", {"y0", "y1", "dx", "da0", "da1", "db0"}),
+    ("feature_hashes[None, :] < threshold", "feature_hashes[None, :] > threshold", {"y0", "y1", "dx", "da0", "da1", "db0"}),
     ("load_tile(features + i + ins, inside, EVEN_I)", "load_tile(features + ins, ins < I, EVEN_I)", {"y0", "db1"}),
-    ("seen = _seen(x_tile, token_numbers", "seen = _seen(x_tile, 3 * token_numbers", {"y0", "y1", "db0"}),
-    ("_seen(tl.dot(narrow, a_tile, input_precision=PRECISION), token_numbers,", "_seen(tl.dot(narrow, a_tile), 3 * token_numbers,", {"dx"}),
+    ("seen = apply_dropout(x_tile, token_hashes", "seen = apply_dropout(x_tile, 3 * token_hashes", {"y0", "y1", "db0"}),
+    ("apply_dropout(tl.dot(narrow, a_tile, input_precision=PRECISION), token_hashes,", "apply_dropout(tl.dot(narrow, a_tile), 3 * token_hashes,", {"dx"}),
     ("tl.load(tokens + start + m + rows", "tl.load(tokens + m + rows", {"da0", "da1"}),
 ])
 def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator, mutant):
@@ -302,7 +302,7 @@ def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator,
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"share": 1.0}, r"0 ≤ share < 1; got 1\.0"), ({"share": -0.1}, "0 ≤ share < 1"),
+    ({"p": 1.0}, r"0 ≤ p < 1; got 1\.0"), ({"p": -0.1}, "0 ≤ p < 1"),
     ({"tokens": torch.ones(5, dtype=torch.int32)}, r"tokens must be \(6,\) int32 on cpu, contiguous; got shape \(5,\)"),
     ({"tokens": torch.ones(6, dtype=torch.int64)}, r"tokens must be .* torch\.int64"),
     ({"features": torch.ones(1, dtype=torch.int32).expand(8)}, r"features must be \(8,\) .* strides \(0,\)")])
