@@ -26,7 +26,7 @@ from dataset import sampler
 from dataset.examples import Example
 from dataset.prefix_sharing import PrefixGroup, lexicographic_order
 from dataset.token_dataset import TokenDataset
-from triton_support import sent
+from ops.transfer import to_device_async
 
 # The length of the documents that fill up a batch. Attention's blocks have 16 to 64 tokens for Gemma 3 270M, so all
 # blocks but the last are full.
@@ -95,7 +95,7 @@ class Batch:
         Positions and documents stay on the CPU, where the model reads the borders of documents. Nothing waits
         for the device.
         """
-        tokens, loss_rows, targets = (sent(x, device) for x in (self.tokens, self.loss_rows, self.targets))
+        tokens, loss_rows, targets = (to_device_async(x, device) for x in (self.tokens, self.loss_rows, self.targets))
         return tokens, self.positions, self.documents, loss_rows, targets
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Dropout, Flat, choose, lora_linears, lora_mlp
+from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Flat, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
-from triton_support import sent
+from ops.dropout import Dropout, TokenHashes, odd_hashes
+from ops.transfer import to_device_async
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -46,11 +47,13 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """A frozen linear with an adapter: `weight` (O, I) as it was, `lora_a` (R, I) and `lora_b` (O, R) in fp32.
 
-    tokens: the tokens' numbers of the coming forward pass (`draw`), by how many there are; place: of the input among all of
-    the model's. Both are dropout's.
+    Dropout hashes the tokens of the coming forward pass, token_hashes (`set_dropout_masks`), and the features of the
+    input, of which input_number says which of the model's inputs it is. of_selected: whether the input is of the tokens
+    that the last layer continues with.
     """
 
-    def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator | None, place: int, tokens: dict[int, Tensor]) -> None:
+    def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator | None, input_number: int,
+                 token_hashes: TokenHashes, of_selected: bool) -> None:
         super().__init__()
         outputs, inputs = base.weight.shape
         self.weight, self.config = base.weight, config
@@ -60,22 +63,27 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, device=base.weight.device))
         self.choice = BY_PYTORCH
         self.flat_group: FlatGroup | None = None            # the first of its group has it
-        self.tokens = tokens
-        self.register_buffer("features", odd_numbers(np.arange(inputs), place).to(base.weight.device), persistent=False)
+        self.token_hashes, self.of_selected = token_hashes, of_selected
+        features = odd_hashes(np.arange(inputs), input_number).to(base.weight.device)
+        self.register_buffer("features", features, persistent=False)
 
     @property
     def adapted(self) -> Adapted:
         return self.weight, self.lora_a, self.lora_b
 
     def dropout(self, rows: int) -> Dropout | None:
-        """What an input of so many rows loses while training."""
+        """The mask of an input of so many rows; None in evaluation, or without dropout.
+
+        Raises ValueError where the hashes are of another number of tokens.
+        """
         if not (self.training and self.config.dropout):
             return None
-        if rows not in self.tokens:
-            drawn = f"for {' and '.join(map(str, self.tokens))}" if self.tokens else "for none"
-            raise ValueError(f"LoRA dropout draws by the tokens' keys: an adapter saw {rows} tokens, keys were given {drawn}; "
-                             "call lora.draw(model, batch.keys, seed) before each training pass")
-        return Dropout(self.config.dropout, self.tokens[rows], self.features)
+        hashes = self.token_hashes.selected if self.of_selected else self.token_hashes.all
+        if hashes is None or len(hashes) != rows:
+            given = "none" if hashes is None else len(hashes)
+            raise ValueError(f"LoRA dropout follows from the tokens' keys: an adapter got {rows} tokens, keys were given "
+                             f"for {given}; call lora.set_dropout_masks(model, batch.keys, seed) before each training pass")
+        return Dropout(self.config.dropout, hashes, self.features)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = _flat([self], x.dtype)
@@ -110,6 +118,7 @@ class LoRAMLP(MLP):
 
     def __init__(self, base: MLP) -> None:
         nn.Module.__init__(self)
+        self.backends = base.backends
         self.choices = BY_PYTORCH, BY_PYTORCH               # of gate and up, and of down
         for name, child in base.named_children():
             self.add_module(name, child)
@@ -127,7 +136,8 @@ class LoRAMLP(MLP):
         alike = all(flats) and (flats[0].gradient is None) == (flats[1].gradient is None)
         dropouts = self.gate_proj.dropout(len(x)), self.down_proj.dropout(len(x))
         return lora_mlp(x, self.gate_proj.adapted, self.up_proj.adapted, self.down_proj.adapted,
-                        self.gate_proj.config.scale, dropouts, self.choices, flats if alike else None)
+                        self.gate_proj.config.scale, dropouts, self.choices, flats if alike else None,
+                        self.backends.geglu)
 
 
 def _lay_below(*linears: LoRALinear) -> None:
@@ -286,12 +296,15 @@ def flat_adapters(model: nn.Module) -> FlatAdapters | None:
 def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
     """Freeze `model` and put an adapter around each of its target linears, in place.  `generator` draws the A's."""
     model.requires_grad_(False)
-    tokens: dict[int, Tensor] = {}              # one for all
+    token_hashes = TokenHashes()
+    last = model.model["layers"][-1]
     for number, parent in enumerate(list(model.modules())):
         for name, child in list(parent.named_children()):
             if name in config.targets and isinstance(child, Linear):
-                place = 2 * number + (name in ("o_proj", "down_proj"))          # the others of a parent share their input
-                setattr(parent, name, LoRALinear(child, config, generator, place, tokens))
+                input_number = 2 * number + (name in ("o_proj", "down_proj"))   # the others of a parent share their input
+                of_selected = parent is last.mlp or (parent is last.self_attn and name == "o_proj")
+                adapter = LoRALinear(child, config, generator, input_number, token_hashes, of_selected)
+                setattr(parent, name, adapter)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention | MLP):
@@ -316,41 +329,28 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRALinear], str
             yield module, linears, ends
 
 
-def odd_numbers(low: np.ndarray, high: int) -> Tensor:
-    """A hash (n) int32 of each pair of 32-bit numbers, made odd."""
-    mixed = low.astype(np.uint64) | np.uint64(high << 32)
-    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9                  # splitmix64's last steps
-    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB
-    return torch.from_numpy((mixed >> 32 | 1).astype(np.uint32).view(np.int32))
-
-
-def draw(model: nn.Module, keys: Callable[[], Tensor], seed: int, rows: Tensor | None = None) -> None:
+def set_dropout_masks(model: nn.Module, keys: Callable[[], Tensor], seed: int, rows: Tensor | None = None) -> None:
     """Decide what dropout takes from the coming forward pass, and from its backward pass.
 
-    It follows from the seed and each token's key alone: however rows are packed, shared or dealt among processes, a token
-    loses the same. keys: as `data.Batch.keys`, (T) int32, asked for where there is dropout; seed: 32 bits; rows: the tokens
-    that the last layer goes on with, where they are not all.
+    It follows from the seed and each token's key alone: however rows are packed, share prefixes or are assigned to
+    ranks, a token loses the same. keys: as `data.Batch.keys`, (T) int32, called only where there is dropout; seed: 32
+    bits; rows: the tokens that the last layer continues with, where they are not all.
     """
-    hand_out(model, token_numbers(model, keys, seed), rows)
+    set_token_hashes(model, hash_tokens(model, keys, seed), rows)
 
 
-def token_numbers(model: nn.Module, keys: Callable[[], Tensor], seed: int) -> Tensor | None:
-    """(T) int32 on the model's device: what dropout goes by; None where there is no dropout. Arguments as for `draw`."""
+def hash_tokens(model: nn.Module, keys: Callable[[], Tensor], seed: int) -> Tensor | None:
+    """(T) int32 on the model's device, for dropout; None where there is none.  Arguments as for `set_dropout_masks`."""
     adapter = next((adapter for _, adapter in adapters(model)), None)
     if adapter is None or not adapter.config.dropout:
         return None
-    return sent(odd_numbers(keys().numpy().view(np.uint32), seed), adapter.weight.device)
+    return to_device_async(odd_hashes(keys().numpy().view(np.uint32), seed), adapter.weight.device)
 
 
-def hand_out(model: nn.Module, numbers: Tensor | None, rows: Tensor | None) -> None:
-    """Give the adapters the numbers of the coming pass's tokens, and of `rows` of them."""
-    if numbers is None:
-        return
-    held = next(adapter for _, adapter in adapters(model)).tokens               # one for all
-    held.clear()
-    if rows is not None:
-        held[len(rows)] = numbers[rows]
-    held[len(numbers)] = numbers
+def set_token_hashes(model: nn.Module, hashes: Tensor | None, rows: Tensor | None) -> None:
+    """Give the adapters the hashes of the coming pass's tokens; rows: as for `set_dropout_masks`."""
+    if hashes is not None:
+        next(adapter for _, adapter in adapters(model)).token_hashes.set(hashes, rows)
 
 
 def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
@@ -368,7 +368,8 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
         key = inputs, outputs, ends
         if key not in chosen:
             weight, config = linears[0].weight, linears[0].config
-            chosen[key] = choose(kernels, rows, inputs, outputs, rank, weight.dtype, weight.device, ends, config.dropout)
+            chosen[key] = choose(kernels, rows, inputs, outputs, rank, weight.dtype, weight.device, ends, config.dropout,
+                                 model.backends.geglu)
         choice = chosen[key][0]
         blocks = Blocks.of([linear.weight for linear in linears]) if in_blocks and not choice.by_triton else None
         return replace(choice, blocks=blocks)

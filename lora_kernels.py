@@ -30,21 +30,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
-from triton_support import (
-    can_run,
-    cdiv,
-    in_blocks,
-    jit,
-    load_tile,
-    milliseconds,
-    next_power_of_2,
-    precision,
-    remembered,
-    tile_sizes,
-    tl,
-    tuned,
-)
+from ops.disk_cache import remembered
+from ops.dropout import Dropout, apply_dropout
+from ops.geglu import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
+from ops.onednn import pack_onednn_weight
+from ops.triton_utils import can_run, cdiv, jit, load_tile, milliseconds, next_power_of_2, precision, tile_sizes, tl, tuned
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
 Adapted = tuple[Tensor, Tensor, Tensor]
@@ -54,35 +44,13 @@ Adapted = tuple[Tensor, Tensor, Tensor]
 # The definitions
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """What adapters do not see of x (M, I): element (m, i) is kept where tokens[m] · features[i], in 32 bits, is no less than `least`.
-
-    share: of the elements that are dropped, 0 ≤ share < 1; tokens (M) and features (I): odd random numbers, int32. Products
-    of such numbers are as good as independent, and one multiplication gives the same mask wherever an element is computed.
-    """
-
-    share: float
-    tokens: Tensor
-    features: Tensor
-
-    @property
-    def least(self) -> int:
-        """A share of all int32 is less."""
-        return min(round(self.share * 2**32), 2**32 - 1) - 2**31
-
-    def seen(self, x: Tensor) -> Tensor:
-        """x (M, I) with zeros where it is dropped; the kept ones are yet to be divided by 1 - share."""
-        return x.masked_fill(self.tokens[:, None] * self.features < self.least, 0.0)
-
-
 def lora_linear_reference(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float,
                           dropout: Dropout | None = None) -> Tensor:
     """y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.  The definition; every other way must equal it.
 
     x (M, I), weight (O, I), lora_a (R, I), lora_b (O, R); returns (M, O).
     """
-    seen = dropout.seen(x) / (1 - dropout.share) if dropout else x
+    seen = dropout.apply(x) / (1 - dropout.p) if dropout else x
     return x @ weight.T + scale * (seen @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T
 
 
@@ -106,12 +74,6 @@ def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr,
     first = tl.where(part == 0, 0, tl.where(part == 1, N0, N0 + N1))
     size = tl.where(part == 0, N0, tl.where(part == 1, N1, N2))
     return part, first, size, tile - tl.where(part == 0, 0, tl.where(part == 1, TILES0, TILES0 + TILES1))
-
-
-@jit
-def _seen(tile, token_numbers, feature_numbers, least):
-    """`Dropout.seen` of a tile of x."""
-    return tl.where(token_numbers[:, None] * feature_numbers[None, :] < least, tl.zeros_like(tile), tile)
 
 
 @jit
@@ -153,7 +115,7 @@ def _input_gradient_fits(BLOCK_M: int, BLOCK_I: int, BLOCK_R: int, GEGLU: bool, 
                   (64, 32, 32, 8, 3)),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"), fits=_forward_fits)
 @jit
-def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, least, M, M_BUCKET,
+def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, M_BUCKET,
                     I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
                     GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
@@ -185,7 +147,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, least, M, M_BU
     a_tiles = a + (part * R + ranks)[None, :] * I + ins[:, None]
     sums, narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if DROPOUT:
-        token_numbers = tl.load(tokens + rows, mask=rows < M, other=0)
+        token_hashes = tl.load(tokens + rows, mask=rows < M, other=0)
     if GEGLU:
         up_sums, up_narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(0, I, BLOCK_I):
@@ -195,7 +157,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, least, M, M_BU
         a_tile = load_tile(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
         seen = x_tile
         if DROPOUT:
-            seen = _seen(x_tile, token_numbers, load_tile(features + i + ins, inside, EVEN_I), least)
+            seen = apply_dropout(x_tile, token_hashes, load_tile(features + i + ins, inside, EVEN_I), threshold)
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
         narrow = tl.dot(seen, a_tile, narrow, input_precision=PRECISION)
         if GEGLU:
@@ -224,7 +186,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, least, M, M_BU
 
 
 @jit
-def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M,
+def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M,
               PART: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, O: tl.constexpr, I: tl.constexpr, R: tl.constexpr,  # noqa: E741
               P: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
@@ -249,9 +211,9 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M
     a_tiles = a + (PART * R + ranks)[:, None] * I + ins[None, :]
     a_tile = load_tile(a_tiles, (ranks < R)[:, None] & (ins < I)[None, :], R == BLOCK_R and EVEN_I)
     if DROPOUT:
-        token_numbers = tl.load(tokens + rows, mask=rows < M, other=0)
-        feature_numbers = load_tile(features + ins, ins < I, EVEN_I)
-        return sums + _seen(tl.dot(narrow, a_tile, input_precision=PRECISION), token_numbers, feature_numbers, least)
+        token_hashes = tl.load(tokens + rows, mask=rows < M, other=0)
+        feature_hashes = load_tile(features + ins, ins < I, EVEN_I)
+        return sums + apply_dropout(tl.dot(narrow, a_tile, input_precision=PRECISION), token_hashes, feature_hashes, threshold)
     else:
         return tl.dot(narrow, a_tile, sums, input_precision=PRECISION)
 
@@ -261,7 +223,7 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M
                   (64, 32, 32, 8, 3)),
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"), fits=_input_gradient_fits)
 @jit
-def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features, least, M, M_BUCKET,
+def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features, threshold, M, M_BUCKET,
                            I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
                            GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
@@ -275,13 +237,13 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
     rows = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ins = tl.program_id(0) % TILES * BLOCK_I + tl.arange(0, BLOCK_I)
     sums = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M, 0, 0, O0, O, I, R, P, DROPOUT,
+    sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 0, 0, O0, O, I, R, P, DROPOUT,
                      PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     if P > 1:
-        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M, 1, O0, O0 + O1, O, I, R, P, DROPOUT,
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 1, O0, O0 + O1, O, I, R, P, DROPOUT,
                          PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     if P > 2:
-        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, least, M, 2, O0 + O1, O, O, I, R, P, DROPOUT,
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 2, O0 + O1, O, O, I, R, P, DROPOUT,
                          PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     mine = (rows < M)[:, None] & (ins < I)[None, :]
     if GEGLU:
@@ -299,7 +261,7 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
        key=("M_BUCKET", "N0", "N1", "N2", "C", "DROPOUT"),
        fits=lambda BLOCK_N, BLOCK_C, **more: _room(BLOCK_N * (BLOCK_C + 32), **more))
 @jit
-def _token_sum_kernel(wide, narrow, partial, tokens, features, least, M, M_BUCKET, rows_a_split,
+def _token_sum_kernel(wide, narrow, partial, tokens, features, threshold, M, M_BUCKET, rows_a_split,
                       N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
                       TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -326,13 +288,13 @@ def _token_sum_kernel(wide, narrow, partial, tokens, features, least, M, M_BUCKE
     narrow_tiles = narrow + start * NARROW + rows[:, None] * NARROW + (part * C + places)[None, :]
     sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if DROPOUT:
-        feature_numbers = tl.load(features + columns, mask=columns < size, other=0)
+        feature_hashes = tl.load(features + columns, mask=columns < size, other=0)
     for m in range(0, count, BLOCK_M):
         inside = m + rows < count
         wide_tile = tl.load(wide_tiles, mask=inside[:, None] & (columns < size)[None, :], other=0.0)
         narrow_tile = tl.load(narrow_tiles, mask=inside[:, None] & (places < C)[None, :], other=0.0)
         if DROPOUT:
-            wide_tile = _seen(wide_tile, tl.load(tokens + start + m + rows, mask=inside, other=0), feature_numbers, least)
+            wide_tile = apply_dropout(wide_tile, tl.load(tokens + start + m + rows, mask=inside, other=0), feature_hashes, threshold)
         sums = tl.dot(tl.trans(wide_tile), narrow_tile, sums, input_precision=PRECISION)
         wide_tiles += BLOCK_M * N
         narrow_tiles += BLOCK_M * NARROW
@@ -381,10 +343,10 @@ class Blocks:
 
     @classmethod
     def of(cls, weights: Sequence[Tensor]) -> Blocks | None:
-        """Of the weights that share x; None where there is no such layout (`in_blocks`)."""
+        """Of the weights that share x; None where there is no such layout (`pack_onednn_weight`)."""
         weight = _below(weights)
-        forward = in_blocks(weight)
-        return forward and cls(forward, in_blocks(weight.T))
+        forward = pack_onednn_weight(weight)
+        return forward and cls(forward, pack_onednn_weight(weight.T))
 
 
 @dataclass(frozen=True)
@@ -415,7 +377,7 @@ class _Group:
 
     def seen(self, x: Tensor) -> Tensor:
         """What the adapters see of x (M, I), and the way back: what x gets of their gradient."""
-        return self.dropout.seen(x) if self.dropout else x
+        return self.dropout.apply(x) if self.dropout else x
 
     def constants(self, x: Tensor) -> dict:
         """The kernels' constants."""
@@ -425,8 +387,10 @@ class _Group:
 
     def numbers(self, M: int) -> dict:
         """The kernels' other arguments; timings are compared anew only where the rows double."""
-        tokens, features, least = (self.dropout.tokens, self.dropout.features, self.dropout.least) if self.dropout else (None, None, 0)
-        return {"tokens": tokens, "features": features, "least": least, "M": M, "M_BUCKET": next_power_of_2(M)}
+        tokens, features, threshold = None, None, 0
+        if self.dropout:
+            tokens, features, threshold = self.dropout.tokens, self.dropout.features, self.dropout.threshold
+        return {"tokens": tokens, "features": features, "threshold": threshold, "M": M, "M_BUCKET": next_power_of_2(M)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,8 +408,12 @@ def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
-             gated: bool = False, blocks: Blocks | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y (M, O), S (M, P·R) and, where gated, h (M, O/2); a (P·R, I) and b (O, R) in x's dtype."""
+             gated: bool = False, blocks: Blocks | None = None,
+             geglu_backend: str = "torch") -> tuple[Tensor, Tensor, Tensor | None]:
+    """y (M, O), S (M, P·R) and, where gated, h (M, O/2); a (P·R, I) and b (O, R) in x's dtype.
+
+    geglu_backend: of the gate, where the linear is computed by PyTorch.
+    """
     (M, I), O = x.shape, len(weight)  # noqa: E741
     if by_triton:
         y, s, h = x.new_empty(M, O), x.new_empty(M, len(a)), x.new_empty(M, O // 2) if gated else None
@@ -461,11 +429,12 @@ def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_
         y = _beside(x, s) @ _beside(weight, diagonal).T
     else:
         y = (blocks.forward(x) if blocks else x @ weight.T).addmm_(s, diagonal.T)
-    return y, s, geglu(*y.chunk(2, dim=1)) if gated else None
+    return y, s, geglu(*y.chunk(2, dim=1), geglu_backend) if gated else None
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
-                    gate_up: Tensor | None = None, blocks: Blocks | None = None) -> tuple[Tensor, Tensor]:
+                    gate_up: Tensor | None = None, blocks: Blocks | None = None,
+                    geglu_backend: str = "torch") -> tuple[Tensor, Tensor]:
     """dX (M, I), or [dgate | dup] (M, 2I) where the linear's input was gated, and T (M, P·R)."""
     M, (O, I) = len(dy), weight.shape  # noqa: E741
     if by_triton:
@@ -480,7 +449,7 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
     else:
         dx = blocks.input_gradient(dy) if blocks else dy @ weight
         dx = dx.add_(group.seen(t @ a)) if group.dropout else dx.addmm_(t, a)
-    return dx if gate_up is None else geglu_gradient(dx, *gate_up.chunk(2, dim=1)), t
+    return dx if gate_up is None else geglu_gradient(dx, *gate_up.chunk(2, dim=1), geglu_backend), t
 
 
 def _narrow_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
@@ -590,14 +559,17 @@ class _LoRAMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, groups: tuple[_Group, _Group], choices: tuple[Choice, Choice],
-                flats: tuple[Flat, Flat] | None, *leaves: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, down: Tensor, groups: tuple[_Group, _Group],
+                choices: tuple[Choice, Choice], geglu_backend: str, flats: tuple[Flat, Flat] | None,
+                *leaves: Tensor) -> Tensor:
         flat, flat_down = flats or (None, None)
         narrow = (*_narrow(leaves[:4], flat, x.dtype), *_narrow(leaves[4:], flat_down, x.dtype))
-        gate_up, s, h = _forward(x, weight, *narrow[:2], groups[0], choices[0].forward, gated=True, blocks=choices[0].blocks)
+        gate_up, s, h = _forward(x, weight, *narrow[:2], groups[0], choices[0].forward, gated=True,
+                                 blocks=choices[0].blocks, geglu_backend=geglu_backend)
         y, s_down, _ = _forward(h, down, *narrow[2:], groups[1], choices[1].forward, blocks=choices[1].blocks)
         ctx.save_for_backward(x, weight, down, *narrow, gate_up, s, h, s_down)
         ctx.groups, ctx.choices, ctx.master_dtype, ctx.leaves = groups, choices, leaves[0].dtype, len(leaves)
+        ctx.geglu_backend = geglu_backend
         ctx.into = [flat.gradient for flat in flats] if flats else [None, None]
         return y
 
@@ -606,14 +578,15 @@ class _LoRAMLP(torch.autograd.Function):
         x, weight, down, a, b, a_down, b_down, gate_up, s, h, s_down = ctx.saved_tensors
         (group, group_down), (choice, choice_down), (into, into_down) = ctx.groups, ctx.choices, ctx.into
         dy = dy.contiguous()
-        dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up, choice_down.blocks)
+        dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up,
+                                           choice_down.blocks, ctx.geglu_backend)
         of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums, into_down)
         if ctx.needs_input_grad[0]:
             dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient, blocks=choice.blocks)
         else:
             dx, t = None, _narrow_gradient(dgate_up, b, group)
         gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums, into) + of_down
-        return dx, None, None, None, None, None, *_returned(gradients, ctx.leaves, ctx.master_dtype)
+        return dx, None, None, None, None, None, None, *_returned(gradients, ctx.leaves, ctx.master_dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,11 +619,11 @@ def lora_linears(x: Tensor, linears: Sequence[Adapted], scale: float, dropout: D
 def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
              dropouts: tuple[Dropout | None, Dropout | None] = (None, None),
              choices: tuple[Choice, Choice] = (BY_PYTORCH, BY_PYTORCH),
-             flats: tuple[Flat, Flat] | None = None) -> Tensor:
+             flats: tuple[Flat, Flat] | None = None, geglu_backend: str = "torch") -> Tensor:
     """down(gelu(gate(x)) · up(x)) (M, D), each an adapted linear.
 
     dropouts, choices, flats: of gate and up, and of down. Both flats have a gradient, or none has.
-    Else as `lora_linears`.
+    geglu_backend: of the gate, where PyTorch computes the linears. Else as `lora_linears`.
     """
     _check(x, (gate, up), choices[0])
     if len(gate[0]) != len(up[0]):
@@ -658,7 +631,7 @@ def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
     _check(x.new_empty(0, len(gate[0])), (down,), choices[1])
     groups = _group((gate, up), scale, dropouts[0], len(x)), _group((down,), scale, dropouts[1], len(x))
     leaves = _leaves((gate, up, down), flats and flats[0])
-    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, choices, flats, *leaves)
+    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, choices, geglu_backend, flats, *leaves)
 
 
 def _leaves(linears: Sequence[Adapted], flat: Flat | None) -> list[Tensor]:
@@ -672,14 +645,14 @@ def _group(linears: Sequence[Adapted], scale: float, dropout: Dropout | None, M:
     """Linears that were checked, as one.  Raises ValueError for a dropout that does not fit them and M rows."""
     weight, lora_a, _ = linears[0]
     if dropout:
-        if not 0 <= dropout.share < 1:
-            raise ValueError(f"LoRA dropout is a share, 0 ≤ share < 1; got {dropout.share}")
+        if not 0 <= dropout.p < 1:
+            raise ValueError(f"LoRA dropout needs 0 ≤ p < 1; got {dropout.p}")
         for name, numbers, length in (("tokens", dropout.tokens, M), ("features", dropout.features, weight.shape[1])):
             got = tuple(numbers.shape), numbers.stride(), numbers.dtype, numbers.device
             if got != ((length,), (1,), torch.int32, weight.device):
                 raise ValueError(f"LoRA dropout: {name} must be ({length},) int32 on {weight.device}, contiguous; got shape {got[0]}, "
                                  f"strides {got[1]}, {got[2]} on {got[3]}")
-        scale /= 1 - dropout.share
+        scale /= 1 - dropout.p
     return _Group(tuple(len(weight) for weight, *_ in linears), len(lora_a), scale, dropout)
 
 
@@ -724,11 +697,13 @@ def _check(x: Tensor, linears: Sequence[Adapted], choice: Choice) -> None:
 
 
 def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
-           ends: str = "", dropout: float = 0.0) -> tuple[Choice, dict[str, tuple[float, float]]]:
+           ends: str = "", dropout: float = 0.0,
+           geglu_backend: str = "torch") -> tuple[Choice, dict[str, tuple[float, float]]]:
     """Kernel or PyTorch for each operation of a group of linears, and the milliseconds of both where they were compared.
 
     kernels: "triton", "torch", or "auto": on a CUDA device whichever is faster for M rows of this shape, remembered on
     disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate" where its input is gated.
+    geglu_backend: of the gate, where PyTorch computes the linears.
     """
     if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and can_run(device))):
         return BY_PYTORCH, {}
@@ -741,19 +716,20 @@ def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dt
         raise ValueError(f"--kernels triton: the kernels take ranks 1 to 128, this is {rank}; use --kernels auto")
     if kernels == "triton":
         if device.type == "cuda":
-            for run in operations(M, I, outputs, rank, dtype, device, ends, dropout).values():
+            for run in operations(M, I, outputs, rank, dtype, device, ends, dropout, geglu_backend).values():
                 run(True)                       # compiles and tunes now, not in the first step
         return BY_TRITON, {}
 
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()                   # other kernels, other times
-    times = remembered("lora", device, [source, str(dtype), M, I, outputs, rank, ends, dropout], lambda: {
+    times = remembered("lora", device, [source, str(dtype), M, I, outputs, rank, ends, dropout, geglu_backend], lambda: {
         name: [milliseconds(lambda: run(True)), milliseconds(lambda: run(False))]              # noqa: B023
-        for name, run in operations(M, I, outputs, rank, dtype, device, ends, dropout).items()})
+        for name, run in operations(M, I, outputs, rank, dtype, device, ends, dropout, geglu_backend).items()})
     return Choice(**{name: kernel < pytorch for name, (kernel, pytorch) in times.items()}), times
 
 
 def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
-               ends: str = "", dropout: float = 0.0) -> dict[str, Callable[[bool], object]]:
+               ends: str = "", dropout: float = 0.0,
+               geglu_backend: str = "torch") -> dict[str, Callable[[bool], object]]:
     """Each operation of a group of linears on random operands, to be timed: by its name in `Choice`, by_triton → result."""
     numbers = [torch.randint(2**31, (length,), dtype=torch.int32, device=device) | 1 for length in (M, I)]
     group, O = _Group(outputs, rank, 1.0, Dropout(dropout, *numbers) if dropout else None), sum(outputs)  # noqa: E741
@@ -761,6 +737,8 @@ def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch
     x, dy, weight, a, b = draw(M, I), draw(M, O), draw(O, I), draw(len(outputs) * rank, I), draw(O, rank)
     s, t, gate_up = draw(M, len(a)), draw(M, len(a)), draw(M, 2 * I) if ends == "gate" else None
     gradient = torch.zeros(a.numel() + b.numel(), device=device)
-    return {"forward": lambda by_triton: _forward(x, weight, a, b, group, by_triton, gated=ends == "gated"),
-            "input_gradient": lambda by_triton: _input_gradient(dy, weight, a, b, group, by_triton, gate_up),
+    return {"forward": lambda by_triton: _forward(
+                x, weight, a, b, group, by_triton, gated=ends == "gated", geglu_backend=geglu_backend),
+            "input_gradient": lambda by_triton: _input_gradient(
+                dy, weight, a, b, group, by_triton, gate_up, geglu_backend=geglu_backend),
             "sums": lambda by_triton: _adapter_gradients(x, dy, s, t, group, by_triton, gradient)}

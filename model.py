@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-import cpu_kernels
-from attention_kernels import Tables, Tile, attention, plan
-from geglu_kernels import geglu
-from loss_kernels import linear_cross_entropy
-from norm_kernels import rms_norm
-from triton_support import sent
+from ops.attention import attention
+from ops.attention_tables import Tables, Tile, plan
+from ops.backend import Backends, choose_backends
+from ops.cross_entropy import linear_cross_entropy
+from ops.geglu import geglu
+from ops.rms_norm import rms_norm
+from ops.transfer import to_device_async
+from ops.weight_grad import weight_grad
 
 
 @dataclass(frozen=True)
@@ -83,44 +85,46 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float, factor: float, d
 class _TiedEmbedding(torch.autograd.Function):
     """The words' rows of the embedding, and the embedding itself for the head that is tied to it.
 
-    Both uses get one gradient of (V, D): autograd would make a second one for the rows, nearly all of it zeros. With `into`
-    that of the rows is added there.
+    Both uses get one gradient of (V, D): autograd would make a second one for the rows, nearly all of it zeros. With
+    `weight_grad_out` that of the rows is added there.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, tokens: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx, weight: Tensor, tokens: Tensor, weight_grad_out: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(tokens)
-        ctx.shape, ctx.into = weight.shape, into
+        ctx.shape, ctx.weight_grad_out = weight.shape, weight_grad_out
         ctx.set_materialize_grads(False)
         return F.embedding(tokens, weight), weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, dwords: Tensor | None, dhead: Tensor | None) -> tuple[Tensor | None, None, None]:
         [tokens] = ctx.saved_tensors
-        total = dhead if ctx.into is None else ctx.into
+        total = dhead if ctx.weight_grad_out is None else ctx.weight_grad_out
         if dwords is not None:
             total = dwords.new_zeros(ctx.shape) if total is None else total
             if total.is_cuda:
                 total.index_put_((tokens,), dwords, accumulate=True)                        # sorts the words; index_add_ there is a race
             else:
                 total.index_add_(0, tokens, dwords)
-        return total if ctx.into is None else None, None, None
+        return total if ctx.weight_grad_out is None else None, None, None
 
 
 class _LinearOfMasters(torch.autograd.Function):
     """y = x Wᵀ in x's dtype, of W in fp32, whose gradient is summed in fp32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, backend: str) -> Tensor:
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
+        ctx.backend = backend
         return F.linear(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, weight = ctx.saved_tensors
-        return dy @ weight if ctx.needs_input_grad[0] else None, cpu_kernels.weight_gradient(dy, x)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        return dx, weight_grad(dy, x, backend=ctx.backend), None
 
 
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -141,16 +145,21 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 class Linear(nn.Linear):
     """y = x Wᵀ without bias, computed in x's dtype whatever the dtype W is kept in (fp32 masters, bf16 compute)."""
 
+    backends = Backends()       # replaced by `Gemma3.set_backends`
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad and self.weight.dtype == torch.float32 and cpu_kernels.multiplies_to_fp32(x, self.out_features):
-            return _LinearOfMasters.apply(x, self.weight)
+        backend, weight = self.backends.weight_grad, self.weight
+        if backend != "torch" and weight.requires_grad and weight.dtype == torch.float32:
+            return _LinearOfMasters.apply(x, weight, backend)
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
+    backends = Backends()       # replaced by `Gemma3.set_backends`
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
@@ -158,7 +167,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None,
                 return_input: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x over its last axis, added to `residual` or turned by `rope`; with return_input x, too (`rms_norm`)."""
-        return rms_norm(x, self.weight, self.eps, residual, rope, return_input)
+        return rms_norm(x, self.weight, self.eps, residual, rope, return_input, self.backends.rms_norm)
 
 
 class Attention(nn.Module):
@@ -182,13 +191,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    backends = Backends()       # replaced by `Gemma3.set_backends`
+
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         D, F_ = config.hidden_size, config.intermediate_size
         self.gate_proj, self.up_proj, self.down_proj = Linear(D, F_), Linear(D, F_), Linear(F_, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x), self.backends.geglu))
 
 
 class Block(nn.Module):
@@ -211,9 +222,14 @@ class Block(nn.Module):
 
 
 class Gemma3(nn.Module):
-    """The language model. `forward` gives hidden states, or the loss, which projects the few rows it needs."""
+    """The language model. `forward` gives hidden states, or the loss, which projects the few rows it needs.
 
-    def __init__(self, config: GemmaConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    backends: who computes each operation; by default the fastest for PyTorch's default device. A model that is built for
+    one device and moved to another needs `set_backends`.
+    """
+
+    def __init__(self, config: GemmaConfig, compute_dtype: torch.dtype = torch.float32,
+                 backends: Backends | None = None) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.checkpoint_activations = False     # keep only what enters each layer, and compute the layer again in the backward pass
@@ -221,6 +237,14 @@ class Gemma3(nn.Module):
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.set_backends(backends or choose_backends(torch.get_default_device(), compute_dtype, config))
+
+    def set_backends(self, backends: Backends) -> None:
+        """From now on each operation is computed by the backend that is named here, in adapters too."""
+        self.backends = backends
+        for module in self.modules():
+            if isinstance(module, Linear | RMSNorm | MLP):
+                module.backends = backends
 
     @property
     def head(self) -> Tensor:
@@ -228,27 +252,32 @@ class Gemma3(nn.Module):
         return self.model.embed_tokens.weight
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor, rows: Tensor | None = None,
-                targets: Tensor | None = None, into: Tensor | None = None, plans: Plans | None = None) -> Tensor:
+                targets: Tensor | None = None, weight_grad_out: Tensor | None = None,
+                plans: Plans | None = None) -> Tensor:
         """Hidden states after the last norm, of all tokens or of those that `rows` names; with `targets` their summed loss.
 
         tokens (T) int64; documents (T), one value for each document, its tokens side by side; positions (T), each document
         counting from 0. A document that counts from n > 0 continues the first n tokens of the last one that counts from 0,
         and is computed as if it held them. Positions and documents that are kept on the CPU cost no device
         synchronisation. rows (M) int64, each once. targets, (T) or (M): as for `linear_cross_entropy`, but each of those that
-        `rows` names carries loss. into (V, D): as for `linear_cross_entropy`, of the tied embedding. plans: of `plans` for these
-        documents. Returns (T, D), or (M, D), in `compute_dtype`; with targets an fp32 scalar in nats.
+        `rows` names carries loss. weight_grad_out (V, D): as for `linear_cross_entropy`, of the tied embedding. plans: of
+        `plans` for these documents. Returns (T, D), or (M, D), in `compute_dtype`; with targets an fp32 scalar in nats.
         """
         plans = self.plans(positions, documents, tokens.device) if plans is None else plans
-        words, head = _TiedEmbedding.apply(self.head, tokens, into)
-        hidden = self._layers(words, sent(positions, tokens.device),
-                              [partial(attention, plan=plans[window]) for window in self.config.windows], rows)
-        return hidden if targets is None else linear_cross_entropy(hidden, head, targets, every_row=rows is not None, into=into)
+        words, head = _TiedEmbedding.apply(self.head, tokens, weight_grad_out)
+        attend = [partial(attention, plan=plans[window], backend=self.backends.attention) for window in self.config.windows]
+        hidden = self._layers(words, to_device_async(positions, tokens.device), attend, rows)
+        if targets is None:
+            return hidden
+        return linear_cross_entropy(hidden, head, targets, every_row=rows is not None, weight_grad_out=weight_grad_out,
+                                    backend=self.backends.cross_entropy)
 
     def plans(self, positions: Tensor, documents: Tensor, device: torch.device) -> Plans:
         """What attention needs to know of documents, for each window; arguments as for `forward`."""
         lengths = torch.unique_consecutive(documents, return_counts=True)[1]
         starts = positions[(lengths.cumsum(0) - lengths).to(positions.device)].tolist()
-        return {window: plan(lengths.tolist(), window, self.compute_dtype, device, self.config.heads, starts)
+        return {window: plan(lengths.tolist(), window, self.compute_dtype, device, self.config.heads, starts,
+                             backend=self.backends.attention)
                 for window in set(self.config.windows)}
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Sequence[Attend], rows: Tensor | None = None) -> Tensor:
@@ -264,13 +293,13 @@ class Gemma3(nn.Module):
         x = words.to(dtype) * torch.tensor(config.hidden_size ** 0.5, dtype=dtype)
         ropes = {"sliding_attention": rope_tables(positions, config.head_dim, config.rope_local_base_freq, 1.0, dtype),
                  "full_attention": rope_tables(positions, config.head_dim, config.rope_theta, config.rope_factor, dtype)}
-        again = None                                # no layer draws from a generator: nothing of its state has to be kept
+        recompute = None                            # no layer draws from a generator: its state need not be kept
         if self.checkpoint_activations and torch.is_grad_enabled():
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         last = self.model.layers[-1]
         for block, kind, attend_layer in zip(self.model.layers, config.layer_types, attend, strict=True):
             inputs = x, ropes[kind], attend_layer, rows if block is last else None
-            x = again(block, *inputs) if again else block(*inputs)
+            x = recompute(block, *inputs) if recompute else block(*inputs)
         return self.model.norm(x)
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ from evaluate import evaluate
 from inference.scoring import results_table
 from lora import TARGETS, LoRAConfig, choose_kernels, wrap
 from model import Gemma3
+from ops.compiled import has_compiler
+from ops.onednn import multiplies_bf16
 from storage.atomic import write_json
 from storage.pretrained import DTYPES, check_device, choose_dtype, fetch_model, load_model, load_tokenizer
 from tokenizer import DEVELOPER_TEXT
@@ -54,7 +56,6 @@ from training.metrics import flops, step_profiler, utilization
 from training.run import Run
 from training.run_folder import adamw_state, open_run, snapshot
 from training.run_log import DivergenceCheck, before_and_after, console_line, open_log
-from triton_support import compile_passes, has_compiler, multiplies_bf16
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
@@ -236,8 +237,6 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     run = Run(args, *init_distributed(args.device))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     restarts = all_reduce_max(restarts, run.device)                         # each machine counts its own
-    if args.compile:
-        compile_passes()
 
     # --------------------------------------------------------------------------------------------------------
     # Data: rows become examples, some of them held out.
@@ -438,7 +437,8 @@ def count_steps(args: argparse.Namespace, lengths: list[int], sampling: dict) ->
 def build_model(run: Run, model_folder: Path) -> Gemma3:
     """The model to train: with fp32 masters for `--full`, otherwise frozen and wrapped in adapters."""
     args, dtype = run.args, DTYPES[run.args.dtype]
-    model = load_model(model_folder, dtype, run.device, master_dtype=torch.float32 if args.full else dtype)
+    master_dtype = torch.float32 if args.full else dtype
+    model = load_model(model_folder, dtype, run.device, master_dtype, compiled=args.compile)
     method = "full"
     if not args.full:
         targets = tuple(args.lora_targets.split(","))

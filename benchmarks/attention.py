@@ -6,7 +6,7 @@
 Documents are as long as xLAM's rows, 400 tokens on average; heads are Gemma 3 270M's, four of 256 on one kv head. Operands
 are the same, each way's in its own layout, made before the clock starts; so are plans and masks.
 
-    ours       attention_kernels.py by Triton; "ours, PyTorch" by its tiles
+    ours       ops/attention.py by Triton; "ours, PyTorch" by its tiles
     varlen     torch.nn.attention.varlen: FlashAttention with the documents' borders
     flex       FlexAttention, compiled (not on a CPU), with a mask of blocks from documents and window
     padded     scaled_dot_product_attention on rows padded to the longest
@@ -38,9 +38,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from clock import Clock  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
-from attention_kernels import attention, attention_reference, plan, tables, tile  # noqa: E402
+from ops.attention import attention, attention_reference  # noqa: E402
+from ops.attention_tables import plan, tables, tile  # noqa: E402
+from ops.triton_utils import INTERPRETED, triton  # noqa: E402
 from training.host import device_name  # noqa: E402
-from triton_support import INTERPRETED, triton  # noqa: E402
 
 BOUND = 2e-2                                    # of a relative error; bf16 makes up to 1e-2
 NAMES = "o", "dq", "dk", "dv"
@@ -76,7 +77,7 @@ class Way:
 def ours(case: Case) -> Way:
     interpreted = case.device.type == "cpu"
     return Way(partial(attention, scale=case.scale, plan=tables(case.lengths, case.window, case.device) if interpreted else
-                       plan(case.lengths, case.window, case.dtype, case.device, case.heads)))
+                       plan(case.lengths, case.window, case.dtype, case.device, case.heads, backend="triton"), backend="triton"))
 
 
 def ours_by_pytorch(case: Case) -> Way:

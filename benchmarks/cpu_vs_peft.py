@@ -41,16 +41,16 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cpu_kernels  # noqa: E402
 import train  # noqa: E402
 from dataset import sampler  # noqa: E402
 from dataset.examples import Example  # noqa: E402
+from ops.compiled import has_compiler  # noqa: E402
+from ops.cpu import build  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from storage.pretrained import DTYPES, choose_dtype, load_model  # noqa: E402
 from training.host import MALLOC, PRIMITIVE_CACHES, device_name  # noqa: E402
 from training.load_data import load_datasets  # noqa: E402
 from training.run import Run  # noqa: E402
-from triton_support import has_compiler  # noqa: E402
 
 WARMUP_STEPS = 1
 
@@ -240,7 +240,7 @@ def main() -> None:
             elif args.device == "cpu":
                 if (cores := torch.get_num_threads()) > 1 and not args.full:
                     ways["ours, a process a core"] = (args.steps, [], cores)
-                if has_compiler() and not (args.dtype == "bf16" and cpu_kernels.takes()):           # or it has nothing to do
+                if has_compiler() and not (args.dtype == "bf16" and build.is_preferred()):           # or it has nothing to do
                     ways |= {f"{name}, --compile": (steps, ["--compile"], processes) for name, (steps, _, processes) in ways.items()}
             runs: dict[str, list] = {name: [] for name in (*ways, "peft")}
             for _ in range(args.repeats):

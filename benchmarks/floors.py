@@ -32,7 +32,7 @@ from tables import add_result_flags, keep_result  # noqa: E402
 import lora_kernels  # noqa: E402
 
 LAYERS, GLOBAL_LAYERS = 18, 3
-KERNEL_FILES = ("attention_kernels", "lora_kernels", "loss_kernels", "norm_kernels", "geglu_kernels")
+KERNEL_FILES = ("ops.attention", "lora_kernels", "ops.cross_entropy", "ops.rms_norm", "ops.geglu")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from attention_kernels import attention, attention_reference, plan, tables, tile  # noqa: E402
-from geglu_kernels import geglu, geglu_reference  # noqa: E402
 from lora_kernels import (  # noqa: E402
     BY_PYTORCH,
     BY_TRITON,
@@ -25,8 +23,11 @@ from lora_kernels import (  # noqa: E402
     lora_mlp,
     lora_mlp_reference,
 )
-from loss_kernels import IGNORE, linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
-from norm_kernels import rms_norm, rms_norm_reference, rotate  # noqa: E402
+from ops.attention import attention, attention_reference  # noqa: E402
+from ops.attention_tables import plan, tables, tile  # noqa: E402
+from ops.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference  # noqa: E402
+from ops.geglu import geglu, geglu_reference  # noqa: E402
+from ops.rms_norm import rms_norm, rms_norm_reference, rotate  # noqa: E402
 
 SCALE = 1.5             # of the adapters
 
@@ -85,7 +86,7 @@ def norm(draw: Draw, s: Sizes, trained: bool = False, residual: bool = False) ->
         tensors["residual"] = draw(s.T, s.D)
 
     def kernel(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        return rms_norm(x, weight, 1e-6, residual, by_triton=True)
+        return rms_norm(x, weight, 1e-6, residual, backend="triton")
 
     def definition(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
         y = rms_norm_reference(x, weight, 1e-6)
@@ -105,7 +106,7 @@ def rotated_norm(draw: Draw, s: Sizes) -> Case:
         return qkv[:, :N * H].view(s.T, N, H)
 
     def kernel(qkv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rms_norm(queries(qkv), weight, 1e-6, rope=(cos, sin), by_triton=True)
+        return rms_norm(queries(qkv), weight, 1e-6, rope=(cos, sin), backend="triton")
 
     def definition(qkv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(rms_norm_reference(queries(qkv), weight, 1e-6), cos, sin)
@@ -114,7 +115,7 @@ def rotated_norm(draw: Draw, s: Sizes) -> Case:
 
 
 def gate(draw: Draw, s: Sizes) -> Case:
-    return Case(lambda wide: geglu(*wide.chunk(2, 1), by_triton=True),
+    return Case(lambda wide: geglu(*wide.chunk(2, 1), backend="triton"),
                 lambda wide: geglu_reference(*wide.chunk(2, 1)), {"wide": draw(s.T, 2 * s.F)}, ["wide"])
 
 
@@ -156,13 +157,13 @@ def packed_attention(draw: Draw, s: Sizes, local: bool, layout: str, lengths: Se
     if draw.device.type == "cpu":               # for the interpreter: `plan` is for PyTorch there
         kernels = tables(lengths, window, draw.device, starts)
     else:
-        kernels = plan(lengths, window, draw.dtype, draw.device, s.heads, starts)
+        kernels = plan(lengths, window, draw.dtype, draw.device, s.heads, starts, backend="triton")
 
     def definition(dtype: torch.dtype) -> Callable[..., Tensor]:
         tiles = tile(lengths, window, dtype, draw.device, starts)
         return lambda q, k, v: attention_reference(q, k, v, scale, tiles)
 
-    return Case(lambda q, k, v: attention(q, k, v, scale, kernels), definition(draw.dtype),
+    return Case(lambda q, k, v: attention(q, k, v, scale, kernels, "triton"), definition(draw.dtype),
                 {"q": draw(T, N, H), "k": draw(T, K, H), "v": draw(T, K, H)}, ["q", "k", "v"],
                 definition(torch.float64))
 
@@ -193,7 +194,7 @@ def head(draw: Draw, s: Sizes, trained: bool, idle: float = 0.2) -> Case:
     def in_64(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
 
-    return Case(lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, by_triton=True),
+    return Case(lambda hidden, weight: linear_cross_entropy(hidden, weight, targets, backend="triton"),
                 lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, targets),
                 {"hidden": draw(s.M, s.D), "weight": weight}, ["hidden", *["weight"] * trained], in_64)
 

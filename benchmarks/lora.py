@@ -40,12 +40,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from clock import Clock  # noqa: E402
 from tables import add_result_flags, keep_result  # noqa: E402
 
-import geglu_kernels  # noqa: E402
 import lora_kernels as kernels  # noqa: E402
-from geglu_kernels import geglu, geglu_gradient, geglu_reference  # noqa: E402
 from lora_kernels import BY_PYTORCH, BY_TRITON, Adapted, Choice, lora_linear_reference, lora_linears, lora_mlp  # noqa: E402
+from ops import geglu as geglu_module  # noqa: E402
+from ops.geglu import geglu_gradient, geglu_reference  # noqa: E402
+from ops.triton_utils import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
 from training.host import device_name  # noqa: E402
-from triton_support import INTERPRETED, can_run, jit, load_tile, precision, tl, triton, tuned  # noqa: E402
 
 SCALE = 1.5                                     # of the adapters
 BOUND = 2e-2                                    # of a relative error; bf16 makes up to 1e-2
@@ -130,11 +130,14 @@ def shrink_expand(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return out, narrow
 
 
+def geglu_backend(x: Tensor) -> str:
+    """Of the gate, where PyTorch computes the linears."""
+    return "triton" if x.is_cuda else "torch"
+
+
 def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, again: bool = True) -> tuple[Tensor | None, Tensor | None]:
     """h (M, N), unless not again, and of dh [dgate | dup] (M, 2N): in one pass where Triton runs."""
-    if can_run(gate.device):
-        return geglu_kernels.geglu_pass(gate, up, dh, value=again)
-    return geglu(gate, up, False) if again else None, None if dh is None else geglu_gradient(dh, gate, up, False)
+    return geglu_module.geglu_pass(gate, up, dh, again, "triton" if can_run(gate.device) else "torch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def unfused(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def ours(group: Group, x: Tensor, linears: Sequence[Adapted], choice: Choice) -> Sequence[Tensor]:
     if group.down:
-        return [lora_mlp(x, *linears, SCALE, choices=(choice, choice))]
+        return [lora_mlp(x, *linears, SCALE, choices=(choice, choice), geglu_backend=geglu_backend(x))]
     return [OurGateUp.apply(x, linears, choice, *(t for of in linears for t in of[1:]))] if group.gated else \
         lora_linears(x, linears, SCALE, choice=choice)
 
@@ -177,7 +180,7 @@ class OurGateUp(torch.autograd.Function):
     def forward(ctx, x, linears, choice, *adapters):
         ctx.group, ctx.choice = kernels._group(linears, SCALE, None, len(x)), choice
         weight, a, b = kernels._below([of[0] for of in linears]), *kernels._narrow(adapters, None, x.dtype)
-        gate_up, s, h = kernels._forward(x, weight, a, b, ctx.group, choice.forward, gated=True)
+        gate_up, s, h = kernels._forward(x, weight, a, b, ctx.group, choice.forward, gated=True, geglu_backend=geglu_backend(x))
         ctx.save_for_backward(x, weight, a, b, gate_up, s)
         return h
 
@@ -185,7 +188,7 @@ class OurGateUp(torch.autograd.Function):
     def backward(ctx, dh):
         x, weight, a, b, gate_up, s = ctx.saved_tensors
         halves = gate_up.chunk(2, dim=1)
-        dgate_up = geglu_pass(*halves, dh, again=False)[1] if ctx.choice == BY_TRITON else geglu_gradient(dh, *halves, by_triton=False)
+        dgate_up = geglu_pass(*halves, dh, again=False)[1] if ctx.choice == BY_TRITON else geglu_gradient(dh, *halves, geglu_backend(dh))
         dx, t = kernels._input_gradient(dgate_up, weight, a, b, ctx.group, ctx.choice.input_gradient)
         gradients = kernels._adapter_gradients(x, dgate_up, s, t, ctx.group, ctx.choice.sums)
         return dx, None, None, *(gradient.float() for gradient in gradients)

@@ -40,6 +40,7 @@ from dataset.prefix_sharing import lexicographic_order  # noqa: E402
 from dataset.rows import read_sources  # noqa: E402
 from lora import LoRAConfig, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
+from ops.backend import choose_backends  # noqa: E402
 from storage.pretrained import load_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import loss_sum  # noqa: E402
@@ -57,7 +58,7 @@ RING = {"all_reduce": 2, "all_gather_single": 1, "reduce_scatter_single": 1, "al
 def build(model: str, way: str, device: torch.device) -> Gemma3:
     dtype = torch.bfloat16 if way == "lora" else torch.float32
     if model in SHAPES:
-        made = Gemma3(SHAPES[model], torch.bfloat16)
+        made = Gemma3(SHAPES[model], torch.bfloat16, choose_backends(device, torch.bfloat16, SHAPES[model]))
         made.init_weights(torch.Generator().manual_seed(0))
         made = made.to(device, dtype)
     else:

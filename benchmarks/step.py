@@ -21,8 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -39,14 +38,11 @@ from clock import conditions  # noqa: E402
 from cpu_vs_peft import padded  # noqa: E402
 from tables import add_result_flags, keep_result, result_file  # noqa: E402
 
-import attention_kernels  # noqa: E402
-import geglu_kernels  # noqa: E402
-import loss_kernels  # noqa: E402
-import norm_kernels  # noqa: E402
 from data import pack  # noqa: E402
 from dataset.examples import Example  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
 from model import Gemma3, GemmaConfig  # noqa: E402
+from ops.backend import Backends, choose_backends  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from train import loss_sum  # noqa: E402
 from training.cuda_graph import RecordedMicroBatches  # noqa: E402
@@ -54,10 +50,10 @@ from training.distributed import AllReduceGradients  # noqa: E402
 from training.host import peak_gib  # noqa: E402
 from training.metrics import flops, utilization  # noqa: E402
 
-# A rung of the ladder: the kernel files that may use Triton, and who computes the adapters.
-SIMPLE = (norm_kernels, geglu_kernels)
-EVERY = (*SIMPLE, attention_kernels, loss_kernels)
-LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, attention_kernels), "torch"),
+# A rung of the ladder: the operations that use the device's fastest backend, the others PyTorch; and who computes the adapters.
+SIMPLE = ("rms_norm", "geglu")
+EVERY = (*SIMPLE, "attention", "cross_entropy", "weight_grad")
+LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, "attention"), "torch"),
           "+ loss": (EVERY, "torch"), "+ LoRA, whichever is faster": (EVERY, "auto"), "LoRA by Triton alone": (EVERY, "triton")}
 TINY = GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32)
 SIZES = (1_024, 4_096, 8_192, 33_792, 65_536)          # tokens of a step
@@ -102,32 +98,23 @@ def weights(config: GemmaConfig) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def start(config: GemmaConfig, device: torch.device, full: bool) -> Gemma3:
-    """Our model with these weights, in fp32 where every parameter is trained."""
+def start(config: GemmaConfig, device: torch.device, full: bool, fastest: tuple[str, ...] = EVERY) -> Gemma3:
+    """Our model with these weights, in fp32 where every parameter is trained.
+
+    fastest: the operations that use the device's fastest backend; the others use PyTorch.
+    """
+    chosen = choose_backends(device, torch.bfloat16, config)
     with torch.device("meta"):
-        model = Gemma3(config, torch.bfloat16)
+        model = Gemma3(config, torch.bfloat16, Backends(**{name: getattr(chosen, name) for name in fastest}))
     dtype = torch.float32 if full else torch.bfloat16
     model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in weights(config).items()}, assign=True)
     return model.train()
 
 
-@contextmanager
-def only(modules: Sequence) -> Iterator[None]:
-    """Triton's kernels run in these kernel files alone."""
-    usual = norm_kernels.can_run
-    for module in EVERY:
-        module.can_run = usual if module in modules else lambda device: False
-    try:
-        yield
-    finally:
-        for module in EVERY:
-            module.can_run = usual
-
-
 def training_step(config: GemmaConfig, device: torch.device, tokens: int, full: bool, lora: str,
-                  recorded: bool = False) -> tuple[Callable[[int], tuple[Tensor, Tensor]], float]:
+                  recorded: bool = False, fastest: tuple[str, ...] = EVERY) -> tuple[Callable[[int], tuple[Tensor, Tensor]], float]:
     """A function that takes the step of a number and returns loss and gradient norm; and a step's FLOPs."""
-    model = start(config, device, full)
+    model = start(config, device, full, fastest)
     if not full:
         wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
         choose_kernels(model, lora if device.type == "cuda" else "torch", tokens)
@@ -153,12 +140,11 @@ def training_step(config: GemmaConfig, device: torch.device, tokens: int, full: 
     return step, flops(model, batches[0])
 
 
-def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, kernels: tuple, lora: str,
-         recorded: bool = False) -> dict:
+def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, fastest: tuple[str, ...],
+         lora: str, recorded: bool = False) -> dict:
     device = torch.device(args.device)
-    with only(kernels):
-        step, work = training_step(config, device, tokens, full, lora, recorded)
-        made = timed(step, args.steps, device, reserved=recorded)
+    step, work = training_step(config, device, tokens, full, lora, recorded, fastest)
+    made = timed(step, args.steps, device, reserved=recorded)
     wrong = fault(config, device, tokens, made["losses"][0])
     return made | rates(tokens, work, made["seconds"], device) | wrong
 
@@ -187,7 +173,7 @@ def first_losses(config: GemmaConfig, device: torch.device, tokens: int) -> tupl
     By PyTorch alone, row after row, each computed by itself. How far is a root mean square, in nats.
     """
     def losses(dtype: torch.dtype) -> Tensor:
-        model = start(config, device, full=False)
+        model = start(config, device, full=False, fastest=())
         model.compute_dtype = dtype
         model.to(dtype)
         made = []
@@ -196,9 +182,8 @@ def first_losses(config: GemmaConfig, device: torch.device, tokens: int) -> tupl
             made.append(token_losses(model(*inputs), model.head, targets))
         return torch.cat(made)
 
-    with only(()):
-        exact = losses(torch.float32)
-        return exact, rms(losses(torch.bfloat16) - exact)
+    exact = losses(torch.float32)
+    return exact, rms(losses(torch.bfloat16) - exact)
 
 
 def rms(x: Tensor) -> float:

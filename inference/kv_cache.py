@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_kernels import attention, plan
 from data import side_by_side
 from model import Gemma3
-from triton_support import in_blocks
+from ops.attention import attention
+from ops.attention_tables import plan
+from ops.onednn import pack_onednn_weight
 
 PREFILL_TOKENS = 8_192          # tokens of a forward pass over prompts, unless one prompt alone is longer
 MIN_SHARED_PREFIX_TOKENS = 64   # a shared prefix of fewer tokens is not worth a forward pass of its own
@@ -81,7 +82,8 @@ def prefill(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> lis
     else:
         documents, starts, keys_only = lengths, None, 0
     plans = {
-        window: plan(documents, window, model.compute_dtype, device, model.config.heads, starts, keys_only)
+        window: plan(documents, window, model.compute_dtype, device, model.config.heads, starts, keys_only,
+                     model.backends.attention)
         for window in set(windows)}
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int) -> Tensor:
@@ -89,7 +91,7 @@ def prefill(model: Gemma3, prefix: Prefix, rows: Sequence[Sequence[int]]) -> lis
         values.append(v.split(lengths))
         k = torch.cat((prefix.keys[layer], k))
         v = torch.cat((prefix.values[layer], v))
-        return attention(q, k, v, scale, plans[windows[layer]])
+        return attention(q, k, v, scale, plans[windows[layer]], model.backends.attention)
 
     tokens = torch.tensor(list(itertools.chain(*rows)), device=device)
     positions, _ = side_by_side(lengths, start)
@@ -143,7 +145,7 @@ def output_projection(model: Gemma3) -> Callable[[Tensor], Tensor]:
     is packed in oneDNN's own layout, and gives the same logits; packing takes 0.2 s and makes a second copy.
     """
     head = model.head.to(model.compute_dtype)
-    return in_blocks(head) or (lambda hidden: F.linear(hidden, head))
+    return pack_onednn_weight(head) or (lambda hidden: F.linear(hidden, head))
 
 
 class KVCache:

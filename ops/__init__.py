@@ -1,0 +1,1 @@
+"""The operations of the model, one a file: the definition, Triton kernels, C++ and PyTorch."""

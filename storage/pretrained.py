@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from model import Gemma3, GemmaConfig
+from ops.backend import choose_backends
+from ops.onednn import multiplies_bf16
 from storage import hub
 from storage.atomic import atomic_file, read_json_object, write_json
 from storage.tensors import read_tensors, write_tensors
 from tokenizer import Tokenizer
-from triton_support import multiplies_bf16
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS = "model.safetensors"
@@ -192,11 +193,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
-               master_dtype: torch.dtype | None = None) -> Gemma3:
+               master_dtype: torch.dtype | None = None, compiled: bool = False) -> Gemma3:
     """The model in a folder of the published layout (config.json and model*.safetensors), in eval mode.
 
     dtype: what it computes in. master_dtype: what its parameters are kept in, `dtype` by default; full
-    fine-tuning wants fp32 masters with bf16 compute. Raises FileNotFoundError or ValueError naming the file.
+    fine-tuning wants fp32 masters with bf16 compute. compiled: as for
+    `choose_backends`. Raises FileNotFoundError or ValueError naming the file.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -211,7 +213,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
                                  "fetch the model again")
             weights[name] = tensor.to(device=device, dtype=master_dtype or dtype)
     with torch.device("meta"):
-        model = Gemma3(config, compute_dtype=dtype)
+        model = Gemma3(config, dtype, choose_backends(torch.device(device), dtype, config, compiled))
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:

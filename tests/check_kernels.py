@@ -30,16 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import attention_kernels
-import geglu_kernels
 import lora_kernels
-import loss_kernels
-import norm_kernels
-from triton_support import fitting, triton
+from ops import attention, attention_tables, triton_utils
+from ops import cross_entropy as cross_entropy_module
+from ops import geglu as geglu_module
+from ops import rms_norm as rms_norm_module
+from ops.triton_utils import fitting, triton
 
 SHARED_KIB = {80: 163, 90: 227}     # what one program may have on an A100 and an H100; an SM has 1 KiB more
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-SCALARS = {"scale": "fp32", "least": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
+SCALARS = {"scale": "fp32", "threshold": "i32", "M": "i32", "M_BUCKET": "i32", "rows_a_split": "i32", "eps": "fp32",
            "splits_a": "i32", "splits_b": "i32",
            "stride_t": "i32", "gate_row": "i32", "up_row": "i32", "rows_a_program": "i32", "factor": "fp32", "offset": "i32", "T": "i32"}
 
@@ -53,12 +53,13 @@ def launches() -> list[tuple[str, object, dict]]:
     """(what for, kernel, arguments by name) of every launch of a step."""
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
-    seen, usual = [], (Autotuner.run, JITFunction.run)
+    seen, usual, interpreted = [], (Autotuner.run, JITFunction.run), triton_utils.INTERPRETED
 
     def note(kernel: Autotuner | JITFunction, *args, grid, warmup, **kwargs) -> None:
         seen.append((what, kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
 
     Autotuner.run = JITFunction.run = note
+    triton_utils.INTERPRETED = True             # or the operations would refuse a CPU's tensors
     try:
         for dtype in (torch.bfloat16, torch.float32):
             tables = torch.empty(256, 1, 256, dtype=dtype), torch.empty(256, 1, 256, dtype=dtype)
@@ -69,19 +70,19 @@ def launches() -> list[tuple[str, object, dict]]:
                 what = f"{name} {str(dtype).removeprefix('torch.')}"
                 x = torch.empty(shape, dtype=dtype, requires_grad=True)
                 w = torch.empty(shape[-1], dtype=weight or torch.float32, requires_grad=weight is None)
-                made = norm_kernels.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, returned, by_triton=True)
+                made = rms_norm_module.rms_norm(x, w, 1e-6, torch.empty_like(x) if residual else None, rope, returned, "triton")
                 sum(part.sum() for part in (made if returned else [made])).backward()
         for dtype in (torch.bfloat16, torch.float32):
             what = f"geglu {str(dtype).removeprefix('torch.')}"
             gate, up = torch.empty(256, 4096, dtype=dtype, requires_grad=True).chunk(2, dim=1)
-            geglu_kernels.geglu(gate, up, by_triton=True).sum().backward()
+            geglu_module.geglu(gate, up, "triton").sum().backward()
         for (window, N, K), card in itertools.product(((512, 4, 1), (None, 4, 1), (512, 4, 4), (512, 8, 4)), SHARED_KIB):
             what = f"{'local' if window else 'global'} {N}/{K} bfloat16 sm_{card}"          # 8/4: Gemma 3 4B
             q, k, v = (torch.empty(256, heads, 256, dtype=torch.bfloat16, requires_grad=True) for heads in (N, K, K))
-            rows, keys = (attention_kernels.ROWS, attention_kernels.KEYS) if card >= 90 else (
-                attention_kernels.OLDER_ROWS, attention_kernels.OLDER_KEYS)
-            table = attention_kernels.tables([100, 156], window, torch.device("cpu"), None, 0, rows * K // N, keys)
-            attention_kernels.attention(q, k, v, 0.0625, table).sum().backward()
+            rows, keys = (attention_tables.ROWS, attention_tables.KEYS) if card >= 90 else (
+                attention_tables.OLDER_ROWS, attention_tables.OLDER_KEYS)
+            table = attention_tables.tables([100, 156], window, torch.device("cpu"), None, 0, rows * K // N, keys)
+            attention.attention(q, k, v, 0.0625, table, "triton").sum().backward()
         for dtype, rank, dropout in ((torch.bfloat16, 16, 0.0), (torch.bfloat16, 128, 0.0), (torch.bfloat16, 16, 0.1), (torch.float32, 16, 0.0)):
             for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),  # noqa: E741
                                            ("gate_up", 640, (2048, 2048), "gated"), ("down", 2048, (640,), "gate")):
@@ -91,9 +92,10 @@ def launches() -> list[tuple[str, object, dict]]:
         for dtype, trained in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
             what = f"head{' trained' if trained else ''} {str(dtype).removeprefix('torch.')}"          # a multiple of the spans, as 262,144 is
             hidden, weight = torch.empty(256, 640, dtype=dtype, requires_grad=True), torch.empty(4096, 640, dtype=dtype, requires_grad=trained)
-            loss_kernels.linear_cross_entropy(hidden, weight, torch.zeros(256, dtype=torch.int64), by_triton=True)
+            cross_entropy_module.linear_cross_entropy(hidden, weight, torch.zeros(256, dtype=torch.int64), backend="triton")
     finally:
         Autotuner.run, JITFunction.run = usual
+        triton_utils.INTERPRETED = interpreted
     return seen
 
 
@@ -140,8 +142,9 @@ def compile_one(job: tuple[str, str, str, dict, dict, int]) -> dict:
     ptx = made.asm["ptx"]
     reads = [int(width) // 8 * int(vector or 1) for vector, width in re.findall(r"ld\.global[\w:.]*?(?:\.v(\d))?\.[bufs](\d+)", ptx)]
     reads += [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[\w:.]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)]
+    module = module.removeprefix("ops.").removesuffix("_kernels")
     return {"launch": (name, str(arguments), capability),
-            "what": what, "kernel": f"{module.removesuffix('_kernels')}{name.removesuffix('_kernel')}",
+            "what": what, "kernel": f"{module}{name.removesuffix('_kernel')}",
             "card": f"sm_{capability}", "config": " ".join(map(str, config.values())),
             "registers": registers,
             "programs": programs(registers, warps, made.metadata.shared / 1024, capability),
@@ -162,7 +165,7 @@ def wrong(made: dict) -> str:
         (f"{made['spilled']} bytes spilled", made["spilled"] and not made.get("excused")),
         ("too much shared memory", made["too_large"]),
         ("no tensor cores", not made["tensor_cores"] and "float32" not in made["what"]
-         and not made["kernel"].startswith(("norm", "geglu", "lora_add_splits"))),
+         and not made["kernel"].startswith(("rms_norm", "geglu", "lora_add_splits"))),
         (f"{made['narrow_reads']} reads of {made['narrowest_read']} bytes", made["narrow_reads"] > 4)) if bad)
 
 
@@ -194,7 +197,7 @@ def main(everything: bool, files: list[str]) -> int:
                       reads="reads of bytes", wrong=""))
     groups: dict[tuple, list[dict]] = {}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        wanted = [job for job in jobs() if not files or job[1].removesuffix("_kernels") in files]
+        wanted = [job for job in jobs() if not files or job[1].removeprefix("ops.").removesuffix("_kernels") in files]
         compiled = list(pool.map(compile_one, wanted))
         excused = excuse_spills(compiled) if triton.__version__ != pinned_triton() else []
         for made in compiled:

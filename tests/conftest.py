@@ -15,9 +15,9 @@ os.environ.setdefault("GLIBC_TUNABLES", "")        # train.py need not start its
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
 
-import cpu_kernels  # noqa: E402
-import triton_support  # noqa: E402
-from triton_support import has_compiler  # noqa: E402
+from ops import triton_utils  # noqa: E402
+from ops.compiled import has_compiler  # noqa: E402
+from ops.cpu import build  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -25,7 +25,7 @@ INTERPRETED = pytest.mark.skipif(CUDA, reason="the kernels are interpreted where
 INTERPRETER = pytest.param("cpu", marks=INTERPRETED)
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="SKIPPED: no CUDA device")])
 NEEDS_COMPILER = pytest.mark.skipif(not has_compiler(), reason="SKIPPED: no C++ compiler")
-NEEDS_CPP = pytest.mark.skipif(cpu_kernels.library() is None, reason="SKIPPED: no g++, or a CPU without AVX512-BF16 or with AMX")
+NEEDS_CPP = pytest.mark.skipif(build.library() is None, reason="SKIPPED: no g++, or a CPU without AVX512-BF16")
 REAL_MODEL = Path(os.environ.get("REAL_MODEL", Path.home() / ".cache/nano-functiongemma/gemma-3-270m"))
 
 
@@ -46,9 +46,9 @@ def torchrun(processes: int, program: str, *arguments, **more) -> subprocess.Com
 @pytest.fixture(scope="session", autouse=True)
 def quick_tuning():
     """The autotuner times a configuration for two milliseconds, not forty: tests want right, not fast."""
-    usual, triton_support.TUNING_MS = triton_support.TUNING_MS, (0.5, 1.5)
+    usual, triton_utils.TUNING_MS = triton_utils.TUNING_MS, (0.5, 1.5)
     yield
-    triton_support.TUNING_MS = usual
+    triton_utils.TUNING_MS = usual
 
 
 @pytest.fixture(scope="session")
@@ -104,22 +104,16 @@ def poisoned():
 
 
 @pytest.fixture
-def no_cpp(monkeypatch):
-    """A CPU for which cpu_kernels.cpp is not."""
-    monkeypatch.setattr(cpu_kernels, "library", lambda: None)
-
-
-@pytest.fixture
 def mutant_cpp(tmp_path, monkeypatch):
-    """(a piece of cpu_kernels.cpp, another): from now on it has the one in place of the other."""
+    """(a piece of ops/cpu/kernels.cpp, another): from now on it has the second in place of the first."""
     def make(sound, broken):
-        source = (ROOT / "cpu_kernels.cpp").read_text(encoding="utf-8")
+        source = (ROOT / "ops/cpu/kernels.cpp").read_text(encoding="utf-8")
         assert source.count(sound) == 1, sound
         path = tmp_path / "mutant.cpp"
         path.write_text(source.replace(sound, broken), encoding="utf-8")
         monkeypatch.setenv("NANO_FUNCTIONGEMMA_CACHE", str(tmp_path))
-        library = cpu_kernels.compiled(path)
-        monkeypatch.setattr(cpu_kernels, "library", lambda: library)
+        library = build.compiled(path)
+        monkeypatch.setattr(build, "library", lambda: library)
     return make
 
 

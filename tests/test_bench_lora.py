@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import INTERPRETED, ROOT, load
 
-from triton_support import triton
+from ops.triton_utils import triton
 
 CPU = torch.device("cpu")
 PROGRAM = ROOT / "benchmarks" / "lora.py"

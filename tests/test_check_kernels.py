@@ -2,9 +2,9 @@
 import pytest
 from conftest import ROOT, load
 
-import triton_support
+from ops import triton_utils
 
-pytestmark = pytest.mark.skipif(triton_support.triton is None, reason="no Triton for this platform")
+pytestmark = pytest.mark.skipif(triton_utils.triton is None, reason="no Triton for this platform")
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from conftest import INTERPRETED, ROOT, load
 
-from attention_kernels import tables
-from geglu_kernels import geglu_reference
-from norm_kernels import rms_norm_reference, rotate
-from triton_support import triton
+from ops.attention_tables import tables
+from ops.geglu import geglu_reference
+from ops.rms_norm import rms_norm_reference, rotate
+from ops.triton_utils import triton
 
 DOC = (ROOT / "docs" / "derivations.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", DOC, re.DOTALL | re.MULTILINE)

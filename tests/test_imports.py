@@ -8,11 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
 ORDER = (
     ("ops",),
-    ("triton_support",),
-    ("tokenizer", "cpu_kernels"),
-    ("geglu_kernels",),
-    ("attention_kernels", "lora_kernels", "loss_kernels", "norm_kernels"),
-    ("model",),
+    ("tokenizer", "lora_kernels", "model"),
     ("lora",),
     ("storage",),
     ("dataset",),

@@ -17,17 +17,17 @@ from lora import (
     LoRAMLP,
     adapters,
     choose_kernels,
-    draw,
     flat_adapters,
     merge,
-    odd_numbers,
+    set_dropout_masks,
     wrap,
 )
 from lora_kernels import BY_PYTORCH, BY_TRITON, Choice
 from model import Linear
+from ops.dropout import odd_hashes
+from ops.onednn import pack_onednn_weight
 from storage.pretrained import load_model
 from training.distributed import AllReduceGradients
-from triton_support import in_blocks
 
 
 def test_wrapping_trains_adapters_alone_and_starts_at_the_base_model(demo, generator):
@@ -66,8 +66,8 @@ def test_rank_stabilised_scale_divides_by_the_root():
 # What runs where
 
 
-def wrapped(demo, **config):
-    model = load_model(demo / "model", torch.float32)
+def wrapped(demo, device="cpu", **config):
+    model = load_model(demo / "model", torch.float32, device)
     wrap(model, LoRAConfig(rank=4, **config), torch.Generator().manual_seed(0))
     for _, adapter in adapters(model):
         adapter.lora_b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
@@ -105,7 +105,7 @@ def test_every_operation_of_a_model_can_be_chosen(demo, monkeypatch):
     lines = choose_kernels(model, "auto", 64)
     D, F = model.config.hidden_size, model.config.intermediate_size
     q, k = (heads * model.config.head_dim for heads in (model.config.num_attention_heads, model.config.num_key_value_heads))
-    assert [(kernels, rows, inputs, outputs, ends) for kernels, rows, inputs, outputs, _, _, _, ends, _ in asked] == [
+    assert [(kernels, rows, inputs, outputs, ends) for kernels, rows, inputs, outputs, _, _, _, ends, *_ in asked] == [
         ("auto", 64, D, (q, k, k), ""), ("auto", 64, q, (D,), ""), ("auto", 64, D, (F, F), "gated"), ("auto", 64, F, (D,), "gate")]
     assert len(lines) == 4 and "torch (2.000 against 1.000 ms)" in lines[0] and "triton (1.000 against 2.000 ms)" in lines[1]
     block = model.model.layers[-1]
@@ -119,12 +119,12 @@ def test_a_cpu_computes_by_pytorch_unless_told_otherwise(demo, monkeypatch):
     assert choose_kernels(model, "auto", 64) == [] and model.model.layers[0].self_attn.choice == BY_PYTORCH
     choose_kernels(model, "triton", 64)                    # under the interpreter
     assert model.model.layers[0].mlp.choices == (BY_TRITON, BY_TRITON)
-    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    monkeypatch.setattr("ops.triton_utils.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"--kernels triton: .* need a CUDA device .* this is cpu; use --kernels auto"):
         choose_kernels(model, "triton", 64)
 
 
-@pytest.mark.skipif(in_blocks(torch.zeros(1, 1, dtype=torch.bfloat16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks")
+@pytest.mark.skipif(pack_onednn_weight(torch.zeros(1, 1, dtype=torch.bfloat16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks")
 def test_a_cpu_multiplies_by_weights_in_blocks_unless_told_otherwise_or_to_save_memory(demo):
     model = wrapped(demo).to(torch.bfloat16)
     block = model.model.layers[0]
@@ -139,8 +139,8 @@ def test_a_cpu_multiplies_by_weights_in_blocks_unless_told_otherwise_or_to_save_
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_a_model_computes_the_same_with_kernels_and_with_pytorch(demo, generator, dropout, device):
     """Logits and every gradient."""
-    model, ids = wrapped(demo, dropout=dropout).train().to(device), torch.randint(110, 1000, (1, 24), generator=generator).to(device)
-    draw(model, lambda: torch.arange(24, dtype=torch.int32), 0)
+    model, ids = wrapped(demo, device, dropout=dropout).train(), torch.randint(110, 1000, (1, 24), generator=generator).to(device)
+    set_dropout_masks(model, lambda: torch.arange(24, dtype=torch.int32), 0)
     results = []
     for kernels in ("torch", "triton"):
         choose_kernels(model, kernels, 24)
@@ -214,7 +214,7 @@ def test_gradients_added_in_the_buffer_are_those_that_autograd_adds(demo, genera
     for tokens in (24, 9):
         ids = torch.randint(110, 1000, (1, tokens), generator=generator)
         for one in (model, apart):
-            draw(one, lambda tokens=tokens: torch.arange(tokens, dtype=torch.int32), tokens)
+            set_dropout_masks(one, lambda tokens=tokens: torch.arange(tokens, dtype=torch.int32), tokens)
             one.logits(ids).square().mean().backward()
     for name, view in zip(wanted, views, strict=True):
         mine, theirs = (one.get_parameter(name).grad for one in (model, apart))
@@ -352,7 +352,7 @@ def test_gradients_that_left_the_buffer_are_noticed(demo, generator):
 
 def masks(adapters, rows):
     """(adapters, rows, features): what is dropped."""
-    return torch.stack([adapter.dropout(rows).seen(torch.ones(rows, len(adapter.features))) == 0 for adapter in adapters]).double()
+    return torch.stack([adapter.dropout(rows).apply(torch.ones(rows, len(adapter.features))) == 0 for adapter in adapters]).double()
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5])
@@ -361,7 +361,7 @@ def test_dropout_is_unbiased_and_uncorrelated_between_features_tokens_layers_and
     model = wrapped(demo, dropout=share).train()
     steps = []
     for step in range(3):
-        draw(model, lambda: torch.arange(1500, dtype=torch.int32), step)
+        set_dropout_masks(model, lambda: torch.arange(1500, dtype=torch.int32), step)
         steps.append(masks([layer.self_attn.q_proj for layer in model.model.layers], 1500))
     x = (torch.stack(steps) - share) / (share * (1 - share)) ** 0.5                 # (steps, layers, tokens, features)
     def sigmas(products):
@@ -377,8 +377,8 @@ def test_dropout_is_unbiased_and_uncorrelated_between_features_tokens_layers_and
     assert largest < 1.05 * (1500 ** 0.5 + x.shape[3] ** 0.5)
 
 
-def test_odd_numbers_are_odd_and_differ_and_do_not_change():
-    numbers = odd_numbers(np.arange(50_000), 3)
+def test_odd_hashes_are_odd_and_differ_and_do_not_change():
+    numbers = odd_hashes(np.arange(50_000), 3)
     assert (numbers % 2 == 1).all() and numbers.dtype == torch.int32 and len(numbers.unique()) > 49_990
     def mixed(low, high):
         z = high << 32 | low
@@ -386,12 +386,12 @@ def test_odd_numbers_are_odd_and_differ_and_do_not_change():
             z = (z ^ z >> shift) * factor % 2**64
         return z >> 32 | 1
     pairs = [(0, 0), (5, 2**32 - 1), (2**32 - 1, 7)]
-    assert [odd_numbers(np.array([low]), high).item() % 2**32 for low, high in pairs] == [mixed(*pair) for pair in pairs]
+    assert [odd_hashes(np.array([low]), high).item() % 2**32 for low, high in pairs] == [mixed(*pair) for pair in pairs]
 
 
 def test_linears_that_share_their_input_lose_the_same_and_others_lose_something_else(demo):
     model = wrapped(demo, dropout=0.5).train()
-    draw(model, lambda: torch.arange(30, dtype=torch.int32), 0)
+    set_dropout_masks(model, lambda: torch.arange(30, dtype=torch.int32), 0)
     seen = {name.rpartition("layers.")[2]: adapter.dropout(30).features for name, adapter in adapters(model)}
     alike = {}
     for name, features in seen.items():
@@ -409,7 +409,7 @@ def test_a_token_loses_the_same_alone_packed_shared_and_recomputed(demo):
     model = wrapped(demo, dropout=0.5).train()
 
     def hidden(batch):
-        draw(model, batch.keys, 5)
+        set_dropout_masks(model, batch.keys, 5)
         return recomputed(model, batch.tokens, batch.positions, batch.documents, use_reentrant=False)
 
     alone = torch.cat([hidden(pack([row], 1000)[0]) for row in rows])
@@ -424,7 +424,7 @@ def test_a_token_loses_the_same_alone_packed_shared_and_recomputed(demo):
     gradients = []
     model.train()
     for again in (True, False):
-        draw(model, shared.keys, 5)
+        set_dropout_masks(model, shared.keys, 5)
         arguments = shared.tokens, shared.positions, shared.documents
         (recomputed(model, *arguments, use_reentrant=False) if again else model(*arguments)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -435,20 +435,27 @@ def test_a_token_loses_the_same_alone_packed_shared_and_recomputed(demo):
 def test_a_layer_that_goes_on_with_some_tokens_drops_what_those_tokens_lose(demo, generator):
     model = wrapped(demo, dropout=0.5).train()
     x, rows = torch.randn(20, model.config.hidden_size, generator=generator), torch.tensor([3, 4, 11])
-    mlp = model.model.layers[-1].mlp
-    draw(model, lambda: torch.arange(20, dtype=torch.int32), 0, rows)
-    torch.testing.assert_close(mlp(x[rows]), mlp(x)[rows])
-    draw(model, lambda: torch.arange(20, dtype=torch.int32), 0, torch.arange(20).flip(0))                   # as many as there are: all of them
-    torch.testing.assert_close(mlp(x[rows.new_tensor(range(20))])[rows], mlp(x)[rows])
+    last, keys = model.model.layers[-1], lambda: torch.arange(20, dtype=torch.int32)
+    heads = torch.randn(20, last.self_attn.o_proj.weight.shape[1], generator=generator)
+    for function, given in ((last.mlp, x), (last.self_attn.o_proj, heads)):
+        set_dropout_masks(model, keys, 0)
+        everything = function(given)
+        for some in (rows, torch.arange(20).flip(0), torch.arange(20)):
+            set_dropout_masks(model, keys, 0, some)
+            torch.testing.assert_close(function(given[some]), everything[some])
+    first = model.model.layers[0].mlp
+    with_rows = first(x)                                                    # other layers go on with all tokens
+    set_dropout_masks(model, keys, 0)
+    assert torch.equal(first(x), with_rows) and torch.equal(last.mlp(x), last.mlp(x))
 
 
 def test_training_with_dropout_and_no_keys_or_others_is_refused_and_evaluation_needs_none(demo):
     model, ids = wrapped(demo, dropout=0.1), torch.arange(110, 130)[None]
     assert not model.training and torch.equal(model.logits(ids), model.logits(ids))                 # as it was loaded
     model.train()
-    with pytest.raises(ValueError, match=r"an adapter saw 20 tokens, keys were given for none; call lora\.draw\(model, batch\.keys, seed\)"):
+    with pytest.raises(ValueError, match=r"an adapter got 20 tokens, keys were given for none; call lora\.set_dropout_masks\(model, batch\.keys, seed\)"):
         model.logits(ids)
-    draw(model, lambda: torch.arange(19, dtype=torch.int32), 0, torch.arange(3))
-    with pytest.raises(ValueError, match="an adapter saw 20 tokens, keys were given for 3 and 19"):
+    set_dropout_masks(model, lambda: torch.arange(19, dtype=torch.int32), 0, torch.arange(3))
+    with pytest.raises(ValueError, match="an adapter got 20 tokens, keys were given for 19"):
         model.logits(ids)
     model.eval().logits(ids)

@@ -11,14 +11,14 @@ from lora_kernels import (
     BY_PYTORCH,
     BY_TRITON,
     Blocks,
-    Dropout,
     lora_linear,
     lora_linear_reference,
     lora_linears,
     lora_mlp,
     lora_mlp_reference,
 )
-from triton_support import in_blocks
+from ops.dropout import Dropout
+from ops.onednn import pack_onednn_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -26,7 +26,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Where, in what dtype, by what: bf16 products are garbage under the interpreter, so there the kernels take fp16.
 WAYS = [pytest.param("cpu", dtype, BY_PYTORCH, id=f"pytorch-{name}") for name, dtype in (("fp32", FP32), ("bf16", BF16))]
 WAYS += [pytest.param("cpu", BF16, "blocks", id="pytorch-in-blocks-bf16", marks=pytest.mark.skipif(
-    in_blocks(torch.zeros(1, 1, dtype=BF16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks"))]
+    pack_onednn_weight(torch.zeros(1, 1, dtype=BF16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks"))]
 WAYS += [pytest.param(*INTERPRETER.values, dtype, BY_TRITON, id=f"interpreted-{name}", marks=INTERPRETER.marks)
          for name, dtype in (("fp32", FP32), ("fp16", FP16))]
 WAYS += [pytest.param(*GPU.values, dtype, choice, id=f"cuda-{way}-{name}", marks=GPU.marks) for way, choice in
@@ -288,10 +288,10 @@ def test_with_dropout_the_mlp_is_as_accurate_as_the_reference(case, device, dtyp
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
-    ("feature_numbers[None, :] < least", "feature_numbers[None, :] > least", {"y0", "y1", "dx", "da0", "da1", "db0"}),
+    ("feature_hashes[None, :] < threshold", "feature_hashes[None, :] > threshold", {"y0", "y1", "dx", "da0", "da1", "db0"}),
     ("load_tile(features + i + ins, inside, EVEN_I)", "load_tile(features + ins, ins < I, EVEN_I)", {"y0", "db1"}),
-    ("seen = _seen(x_tile, token_numbers", "seen = _seen(x_tile, 3 * token_numbers", {"y0", "y1", "db0"}),
-    ("_seen(tl.dot(narrow, a_tile, input_precision=PRECISION), token_numbers,", "_seen(tl.dot(narrow, a_tile), 3 * token_numbers,", {"dx"}),
+    ("seen = apply_dropout(x_tile, token_hashes", "seen = apply_dropout(x_tile, 3 * token_hashes", {"y0", "y1", "db0"}),
+    ("apply_dropout(tl.dot(narrow, a_tile, input_precision=PRECISION), token_hashes,", "apply_dropout(tl.dot(narrow, a_tile), 3 * token_hashes,", {"dx"}),
     ("tl.load(tokens + start + m + rows", "tl.load(tokens + m + rows", {"da0", "da1"}),
 ])
 def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator, mutant):
@@ -302,7 +302,7 @@ def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator,
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"share": 1.0}, r"0 ≤ share < 1; got 1\.0"), ({"share": -0.1}, "0 ≤ share < 1"),
+    ({"p": 1.0}, r"0 ≤ p < 1; got 1\.0"), ({"p": -0.1}, "0 ≤ p < 1"),
     ({"tokens": torch.ones(5, dtype=torch.int32)}, r"tokens must be \(6,\) int32 on cpu, contiguous; got shape \(5,\)"),
     ({"tokens": torch.ones(6, dtype=torch.int64)}, r"tokens must be .* torch\.int64"),
     ({"features": torch.ones(1, dtype=torch.int32).expand(8)}, r"features must be \(8,\) .* strides \(0,\)")])
@@ -341,7 +341,7 @@ def test_calls_that_cannot_be_are_refused(monkeypatch):
         lora_linear(x, linear[0], torch.randn(129, 8), torch.randn(5, 129), 1.0, choice=BY_TRITON)
     with pytest.raises(ValueError, match=r"fp32, bf16, fp16; got rank 2, torch\.float64"):
         lora_linear(*(t.double() for t in (x, *linear)), 1.0, choice=BY_TRITON)
-    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    monkeypatch.setattr("ops.triton_utils.INTERPRETED", False)
     with pytest.raises(ValueError, match="run on a CUDA device, x is on cpu"):
         lora_linear(x, *linear, 1.0, choice=BY_TRITON)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention_kernels import attention, plan
 from dataset.rows import read_rows
-from loss_kernels import linear_cross_entropy
 from model import Gemma3, GemmaConfig, _TiedEmbedding
-from norm_kernels import rms_norm, rotate
+from ops.attention import attention
+from ops.attention_tables import plan
+from ops.cross_entropy import linear_cross_entropy
+from ops.rms_norm import rms_norm, rotate
 from storage.pretrained import load_model
 from tokenizer import Tokenizer
 
@@ -117,7 +118,7 @@ def test_the_tied_embedding_gets_both_gradients_in_one_tensor(small):
             torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
     small.zero_grad()
     small.head.grad = torch.ones_like(small.head)
-    small(tokens, positions, documents, rows, targets[rows], into=small.head.grad).backward()
+    small(tokens, positions, documents, rows, targets[rows], weight_grad_out=small.head.grad).backward()
     torch.testing.assert_close(small.head.grad, wanted["model.embed_tokens.weight"] + 1, rtol=1e-4, atol=1e-5)
     weight = torch.randn(10, 4, requires_grad=True)
     for used in (0, 1):

@@ -8,23 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 from conftest import INTERPRETED, NEEDS_COMPILER, ROOT, torchrun
 
-import attention_kernels
-import model as model_file
 import train
-import triton_support
 from data import pack
 from dataset import sampler
 from dataset.examples import tokenize
 from dataset.rows import read_rows
 from dataset.sampler import query_hash
 from lora import LoRAConfig, choose_kernels, wrap
-from loss_kernels import linear_cross_entropy
+from ops.backend import Backends
+from ops.cross_entropy import linear_cross_entropy
 from storage import pretrained
 from storage.adapters import load_adapter, load_tuned
 from storage.atomic import read_json
@@ -154,13 +151,13 @@ def test_a_step_can_be_sized_in_tokens(demo, tmp_path):
 
 
 def test_dropout_is_drawn_anew_each_step_and_makes_a_difference_to_the_losses(demo, tmp_path, monkeypatch):
-    seeds, usual = [], loss_module.draw
-    def draw(model, keys, seed, rows):
+    seeds, usual = [], loss_module.set_dropout_masks
+    def set_dropout_masks(model, keys, seed, rows):
         if model.training:
             seeds.append(seed)
         usual(model, keys, seed, rows)
 
-    monkeypatch.setattr(loss_module, "draw", draw)
+    monkeypatch.setattr(loss_module, "set_dropout_masks", set_dropout_masks)
     for name, more in (("with", ()), ("without", ("--lora-dropout", 0)), ("other", ("--seed", 1))):
         run(demo, tmp_path / name, *LORA, "--steps", 3, "--micro-tokens", 300, *more)
     assert len(seeds) > 9 and len(set(seeds)) == 6                      # the passes of a step have one; the second run has the first one's
@@ -433,10 +430,11 @@ def test_a_device_that_cannot_multiply_bf16_computes_in_fp32(demo, tmp_path, mon
 
 @NEEDS_COMPILER
 def test_compiled_norms_give_the_same_losses(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_support, "_compiling", False)                    # and False again for the tests after this one
+    chosen, load = [], train.load_model
+    monkeypatch.setattr(train, "load_model", lambda *of, **more: chosen.append(load(*of, **more)) or chosen[-1])
     for way in ((), ("--compile",)):
         run(demo, tmp_path / f"run{len(way)}", *LORA, "--steps", 3, *way)
-    assert triton_support._compiling
+    assert [model.backends for model in chosen] == [Backends(), Backends(rms_norm="compiled", geglu="compiled")]
     assert losses(tmp_path / "run1") == pytest.approx(losses(tmp_path / "run0"), rel=1e-5)
 
 
@@ -496,19 +494,13 @@ def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_p
     assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "torch"), rel=1e-5)
 
 
-def by_kernels(monkeypatch):
-    """From now on a model on a CPU computes by the kernels, all of them, interpreted."""
-    def tables(lengths, window, dtype, device, heads, starts=None, keys_only=0):
-        return attention_kernels.tables(lengths, window, device, starts, keys_only, 64 * heads[1] // heads[0], 32, longest_first=True)
-
-    monkeypatch.setattr("model.plan", tables)
-    for function in (model_file.rms_norm, model_file.geglu, model_file.linear_cross_entropy):
-        monkeypatch.setattr(model_file, function.__name__, partial(function, by_triton=True))
+BY_KERNELS = Backends(attention="triton", rms_norm="triton", geglu="triton", cross_entropy="triton")     # interpreted on a CPU
 
 
-def losses_of(demo, steps, full, choice):
+def losses_of(demo, steps, full, choice, backends):
     """Of plain steps in fp16 (the interpreter's bf16 products are wrong); choice: how adapters are computed."""
     tuned = load_model(demo / "model", torch.float16, master_dtype=torch.float32 if full else torch.float16)
+    tuned.set_backends(backends)
     if not full:
         wrap(tuned, LoRAConfig(rank=4), torch.Generator().manual_seed(0))
         choose_kernels(tuned, choice, 64)
@@ -530,15 +522,14 @@ def losses_of(demo, steps, full, choice):
 
 @INTERPRETED
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_all_kernels_together_give_the_losses_of_pytorch(demo, monkeypatch, full):
-    plain = losses_of(demo, 3, full, "torch")
-    by_kernels(monkeypatch)
-    together = losses_of(demo, 3, full, "triton")
+def test_all_kernels_together_give_the_losses_of_pytorch(demo, full):
+    plain = losses_of(demo, 3, full, "torch", Backends())
+    together = losses_of(demo, 3, full, "triton", BY_KERNELS)
     assert together != plain and together == pytest.approx(plain, rel=3e-3)
 
 
 def test_kernels_that_cannot_run_here_are_refused_with_the_remedy(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("triton_support.INTERPRETED", False)
+    monkeypatch.setattr("ops.triton_utils.INTERPRETED", False)
     with pytest.raises(ValueError, match=r"--kernels triton: .* need a CUDA device .* this is cpu; use --kernels auto"):
         run(demo, tmp_path / "run", "--kernels", "triton")
 

@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_kernels import Tables
 from data import Batch
-from lora import flat_adapters, hand_out, token_numbers
-from loss_kernels import IGNORE
+from lora import flat_adapters, hash_tokens, set_token_hashes
 from model import Gemma3, Plans
+from ops.attention_tables import Tables
+from ops.cross_entropy import IGNORE
 from ops.graph_capture import record, size_for
-from triton_support import cdiv, sent
+from ops.transfer import to_device_async
+from ops.triton_utils import cdiv
 
 MAX_RECORDINGS = 64         # kept at a time, those used last; each takes some MB
 
@@ -41,7 +42,7 @@ class Inputs:
 
     tokens, positions (T) int64
     loss_rows, targets (M) int64     as in `Batch`
-    token_numbers (T) int32          what dropout depends on; None without dropout
+    token_hashes (T) int32          what dropout depends on; None without dropout
     tables                           attention's, for each window
     """
 
@@ -49,21 +50,21 @@ class Inputs:
     positions: Tensor
     loss_rows: Tensor
     targets: Tensor
-    token_numbers: Tensor | None
+    token_hashes: Tensor | None
     tables: dict[int | None, Tables]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, in a fixed order."""
         tensors = [self.tokens, self.positions, self.loss_rows, self.targets]
-        if self.token_numbers is not None:
-            tensors.append(self.token_numbers)
+        if self.token_hashes is not None:
+            tensors.append(self.token_hashes)
         for table in self.tables.values():
             tensors += [table.queries, table.keys, table.seen]
         return tensors
 
     def clone(self) -> Inputs:
         """The same values in memory of their own."""
-        numbers = self.token_numbers
+        numbers = self.token_hashes
         tables = {}
         for window, table in self.tables.items():
             queries, keys, seen = table.queries.clone(), table.keys.clone(), table.seen.clone()
@@ -73,7 +74,7 @@ class Inputs:
             positions=self.positions.clone(),
             loss_rows=self.loss_rows.clone(),
             targets=self.targets.clone(),
-            token_numbers=None if numbers is None else numbers.clone(),
+            token_hashes=None if numbers is None else numbers.clone(),
             tables=tables,
         )
 
@@ -130,14 +131,12 @@ class RecordedMicroBatches:
         tokens, positions, documents, loss_rows, targets = batch.to(self.device)
         tables = self._tables(positions, documents)
         loss_tokens = size_for(len(loss_rows), SIZES_PER_DOUBLING)
-        if loss_tokens == len(tokens):
-            loss_tokens += 64               # dropout tells the two by their lengths
         padding = loss_tokens - len(loss_rows)
         # Any token may stand for the added ones, here the first: the gradient that they give it is zero.
         loss_rows = F.pad(loss_rows, (0, padding))
         targets = F.pad(targets, (0, padding), value=IGNORE)
-        numbers = token_numbers(self.model, batch.keys, seed)
-        return Inputs(tokens, sent(positions, self.device), loss_rows, targets, numbers, tables)
+        hashes = hash_tokens(self.model, batch.keys, seed)
+        return Inputs(tokens, to_device_async(positions, self.device), loss_rows, targets, hashes, tables)
 
     def _padded_tokens(self, tokens: int) -> int:
         """How many tokens a micro-batch is padded to."""
@@ -148,10 +147,10 @@ class RecordedMicroBatches:
 
     def _tables(self, positions: Tensor, documents: Tensor) -> dict[int | None, Tables]:
         """Attention's tables for each window, padded."""
-        plans: Plans = self.model.plans(positions, documents, self.device)
-        if not all(isinstance(plan, Tables) for plan in plans.values()):
+        if self.model.backends.attention != "triton":
             raise ValueError("--cuda-graph needs attention by kernels: bf16, a GPU of Ampere or newer, the "
                              "triton package; leave it out")
+        plans: Plans = self.model.plans(positions, documents, self.device)
         return {window: pad_tables(plan, len(positions)) for window, plan in plans.items()}
 
     def _record(self, inputs: Inputs) -> Recording:
@@ -159,7 +158,7 @@ class RecordedMicroBatches:
         loss = torch.zeros((), device=self.device)
 
         def forward_and_backward() -> None:
-            hand_out(self.model, inputs.token_numbers, inputs.loss_rows)
+            set_token_hashes(self.model, inputs.token_hashes, inputs.loss_rows)
             nats = self.model(inputs.tokens, inputs.positions, None, inputs.loss_rows, inputs.targets,
                               plans=inputs.tables)
             nats.backward()

@@ -259,7 +259,7 @@ def decoding_copy(model: Gemma3) -> Gemma3:
     Under FSDP all processes must call it, as it gathers the shards.
     """
     with torch.device("meta"):
-        copy = Gemma3(model.config, model.compute_dtype)
+        copy = Gemma3(model.config, model.compute_dtype, model.backends)
     weights = {}
     for name, tensor in model.state_dict().items():
         weights[name] = full_tensor(tensor.detach()).to(model.compute_dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data import Batch, pack
 from dataset.examples import Example
-from lora import draw
+from lora import set_dropout_masks
 from model import Gemma3
 
 
@@ -19,7 +19,7 @@ def loss_sum(model: Gemma3, batch: Batch, seed: int = 0, weight_grad_out: Tensor
     seed: of dropout, in training. weight_grad_out (V, D): see `Gemma3.forward`.
     """
     tokens, positions, documents, loss_rows, targets = batch.to(model.head.device)
-    draw(model, batch.keys, seed, loss_rows)
+    set_dropout_masks(model, batch.keys, seed, loss_rows)
     return model(tokens, positions, documents, loss_rows, targets, weight_grad_out)
 
 

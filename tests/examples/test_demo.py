@@ -67,7 +67,7 @@ def test_a_row_learned_by_heart_is_answered_exactly_and_another_is_not(demo, row
     some = [rows[0], next(row for row in rows if row.calls[0]["name"] != rows[0].calls[0]["name"])]
     examples = [tokenize(row, tokenizer) for row in some]
     assert evaluate(model, tokenizer, some)["exact_match"] == 0.0
-    from loss_kernels import linear_cross_entropy
+    from ops.cross_entropy import linear_cross_entropy
     batch = pack(examples[:1], 4096)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(40):

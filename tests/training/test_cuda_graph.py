@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU, INTERPRETER
-from test_train import by_kernels
+from test_train import BY_KERNELS
 
 import train
-from attention_kernels import tables
 from data import pack
 from dataset.examples import Example
 from lora import LoRAConfig, choose_kernels, flat_adapters, wrap
-from loss_kernels import IGNORE, linear_cross_entropy
+from ops.attention_tables import tables
+from ops.cross_entropy import IGNORE, linear_cross_entropy
 from storage import pretrained
 from storage.pretrained import load_model
 from training.cuda_graph import RecordedMicroBatches, Recording, pad_tables
@@ -115,13 +115,13 @@ def test_a_row_that_is_there_again_without_loss_changes_nothing(demo):
 
 @pytest.mark.parametrize("device", ["cpu", INTERPRETER, GPU], ids=["torch", "interpreted", "cuda"])
 def test_rows_that_carry_no_loss_give_none_and_no_gradient(device, generator, request):
-    by_triton = "torch" not in request.node.callspec.id
+    backend = "torch" if "torch" in request.node.callspec.id else "triton"
     hidden, weight = torch.randn(9, 32, generator=generator).to(device), torch.randn(1100, 32, generator=generator).to(device)
     targets, carries = torch.randint(1100, (9,), generator=generator).to(device), torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 0], dtype=torch.bool, device=device)
     seen = []
     for rows, every in ((torch.arange(9, device=device), True), (carries.nonzero().squeeze(1), False)):
         h, w = hidden[rows].requires_grad_(), weight.clone().requires_grad_()
-        loss = linear_cross_entropy(h, w, targets.masked_fill(~carries, IGNORE)[rows], by_triton=by_triton, every_row=every)
+        loss = linear_cross_entropy(h, w, targets.masked_fill(~carries, IGNORE)[rows], backend=backend, every_row=every)
         loss.backward()
         dh = torch.zeros_like(hidden).index_copy(0, rows, h.grad)
         seen.append((loss.detach(), dh, w.grad))
@@ -135,9 +135,8 @@ def test_rows_that_carry_no_loss_give_none_and_no_gradient(device, generator, re
 def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypatch, mode, max_tokens, device):
     """Batches of one size share a recording; on a CPU "recorded" is called again on memory that stays."""
     dtype, near = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 0.03)      # the interpreter's bf16 products are wrong
-    if device == "cpu":
-        by_kernels(monkeypatch)
     model = made(demo, MODES[mode], dtype, device, "triton")
+    model.set_backends(BY_KERNELS)
     gradients = AllReduceGradients(model, 1, recorded=True)
     recorded = RecordedMicroBatches(model, max_tokens)
     monkeypatch.setattr("training.cuda_graph.size_for", lambda count, steps: -(-count // 16) * 16)
@@ -165,8 +164,8 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
 
 def test_a_replay_finds_the_masters_rounded_after_each_step(demo, batches, monkeypatch):
     """A replay runs nothing of Python's, and so rounds nothing itself."""
-    by_kernels(monkeypatch)
     model = made(demo, MODES["lora"], torch.bfloat16, "cpu", "torch")
+    model.set_backends(BY_KERNELS)
     gradients = AllReduceGradients(model, 1, recorded=True)
     flat, recorded, seen = flat_adapters(model), RecordedMicroBatches(model), []
 

@@ -1,19 +1,19 @@
-"""norm_kernels.py against autograd of its definition in float64, by the definition's own rounding."""
+"""ops/rms_norm.py against autograd of its definition in float64, by the definition's own rounding."""
 import re
 
 import pytest
 import torch
 from conftest import GPU, INTERPRETED, NEEDS_COMPILER
 
-import norm_kernels
-import triton_support
-from norm_kernels import rms_norm, rms_norm_reference, rotate
+from ops import compiled
+from ops import rms_norm as rms_norm_module
+from ops.rms_norm import rms_norm, rms_norm_reference, rotate
 
-pytestmark = pytest.mark.usefixtures("poisoned", "no_cpp")
+pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-WAYS = [pytest.param("cpu", FP32, False, id="pytorch-fp32"), pytest.param("cpu", BF16, False, id="pytorch-bf16"),
-        *(pytest.param("cpu", dtype, True, marks=INTERPRETED, id=f"interpreted-{dtype}") for dtype in (FP32, FP16, BF16)),
-        *(pytest.param("cuda", dtype, True, marks=GPU.marks, id=f"cuda-{dtype}") for dtype in (FP32, FP16, BF16))]
+WAYS = [pytest.param("cpu", FP32, "torch", id="pytorch-fp32"), pytest.param("cpu", BF16, "torch", id="pytorch-bf16"),
+        *(pytest.param("cpu", dtype, "triton", marks=INTERPRETED, id=f"interpreted-{dtype}") for dtype in (FP32, FP16, BF16)),
+        *(pytest.param("cuda", dtype, "triton", marks=GPU.marks, id=f"cuda-{dtype}") for dtype in (FP32, FP16, BF16))]
 EPS = 1e-6
 
 
@@ -70,9 +70,9 @@ def faults(function, given, trained=True):
             or not error(ours, name) <= 2 * error(naive, name) + torch.finfo(x.dtype).eps / 2]
 
 
-def by(way, module=norm_kernels):
+def by(backend, module=rms_norm_module):
     return lambda x, weight, residual, rope, return_input: module.rms_norm(
-        x, weight, EPS, residual, rope, return_input, by_triton=way)
+        x, weight, EPS, residual, rope, return_input, backend)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
@@ -86,83 +86,82 @@ def test_the_norm_and_its_gradients_are_as_accurate_as_the_definition(kind, devi
 def test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once(device, dtype, way, generator):
     """Rounding dx of the norm before the sum, as autograd does, gives other numbers. (The interpreter cuts bf16 off.)"""
     x, weight, _, _, dy, dskip = operands("returned", generator, dtype, device)
-    of_norm = results(by(way), x.float(), weight, None, None, dy.float(), None)["dx"]
+    of_norm = results(by("torch" if way == "cpp" else way), x.float(), weight, None, None, dy.float(), None)["dx"]    # C++ takes no fp32
     dx = results(by(way), x, weight, None, None, dy, dskip)["dx"]
     once, twice = (of_norm + dskip.float()).to(dtype), of_norm.to(dtype) + dskip
     assert (dx != once).float().mean() < 0.01 < 0.1 < (dx != twice).float().mean()          # fp32 differs in its last bits
 
 
-@pytest.mark.parametrize("way", [False, pytest.param(True, marks=INTERPRETED)])
+@pytest.mark.parametrize("way", ["torch", pytest.param("triton", marks=INTERPRETED)])
 @pytest.mark.parametrize("used", [0, 1])
 def test_the_norm_or_the_returned_x_alone_may_be_used(used, way, generator):
     x, weight, *_, dy, dskip = operands("returned", generator, FP32, "cpu")
     x.requires_grad_()
-    (rms_norm(x, weight, EPS, return_input=True, by_triton=way)[used] * (dy, dskip)[used]).sum().backward()
+    (rms_norm(x, weight, EPS, return_input=True, backend=way)[used] * (dy, dskip)[used]).sum().backward()
     of_norm = results(by(way), x, weight, None, None, dy, None, trained=False)["dx"]
     torch.testing.assert_close(x.grad, (of_norm, dskip)[used])
 
 
-@pytest.mark.parametrize("way", [False, pytest.param(True, marks=INTERPRETED)])
+@pytest.mark.parametrize("way", ["torch", pytest.param("triton", marks=INTERPRETED)])
 def test_a_returned_x_needs_a_gradient_where_x_does(way, generator):
     x, weight, *_ = operands("returned", generator, FP32, "cpu")
-    y, skip = rms_norm(x, weight.requires_grad_(), EPS, return_input=True, by_triton=way)
+    y, skip = rms_norm(x, weight.requires_grad_(), EPS, return_input=True, backend=way)
     assert y.requires_grad and not skip.requires_grad
     y.sum().backward()
     assert weight.grad.norm() > 0
     with torch.no_grad():
-        y, skip = rms_norm(x.requires_grad_(), weight, EPS, return_input=True, by_triton=way)
+        y, skip = rms_norm(x.requires_grad_(), weight, EPS, return_input=True, backend=way)
     assert not y.requires_grad and not skip.requires_grad and skip.data_ptr() == x.data_ptr()
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("kind", ["plain", "residual", "returned", "rotated"])
-def test_one_loop_of_the_norm_is_as_accurate(kind, generator, monkeypatch):
+def test_one_loop_of_the_norm_is_as_accurate(kind, generator):
     """As train.py --compile has it."""
-    monkeypatch.setattr(triton_support, "_compiling", True)
     for T in (33, 50):
-        assert faults(by(False), operands(kind, generator, torch.bfloat16, "cpu", T)) == []
+        assert faults(by("compiled"), operands(kind, generator, torch.bfloat16, "cpu", T)) == []
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("kind", ["plain", "residual", "returned", "rotated"])
 def test_rows_a_few_at_a_time_give_the_same(kind, dtype, generator, monkeypatch):
     given = operands(kind, generator, dtype, "cpu", T=50)
-    monkeypatch.setattr(triton_support, "PIECE", 7 * given[0][:1].numel())                          # 7 pieces and one row
-    assert [len(given[0][rows]) for rows in triton_support.in_cache(given[0])] == [7] * 7 + [1]
-    assert faults(by(False), given) == []
+    monkeypatch.setattr(compiled, "CHUNK_NUMBERS", 7 * given[0][:1].numel())                          # 7 pieces and one row
+    assert [len(given[0][rows]) for rows in compiled.cache_sized_chunks(given[0])] == [7] * 7 + [1]
+    assert faults(by("torch"), given) == []
 
 
 @INTERPRETED
 def test_many_rows_are_shared_among_programs(generator, monkeypatch):
-    monkeypatch.setattr(norm_kernels, "PROGRAMS", 3)
-    assert faults(by(True), operands("returned", generator, FP32, "cpu", T=50)) == []
+    monkeypatch.setattr(rms_norm_module, "PROGRAMS", 3)
+    assert faults(by("triton"), operands("returned", generator, FP32, "cpu", T=50)) == []
 
 
 @INTERPRETED
 def test_a_frozen_weight_takes_a_program_for_each_block_of_rows(generator, monkeypatch):
     x, weight, _, _, dy, _ = operands("plain", generator, FP32, "cpu", T=51)
-    grids, kernel = [], norm_kernels._backward_kernel
+    grids, kernel = [], rms_norm_module._backward_kernel
 
     class Noted:
         def __getitem__(self, grid):
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(norm_kernels, "_backward_kernel", Noted())
-    monkeypatch.setattr(norm_kernels, "PROGRAMS", 3)
+    monkeypatch.setattr(rms_norm_module, "_backward_kernel", Noted())
+    monkeypatch.setattr(rms_norm_module, "PROGRAMS", 3)
     for trained in (True, False):
-        results(by(True), x, weight, None, None, dy, None, trained)
+        results(by("triton"), x, weight, None, None, dy, None, trained)
     assert grids == [(3,), (26,)]                       # blocks of 2 rows of 640, and 3 programs of 18, 18 and 15 rows
 
 
-@pytest.mark.parametrize("way", [False, pytest.param(True, marks=INTERPRETED)])
+@pytest.mark.parametrize("way", ["torch", pytest.param("triton", marks=INTERPRETED)])
 def test_no_rows_and_frozen_weights(way, generator):
     x, weight, *_ = operands("plain", generator, FP32, "cpu")
     empty = x[:0].clone().requires_grad_()
-    rms_norm(empty, weight.clone().requires_grad_(), EPS, by_triton=way).sum().backward()
+    rms_norm(empty, weight.clone().requires_grad_(), EPS, backend=way).sum().backward()
     assert empty.grad.shape == (0, 640)
     x.requires_grad_()
-    rms_norm(x, weight, EPS, by_triton=way).sum().backward()
+    rms_norm(x, weight, EPS, backend=way).sum().backward()
     assert x.grad.norm() > 0 and weight.grad is None
 
 
@@ -179,20 +178,20 @@ def test_gradcheck(generator):
     ("/ D + eps)\n    w_low", "/ D + 1e-2)\n    w_low", {"y", "dx"}), ("low + add_low", "low - add_low", {"y"}),
     ("low * c - high * s, high * c + low * s", "low * c + high * s, high * c - low * s", {"y"}),
     ("low * c + high * s, high * c - low * s", "low * c - high * s, high * c + low * s", {"dx"}),
-    ("- x_low * along", "- along", {"dx"}), ("low + skip_low", "low", {"dx"}), ("high + skip_high", "high + skip_low", {"dx"}),
-    ("share_high += ", "share_high = ", {"dw"}),
-    ("rows % HEADS * D)[:, None], columns, mine, D)\n    scale", "rows * 0)[:, None], columns, mine, D)\n    scale", {"y"})])
+    ("- x_low * projection", "- projection", {"dx"}), ("low + skip_low", "low", {"dx"}), ("high + skip_high", "high + skip_low", {"dx"}),
+    ("dw_high += ", "dw_high = ", {"dw"}),
+    ("rows % HEADS * D)[:, None], columns, mask, D)\n    scale", "rows * 0)[:, None], columns, mask, D)\n    scale", {"y"})])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, mutant):
-    broken_module = mutant(norm_kernels, sound, broken)
+    broken_module = mutant(rms_norm_module, sound, broken)
     broken_module.PROGRAMS = 3
-    found = {name for kind in ("plain", "residual", "returned", "rotated") for name in faults(by(True, broken_module), operands(kind, generator, FP32, "cpu", T=50))}
+    found = {name for kind in ("plain", "residual", "returned", "rotated") for name in faults(by("triton", broken_module), operands(kind, generator, FP32, "cpu", T=50))}
     assert where <= found
 
 
 @pytest.mark.parametrize(("given", "message"), [
     (lambda x, t: (x, x[0], EPS, x[1:]), "a residual of x's shape (4, 2, 6)"), (lambda x, t: (x, x[0, 0], EPS, x, (t, t)), "not both"),
     (lambda x, t: (x[:, 0], x[0, 0], EPS, None, (t, t)), "x (T, heads, D)"), (lambda x, t: (x, x[0, 0], EPS, None, (t[1:], t[1:])), "got (4, 2, 6) and (3, 1, 6)"),
-    (lambda x, t: (x.transpose(0, 1), x[0, 0], EPS, None, None, False, True), "heads side by side; got (2, 4, 6), strides (6, 12, 1)")])
+    (lambda x, t: (x.transpose(0, 1), x[0, 0], EPS, None, None, False, "triton"), "heads side by side; got (2, 4, 6), strides (6, 12, 1)")])
 def test_operands_that_do_not_fit_are_named(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         rms_norm(*given(torch.randn(4, 2, 6), torch.randn(4, 1, 6)))

@@ -1,25 +1,31 @@
-"""cpu_kernels.py and its C++: what is compiled and for which CPUs, and each function against the definition's own rounding.
+"""ops/cpu/build.py and its C++: what is compiled and for which CPUs, and each function against the definition's own rounding.
 
-Attention's is tested beside its other ways, in test_attention_kernels.py.
+Attention's is tested beside its other ways, in test_ops/attention.py.
 """
 import os
 import shutil
+from functools import partial
 
 import pytest
-import test_geglu_kernels
-import test_loss_kernels
-import test_norm_kernels
+import test_cross_entropy
+import test_geglu
+import test_rms_norm
 import torch
 from conftest import NEEDS_CPP
 
-import cpu_kernels
 import model
-from attention_kernels import attention, plan
-from cpu_kernels import compiled, weight_gradient
-from geglu_kernels import geglu
-from loss_kernels import IGNORE, linear_cross_entropy
-from norm_kernels import rms_norm
+from ops.attention import attention
+from ops.attention_tables import plan
+from ops.backend import Backends
+from ops.cpu import build
+from ops.cpu.build import compiled
+from ops.cross_entropy import IGNORE, linear_cross_entropy
+from ops.geglu import geglu
+from ops.rms_norm import rms_norm
+from ops.weight_grad import weight_grad, weight_grad_reference
 
+gate_by_cpp = partial(geglu, backend="cpp")
+loss_by_cpp = partial(linear_cross_entropy, backend="cpp")
 NEEDS_GXX = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="SKIPPED: no g++")
 
 
@@ -27,7 +33,6 @@ NEEDS_GXX = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), r
 def cpp(monkeypatch, tmp_path):
     """A small C++ file, on a CPU that passes for one with AVX512-BF16."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     monkeypatch.setenv("NANO_FUNCTIONGEMMA_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "small.cpp"
     source.write_text('extern "C" int twice(int x) { return 2 * x; }')
@@ -78,10 +83,40 @@ def test_a_missing_compiler_is_told_of(cpp, monkeypatch):
         assert compiled(cpp) is None
 
 
-@pytest.mark.parametrize("feature", ["avx512_bf16", "amx_tile"])
-def test_cpp_is_for_cpus_that_gain_by_it(cpp, monkeypatch, feature):
-    monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: feature == "amx_tile", raising=False)
+def test_cpp_is_only_for_cpus_that_have_its_instructions(cpp, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     assert compiled(cpp) is None
+
+
+@pytest.mark.parametrize("library", [None, "a library"])
+@pytest.mark.parametrize("amx", [True, False])
+def test_cpp_is_preferred_where_it_is_available_and_there_is_no_amx(monkeypatch, amx, library):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(build, "library", lambda: library)
+    assert build.is_preferred() == (not amx and library is not None)
+
+
+def test_without_a_library_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(build, "library", lambda: None)
+    with pytest.raises(ValueError, match=r"needs a CPU with AVX512-BF16, and g\+\+ or \$CXX; use backend \"torch\""):
+        geglu(*torch.zeros(2, 3, 16).bfloat16(), "cpp")
+
+
+REFUSED = {
+    "dtype": lambda: geglu(*torch.zeros(2, 3, 16), "cpp"),
+    "width": lambda: geglu(*torch.zeros(2, 3, 24).bfloat16(), "cpp"),
+    "strides": lambda: geglu(*torch.zeros(2, 16, 3).bfloat16().mT, "cpp"),
+    "norm's width": lambda: rms_norm(torch.zeros(3, 48).bfloat16(), torch.zeros(48), 1e-6, backend="cpp"),
+    "norm's residual": lambda: rms_norm(torch.zeros(3, 32).bfloat16(), torch.zeros(32), 1e-6, torch.zeros(3, 32), backend="cpp"),
+    "vocabulary": lambda: linear_cross_entropy(torch.zeros(3, 32).bfloat16(), torch.zeros(24, 32), torch.zeros(3).long(), backend="cpp"),
+    "weight's gradient": lambda: weight_grad(torch.zeros(3, 24).bfloat16(), torch.zeros(3, 16).bfloat16(), backend="cpp"),
+    "its place": lambda: weight_grad(*torch.zeros(2, 3, 16).bfloat16(), torch.zeros(16, 16).bfloat16(), backend="cpp")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_operands_that_cpp_does_not_take_are_refused_with_what_it_takes(name):
+    with pytest.raises(ValueError, match=r'backend "cpp" takes bf16 on a CPU, .*; got torch\.'):
+        REFUSED[name]()
 
 
 @NEEDS_CPP
@@ -90,24 +125,25 @@ def test_cpp_is_for_cpus_that_gain_by_it(cpp, monkeypatch, feature):
 def test_a_weights_gradient_is_summed_in_fp32(M, outputs, inputs, generator, poisoned):
     dy, x = (torch.randn(M, width, generator=generator).bfloat16() for width in (outputs, inputs))
     exact = dy.double().T @ x.double()
-    torch.testing.assert_close(weight_gradient(dy, x).double(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weight_grad(dy, x, backend="cpp").double(), exact, rtol=1e-4, atol=1e-4)
     into = torch.randn(outputs, inputs, generator=generator)
     before = into.double()
-    assert weight_gradient(dy, x, into, add=True) is into
+    assert weight_grad(dy, x, into, add=True, backend="cpp") is into
     torch.testing.assert_close(into.double(), before + exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
 def called(monkeypatch):
     """The names of the functions that were called."""
-    names, call = [], cpu_kernels.call
-    monkeypatch.setattr(cpu_kernels, "call", lambda name, *operands: names.append(name) or call(name, *operands))
+    names, call = [], build.call
+    monkeypatch.setattr(build, "call", lambda name, *operands: names.append(name) or call(name, *operands))
     return names
 
 
 @NEEDS_CPP
 def test_a_linear_of_fp32_masters_has_fp32s_gradient(generator, poisoned, called):
     linear = model.Linear(32, 48)
+    linear.backends = Backends(weight_grad="cpp")
     wide, dy = (torch.randn(2700, width, generator=generator).bfloat16() for width in (40, 96))
     x = wide[:, :32].requires_grad_()
     linear(x).backward(dy[:, 48:])                                          # a part of a wider row, as the gate's half is
@@ -119,6 +155,7 @@ def test_a_linear_of_fp32_masters_has_fp32s_gradient(generator, poisoned, called
     linear(x).sum().backward()                                              # an expanded number
     torch.testing.assert_close(linear.weight.grad, x.detach().float().sum(0).expand(48, 32), rtol=1e-4, atol=1e-3)
     frozen = model.Linear(32, 48).requires_grad_(False)
+    frozen.backends = linear.backends
     frozen(x).backward(dy[:, 48:])
     assert called == ["weight_gradient"] * 2
 
@@ -130,29 +167,29 @@ NORMS = ["plain", "residual", "returned", "rotated", "one-head", "one-row"]
 @pytest.mark.parametrize("T", [2, 37, 600])
 @pytest.mark.parametrize("kind", NORMS)
 def test_the_norm_is_as_accurate_as_its_definition(kind, T, generator, poisoned, called):
-    given = test_norm_kernels.operands(kind, generator, torch.bfloat16, "cpu", T)
+    given = test_rms_norm.operands(kind, generator, torch.bfloat16, "cpu", T)
     for trained in (True, False):
-        assert test_norm_kernels.faults(test_norm_kernels.by(False), given, trained) == []
+        assert test_rms_norm.faults(test_rms_norm.by("cpp"), given, trained) == []
     assert called == ["norm_forward", "norm_backward"] * 2
 
 
 @NEEDS_CPP
 def test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once(generator, poisoned, called):
-    test_norm_kernels.test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once("cpu", torch.bfloat16, False, generator)
-    assert called == ["norm_forward", "norm_backward"]                  # of bf16; fp32 goes through PyTorch
+    test_rms_norm.test_the_gradients_of_both_uses_of_x_are_added_in_fp32_and_rounded_once("cpu", torch.bfloat16, "cpp", generator)
+    assert called == ["norm_forward", "norm_backward"]                  # of bf16
 
 
 @NEEDS_CPP
 @pytest.mark.parametrize(("M", "F", "halves"), [(1, 64, False), (7, 80, True), (33, 2048, True)])
 def test_the_gate_is_as_accurate_as_its_definition(M, F, halves, generator, poisoned, called):
-    assert test_geglu_kernels.faults(geglu, M, F, halves, torch.bfloat16, "cpu", generator) == []
+    assert test_geglu.faults(gate_by_cpp, M, F, halves, torch.bfloat16, "cpu", generator) == []
     assert called == ["geglu", "geglu"]
 
 
 @NEEDS_CPP
 def test_the_gate_bears_large_numbers():
     gate = torch.tensor([-300.0, -30, -10, -1e-30, 0, 1e-30, 10, 30, 300, 1e5, -1e5, 5, 6, 7, 8, 9]).bfloat16()[None].requires_grad_()
-    h = geglu(gate, torch.ones(1, 16).bfloat16())
+    h = gate_by_cpp(gate, torch.ones(1, 16).bfloat16())
     h.backward(torch.ones(1, 16).bfloat16())
     torch.testing.assert_close(h.detach(), torch.nn.functional.gelu(gate.detach(), approximate="tanh"), rtol=0.01, atol=1e-4)
     torch.testing.assert_close(gate.grad, (gate.detach() > 1).bfloat16() + 0.5 * (gate.detach().abs() < 1).bfloat16(), rtol=0.01, atol=1e-2)
@@ -161,26 +198,26 @@ def test_the_gate_bears_large_numbers():
 @NEEDS_CPP
 @pytest.mark.parametrize(("tokens", "width", "vocabulary"), [(1, 32, 16), (13, 64, 4096), (600, 32, 4096 + 176)])
 def test_the_loss_is_as_accurate_as_the_reference(tokens, width, vocabulary, generator, poisoned, called):
-    hidden, weight, targets = test_loss_kernels.draw(tokens, width, vocabulary, generator, torch.bfloat16, share=1)
-    assert test_loss_kernels.faults(linear_cross_entropy, hidden, weight, targets) == []
+    hidden, weight, targets = test_cross_entropy.draw(tokens, width, vocabulary, generator, torch.bfloat16, share=1)
+    assert test_cross_entropy.faults(loss_by_cpp, hidden, weight, targets) == []
     chunks = -(-tokens // 252)
     assert called == ["loss_logits", "loss_gradient", "weight_gradient"] * chunks
     weight, into = weight.float(), torch.zeros(vocabulary, width)           # fp32 masters, and a sum over passes
-    exact = test_loss_kernels.gradients(linear_cross_entropy, hidden.double(), weight.double(), targets)[2]
+    exact = test_cross_entropy.gradients(linear_cross_entropy, hidden.double(), weight.double(), targets)[2]
     for _ in range(2):
-        linear_cross_entropy(hidden, weight.requires_grad_(), targets, into=into).backward()
-    assert (into - 8 * exact).norm() < 0.02 * (8 * exact).norm()            # that of test_loss_kernels is of a quarter of the loss
+        loss_by_cpp(hidden, weight.requires_grad_(), targets, weight_grad_out=into).backward()
+    assert (into - 8 * exact).norm() < 0.02 * (8 * exact).norm()            # that of test_cross_entropy is of a quarter of the loss
 
 
 @NEEDS_CPP
 def test_large_logits_and_rows_without_loss(generator, poisoned):
-    hidden, weight, targets = test_loss_kernels.draw(20, 32, 512, generator, torch.bfloat16, share=1)
+    hidden, weight, targets = test_cross_entropy.draw(20, 32, 512, generator, torch.bfloat16, share=1)
     hidden *= 50
     targets[::3] = IGNORE
     with torch.no_grad():
-        alone = linear_cross_entropy(hidden, weight, targets)
+        alone = loss_by_cpp(hidden, weight, targets)
     hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, targets, every_row=True)
+    loss = loss_by_cpp(hidden, weight, targets, every_row=True)
     loss.backward()
     exact = torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden.detach(), weight).float(), targets, ignore_index=IGNORE, reduction="sum")
     assert loss.item() == alone.item() == pytest.approx(exact.item(), rel=1e-5)
@@ -194,20 +231,20 @@ def test_what_is_not_a_number_stays_none(generator):
 
     hidden, weight, targets = some(20, 32), some(512, 32), torch.arange(20)
     hidden[7, 3] = torch.nan
-    assert linear_cross_entropy(hidden, weight, targets).isnan()
+    assert loss_by_cpp(hidden, weight, targets).isnan()
     hidden[7, 3], weight[300, 0] = 1, torch.nan                             # a word that is no target
-    assert linear_cross_entropy(hidden, weight, targets).isnan()
+    assert loss_by_cpp(hidden, weight, targets).isnan()
     x, gate = some(9, 64), some(9, 64)
     x[4, 5] = gate[4, 5] = torch.nan
-    assert torch.equal(rms_norm(x, torch.ones(64), 1e-6).isnan().any(dim=1), torch.arange(9) == 4)
-    assert torch.equal(geglu(gate, some(9, 64)).isnan(), gate.isnan())
+    assert torch.equal(rms_norm(x, torch.ones(64), 1e-6, backend="cpp").isnan().any(dim=1), torch.arange(9) == 4)
+    assert torch.equal(gate_by_cpp(gate, some(9, 64)).isnan(), gate.isnan())
     q, k, v = some(30, 4, 32), some(30, 1, 32), some(30, 1, 32)
     k[20, 0, 1] = torch.nan
-    table = plan([10, 20], 8, torch.bfloat16, torch.device("cpu"), (4, 1, 32))
+    table = plan([10, 20], 8, torch.bfloat16, torch.device("cpu"), (4, 1, 32), backend="cpp")
     for others in ((q.float(), k, v), (q, k, v.expand(30, 2, 32)), (q[..., :16], k[..., :16], v[..., :16])):
         with pytest.raises(ValueError, match="takes bf16 on a CPU"):
-            attention(*others, 0.3, table)
-    out = attention(q, k, v, 0.3, table)
+            attention(*others, 0.3, table, "cpp")
+    out = attention(q, k, v, 0.3, table, "cpp")
     seen = (torch.arange(30) >= 20) & (torch.arange(30) < 28)
     assert torch.equal(out.isnan().all(dim=(1, 2)), seen) and torch.equal(out.isnan().any(dim=(1, 2)), seen)
 
@@ -227,11 +264,11 @@ def test_broken_cpp_is_caught(sound, broken, wrong, generator, poisoned, mutant_
     mutant_cpp(sound, broken)
     found = set()
     for kind in NORMS:
-        found |= set(test_norm_kernels.faults(test_norm_kernels.by(False), test_norm_kernels.operands(kind, generator, torch.bfloat16, "cpu", 600)))
-    found |= set(test_geglu_kernels.faults(geglu, 33, 80, True, torch.bfloat16, "cpu", generator))
-    hidden, weight, targets = test_loss_kernels.draw(1100, 32, 512, generator, torch.bfloat16, share=1)
-    found |= set(test_loss_kernels.faults(linear_cross_entropy, hidden, weight, targets))
+        found |= set(test_rms_norm.faults(test_rms_norm.by("cpp"), test_rms_norm.operands(kind, generator, torch.bfloat16, "cpu", 600)))
+    found |= set(test_geglu.faults(gate_by_cpp, 33, 80, True, torch.bfloat16, "cpu", generator))
+    hidden, weight, targets = test_cross_entropy.draw(1100, 32, 512, generator, torch.bfloat16, share=1)
+    found |= set(test_cross_entropy.faults(loss_by_cpp, hidden, weight, targets))
     if "dweight" in wrong:
         dy, x = (torch.randn(1100, 32, generator=generator).bfloat16() for _ in range(2))
-        found |= set() if torch.allclose(weight_gradient(dy, x), dy.float().T @ x.float(), rtol=1e-3, atol=1e-3) else {"dweight"}
+        found |= set() if torch.allclose(weight_grad(dy, x, backend="cpp"), weight_grad_reference(dy, x), rtol=1e-3, atol=1e-3) else {"dweight"}
     assert wrong <= found

@@ -1,15 +1,15 @@
-"""geglu_kernels.py: the gate, its gradients, and the functions that other kernels end in, against PyTorch."""
+"""ops/geglu.py: the gate, its gradients, and the functions that other kernels end in, against PyTorch."""
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU, INTERPRETED, INTERPRETER, NEEDS_COMPILER
 
-import geglu_kernels
-import triton_support
-from geglu_kernels import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
-from triton_support import jit, tl
-
-pytestmark = pytest.mark.usefixtures("no_cpp")
+from ops import compiled
+from ops import geglu as geglu_module
+from ops.geglu import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
+from ops.triton_utils import jit, tl
 
 
 def test_geglus_gradient_is_autograds(generator):
@@ -20,10 +20,10 @@ def test_geglus_gradient_is_autograds(generator):
     torch.testing.assert_close(geglu_gradient(dh, *both.chunk(2, dim=1)), torch.cat(expected, dim=1))
 
 
-WAYS = [pytest.param("cpu", dtype, False, id=f"pytorch-{dtype}".replace("torch.", "")) for dtype in (torch.float32, torch.bfloat16)]
-WAYS += [pytest.param(*INTERPRETER.values, dtype, True, id=f"interpreted-{dtype}".replace("torch.", ""), marks=INTERPRETER.marks)
+WAYS = [pytest.param("cpu", dtype, "torch", id=f"pytorch-{dtype}".replace("torch.", "")) for dtype in (torch.float32, torch.bfloat16)]
+WAYS += [pytest.param(*INTERPRETER.values, dtype, "triton", id=f"interpreted-{dtype}".replace("torch.", ""), marks=INTERPRETER.marks)
          for dtype in (torch.float32, torch.float16)]
-WAYS += [pytest.param(*GPU.values, dtype, True, id=f"cuda-{dtype}".replace("torch.", ""), marks=GPU.marks)
+WAYS += [pytest.param(*GPU.values, dtype, "triton", id=f"cuda-{dtype}".replace("torch.", ""), marks=GPU.marks)
          for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 
 
@@ -45,34 +45,33 @@ def faults(geglu, M, F, halves, dtype, device, generator):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("device", "dtype", "by_triton"), WAYS)
+@pytest.mark.parametrize(("device", "dtype", "backend"), WAYS)
 @pytest.mark.parametrize(("M", "F", "halves"), [(1, 64, False), (7, 90, False), (7, 90, True), (33, 2048, True)])
-def test_results_and_gradients_are_as_near_as_the_definitions(M, F, halves, device, dtype, by_triton, generator):
-    assert faults(lambda gate, up: geglu(gate, up, by_triton), M, F, halves, dtype, device, generator) == []
+def test_results_and_gradients_are_as_near_as_the_definitions(M, F, halves, device, dtype, backend, generator):
+    assert faults(lambda gate, up: geglu(gate, up, backend), M, F, halves, dtype, device, generator) == []
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("numbers", [1, 5 * 90])
 def test_rows_a_few_at_a_time_give_the_same(numbers, generator, monkeypatch):
-    monkeypatch.setattr(triton_support, "PIECE", numbers)
+    monkeypatch.setattr(compiled, "CHUNK_NUMBERS", numbers)
     assert faults(geglu, 33, 90, True, torch.bfloat16, "cpu", generator) == []
 
 
 @NEEDS_COMPILER
-def test_one_loop_is_as_accurate(generator, monkeypatch):
+def test_one_loop_is_as_accurate(generator):
     """As train.py --compile has it."""
-    monkeypatch.setattr(triton_support, "_compiling", True)
     for M in (7, 33):
-        assert faults(geglu, M, 90, True, torch.bfloat16, "cpu", generator) == []
+        assert faults(partial(geglu, backend="compiled"), M, 90, True, torch.bfloat16, "cpu", generator) == []
 
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "wrong"), [
     ("d * u * gelu_slope(g)", "d * gelu_slope(g)", "dgate"), ("d * gelu(g)", "d * gelu(u)", "dup"), ("row * up_row", "row * gate_row", "h"),
-    ("inside = columns < N", "inside = columns < N - 1", "h"), ("made + row * (2 * N) + N +", "made + row * (2 * N) + N - 1 +", "dup")])
+    ("inside = columns < N", "inside = columns < N - 1", "h"), ("dgate_up + row * (2 * N) + N +", "dgate_up + row * (2 * N) + N - 1 +", "dup")])
 def test_the_tests_see_a_broken_kernel(sound, broken, wrong, mutant, generator, poisoned):
-    made = mutant(geglu_kernels, sound, broken)
-    strided = lambda gate, up: made.geglu(gate.contiguous(), up, True)                                  # noqa: E731
+    made = mutant(geglu_module, sound, broken)
+    strided = lambda gate, up: made.geglu(gate.contiguous(), up, "triton")                                  # noqa: E731
     assert wrong in faults(strided, 7, 90, True, torch.float32, "cpu", generator)
 
 
@@ -86,8 +85,8 @@ def test_gate_and_up_alone_are_kept(generator):
 
 def test_the_kernel_refuses_what_it_would_get_wrong(generator):
     gate, up = (torch.randn(12, 7, generator=generator).T for _ in range(2))
-    with pytest.raises(ValueError, match=r"side by side; got torch\.float32, strides \(1, 7\)"):
-        geglu(gate, up, by_triton=True)
+    with pytest.raises(ValueError, match=r"side by side; got torch\.float32 on cpu, strides \(1, 7\)"):
+        geglu(gate, up, backend="triton")
 
 
 @jit

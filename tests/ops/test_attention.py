@@ -1,14 +1,16 @@
 """Attention over packed documents equals its definition, in values, gradients and rounding."""
-from dataclasses import replace
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GPU, INTERPRETED, INTERPRETER, NEEDS_CPP
 
-import attention_kernels as module
-from attention_kernels import attention, attention_reference, plan, tables, tile
-from triton_support import triton
+from ops import attention as module
+from ops import attention_tables
+from ops.attention import attention, attention_reference
+from ops.attention_tables import plan, tables, tile
+from ops.triton_utils import triton
 
 
 def naive_attention(q, k, v, documents, window, scale):
@@ -36,7 +38,7 @@ def operands(T, generator, dtype=torch.float64, kv_heads=2):
 @pytest.mark.parametrize("lengths", [[1], [8], [9], [23], [3, 8, 1, 30, 17]], ids=str)
 @pytest.mark.parametrize("window", [8, None])
 def test_attention_and_its_gradients_equal_the_masked_definition(function, queries, lengths, window, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", queries)
+    monkeypatch.setattr(attention_tables, "QUERIES", queries)
     T = sum(lengths)
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     inputs, dout = operands(T, generator)
@@ -65,7 +67,7 @@ def shared_and_whole(lengths, starts):
                                                  ([3, 6, 4, 2, 11, 5, 9], [0, 0, 6, 6, 0, 8, 8]), ([12, 4, 4, 4], [0, 5, 12, 5])], ids=str)
 @pytest.mark.parametrize("window", [8, None])
 def test_documents_that_continue_a_shared_beginning_are_as_if_each_held_it(function, queries, lengths, starts, window, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", queries)
+    monkeypatch.setattr(attention_tables, "QUERIES", queries)
     T = sum(lengths)
     places, documents = shared_and_whole(lengths, starts)
     inputs, dout = operands(T, generator)
@@ -90,7 +92,7 @@ def test_a_document_that_continues_nothing_is_refused(lengths, starts):
 @pytest.mark.parametrize("window", [8, None])
 @pytest.mark.parametrize("before", [1, 7, 8, 20])
 def test_a_beginning_may_give_keys_alone(before, window, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", 5)
+    monkeypatch.setattr(attention_tables, "QUERIES", 5)
     lengths, starts = [before, 3, 12, 1], [0, before, before, before]
     (q, k, v), _ = operands(sum(lengths), generator)
     everything = attention(q, k, v, 0.3, tile(lengths, window, torch.float64, torch.device("cpu"), starts))
@@ -101,7 +103,7 @@ def test_a_beginning_may_give_keys_alone(before, window, generator, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [1.0, 6.0], ids=["even scores", "sharp scores"])
 def test_attention_rounds_no_more_than_the_reference(dtype, size, generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", 64)
+    monkeypatch.setattr(attention_tables, "QUERIES", 64)
     lengths, window = [150, 300], 100
     inputs, dout = operands(450, generator, dtype, kv_heads=1)
     inputs = (inputs[0] * size, *inputs[1:])
@@ -117,7 +119,7 @@ def test_attention_rounds_no_more_than_the_reference(dtype, size, generator, mon
 
 
 def test_gradcheck(generator, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES", 3)
+    monkeypatch.setattr(attention_tables, "QUERIES", 3)
     (q, k, v), _ = operands(7, generator)
     tiles = tile([2, 5], 4, torch.float64, torch.device("cpu"))
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, 0.3, tiles), [x.requires_grad_() for x in (q, k, v)])
@@ -131,7 +133,7 @@ LAYOUTS = {"one": ([1], None), "short": ([9, 1, 30], None), "long": ([150, 5, 70
            "many": ([70, 9, 2, 90, 8, 40, 33], [0, 70, 70, 0, 60, 60, 90])}
 
 
-def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1, 16), module=module, block_q=128, block_k=64, by_cpp=False):
+def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1, 16), attention=attention, tables=tables, block_q=128, block_k=64, backend="triton"):
     """The names of outputs and gradients further from float64 than twice PyTorch's attention is, or all zero."""
     T, (N, K, H) = sum(lengths), heads
     q, k, v, dout = (torch.randn(T, n, H, generator=generator).to(device, dtype) for n in (N, K, K, N))
@@ -139,9 +141,8 @@ def kernel_faults(lengths, starts, window, device, dtype, generator, heads=(4, 1
     exact = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), [x.double().cpu() for x in (q, k, v)], dout.cpu().double())
     tiles = tile(lengths, window, dtype, torch.device(device), starts)
     naive = gradients(lambda q, k, v: attention_reference(q, k, v, 0.3, tiles), (q, k, v), dout)
-    table = module.tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k, longest_first=not by_cpp)
-    table = replace(table, by_cpp=by_cpp)
-    ours = gradients(lambda q, k, v: module.attention(q, k, v, 0.3, table), (q, k, v), dout)
+    table = tables(lengths, window, torch.device(device), starts, block_q=block_q * K // N, block_k=block_k, longest_first=backend == "triton")
+    ours = gradients(lambda q, k, v: attention(q, k, v, 0.3, table, backend), (q, k, v), dout)
 
     def error(got, want):                   # where all see themselves alone dq and dk are 0, and what cancels is of the other size
         return ((got.cpu().double() - want).norm() / (want.norm() if want.norm() > 1e-9 else k.norm() * dout.norm()).item()).item()
@@ -181,7 +182,7 @@ def test_each_half_reads_only_the_keys_of_its_own_run_that_it_needs(lengths, sta
     T = sum(lengths)
     q, k, v = (torch.randn(T, n, 16, generator=generator).to(device, torch.float16) for n in (4, 1, 1))
     v[key] = torch.nan
-    out = attention(q, k, v, 0.3, tables(lengths, window, torch.device(device), starts, block_q=32))[-32:].isnan().flatten(1).any(1)
+    out = attention(q, k, v, 0.3, tables(lengths, window, torch.device(device), starts, block_q=32), "triton")[-32:].isnan().flatten(1).any(1)
     assert out.unflatten(0, (2, 16))[1 - half].any() and out.unflatten(0, (2, 16))[half].any() == (parts == 1)
 
 
@@ -202,17 +203,14 @@ def test_the_blocks_that_take_longest_come_first(layout, window):
 
 def test_plans_for_a_gpu_are_ordered_and_those_for_a_cpu_are_not(monkeypatch):
     made = []
-    monkeypatch.setattr(module, "tables", lambda *of, **more: made.append(more) or tables(*of[:2], torch.device("cpu"), *of[3:], **more))
-    monkeypatch.setattr(module, "can_run", lambda device: True)
-    monkeypatch.setattr(module, "takes", lambda: True)
-    for major, optin in ((9, 227), (8, 163)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, of=(major, optin): SimpleNamespace(
-            major=of[0], shared_memory_per_block_optin=of[1] * 1024))
-        assert plan([3, 90], None, torch.bfloat16, torch.device("cuda"), (4, 1, 256)).queries[0, 0] > 3
-    by_cpp = plan([3, 90], None, torch.bfloat16, torch.device("cpu"), (4, 1, 256))
-    assert by_cpp.by_cpp and by_cpp.queries[:, 0].tolist() == [0, 3, 51]
-    assert made == [{"longest_first": True}] * 2 + [{}]
-    tiles = tile([3, 90], None, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(attention_tables, "tables", lambda *of, **more: made.append((of[5], more)) or tables(*of[:2], torch.device("cpu"), *of[3:], **more))
+    for major in (9, 8):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, major=major: SimpleNamespace(major=major))
+        assert plan([3, 90], None, torch.bfloat16, torch.device("cuda"), (4, 1, 256), backend="triton").queries[0, 0] > 3
+    by_cpp = plan([3, 90], None, torch.bfloat16, torch.device("cpu"), (4, 1, 256), backend="cpp")
+    assert by_cpp.queries[:, 0].tolist() == [0, 3, 51]
+    assert made == [(32, {"longest_first": True}), (16, {"longest_first": True}), (48, {})]
+    tiles = plan([3, 90], None, torch.float32, torch.device("cpu"), (4, 1, 256))
     assert [t.queries.start for t in tiles] == [0, 3]
 
 
@@ -236,8 +234,8 @@ def test_a_beginning_may_give_the_kernels_keys_alone(window, device, dtype, gene
     lengths, starts = [45, 3, 40, 1], [0, 45, 45, 45]
     q, k, v = (torch.randn(sum(lengths), n, 16, generator=generator).to(device, dtype) for n in (4, 1, 1))
     dout = torch.randn(44, 4, 16, generator=generator).to(device, dtype)
-    everything = gradients(lambda *of: attention(*of, 0.3, tables(lengths, window, torch.device(device), starts))[45:], (q, k, v), dout)
-    some = gradients(lambda q, k, v: attention(q[45:], k, v, 0.3, tables(lengths, window, torch.device(device), starts, keys_only=1)), (q, k, v), dout)
+    everything = gradients(lambda *of: attention(*of, 0.3, tables(lengths, window, torch.device(device), starts), "triton")[45:], (q, k, v), dout)
+    some = gradients(lambda q, k, v: attention(q[45:], k, v, 0.3, tables(lengths, window, torch.device(device), starts, keys_only=1), "triton"), (q, k, v), dout)
     for mine, whole in zip(some, everything, strict=True):
         torch.testing.assert_close(mine, whole)
 
@@ -247,34 +245,37 @@ def test_a_beginning_may_give_the_kernels_keys_alone(window, device, dtype, gene
 def test_no_queries_give_the_keys_a_gradient_of_zero(lengths, keys_only, device, poisoned):
     q, k, v = (torch.randn(tokens, n, 16, dtype=torch.float16, device=device) for tokens, n in ((0, 4), (sum(lengths), 1), (sum(lengths), 1)))
     table = tables(lengths, None, torch.device(device), keys_only=keys_only)
-    assert all(not x.any() for x in gradients(lambda q, k, v: attention(q, k, v, 0.3, table), (q, k, v), q))
+    assert all(not x.any() for x in gradients(lambda q, k, v: attention(q, k, v, 0.3, table, "triton"), (q, k, v), q))
 
 
 @pytest.mark.parametrize(("queries", "keys", "values"), [(7, 7, 7), (9, 9, 9), (5, 8, 7), (5, 9, 8), (8, 8, 8)])
-def test_a_plan_for_other_documents_is_refused(queries, keys, values):
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_a_plan_for_other_documents_is_refused(queries, keys, values, backend):
     q, k, v = (torch.zeros(tokens, n, 16) for tokens, n in ((queries, 4), (keys, 1), (values, 1)))
     with pytest.raises(ValueError, match=f"have {queries}, {keys} and {values} tokens, the plan is for 5 queries and 8 keys"):
-        attention(q, k, v, 0.3, tables([3, 5], None, torch.device("cpu"), keys_only=1))
+        attention(q, k, v, 0.3, tables([3, 5], None, torch.device("cpu"), keys_only=1), backend)
 
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
     ("(own <= keys)", "(own < keys)", {"out", "dk", "dv"}), ("(keys <= tokens)", "(keys <= tokens + 1)", {"out"}),
-    ("(old <= keys)", "(old <= keys + 1)", {"out"}), ("(keys < old_end)", "(keys <= old_end)", {"out", "dk", "dv"}),
+    ("(prefix <= keys)", "(prefix <= keys + 1)", {"out"}), ("(keys < prefix_end)", "(keys <= prefix_end)", {"out", "dk", "dv"}),
     ("np.arange(len(documents)) - reach + 1)", "np.arange(len(documents)) - reach)", {"out"}),
-    ("np.clip(positions - reach + 1, 0, where)", "np.clip(positions - reach, 0, where)", {"out"}),
-    ("total = total * fade", "total = total", {"out"}), ("sums * fade[:, None]", "sums", {"out"}), ("top + tl.log2(total)", "top", {"dq", "dk"}),
+    ("np.clip(positions - reach + 1, 0, prefix_length)", "np.clip(positions - reach, 0, prefix_length)", {"out"}),
+    ("total = total * rescale", "total = total", {"out"}), ("sums * rescale[:, None]", "sums", {"out"}), ("top + tl.log2(total)", "top", {"dq", "dk"}),
     ("- delta_tile[:, None])", ")", {"dq"}), ("- delta_tile[None, :])", ")", {"dk"}), ("(dk_sums * factor)", "dk_sums", {"dk"}),
-    ("np.where(goes_on[of] - positions[stop - 1] < reach, ", "np.where(False, ", {"dk", "dv"}),
+    ("np.where(continuation[of] - positions[stop - 1] < reach, ", "np.where(False, ", {"dk", "dv"}),
     ("np.clip(lowest - reach + 1, 0, start[of])", "np.clip(lowest - reach + 2, 0, start[of])", {"out"}),
     ("key = tl.load(seen + first + offset,", "key = 1 + tl.load(seen + first + offset,", {"out"}),
     ("first + offset + TOKENS)", "first + offset + TOKENS - 1)", {"out"}),
-    ("old = tl.where(count > 0, old, old_end)", "old = old_end", {"out"}),
+    ("prefix = tl.where(count > 0, prefix, prefix_end)", "prefix = prefix_end", {"out"}),
     ("tl.program_id(0) % PARTS * TOKENS", "0", {"out"})])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, poisoned, mutant):
-    broken_module = mutant(module, sound, broken)
+    of_tables = sound in inspect.getsource(attention_tables)
+    broken_module = mutant(attention_tables if of_tables else module, sound, broken)
+    changed = {"tables": broken_module.tables} if of_tables else {"attention": broken_module.attention}
     found = {name for layout in ("shared", "long", "many") for name in
-             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.float32, generator, module=broken_module)}
+             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.float32, generator, **changed)}
     assert where <= found
 
 
@@ -286,15 +287,15 @@ def test_a_broken_kernel_is_caught(sound, broken, where, generator, poisoned, mu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cpp_is_as_accurate_as_pytorchs_attention(layout, window, generator, poisoned):
     for block_q in (192, 64, 8):
-        assert kernel_faults(*LAYOUTS[layout], window, "cpu", torch.bfloat16, generator, (4, 1, 32), block_q=block_q, by_cpp=True) == []
+        assert kernel_faults(*LAYOUTS[layout], window, "cpu", torch.bfloat16, generator, (4, 1, 32), block_q=block_q, backend="cpp") == []
 
 
 @NEEDS_CPP
 @pytest.mark.parametrize("heads", [(2, 2, 32), (4, 2, 64), (8, 1, 32), (3, 1, 96), (16, 1, 32), (4, 1, 256)], ids=str)
 def test_cpp_groups_heads_as_the_model_has_them(heads, generator, poisoned):
     N, K, _ = heads
-    assert kernel_faults([40, 33, 5], [0, 40, 0], 20, "cpu", torch.bfloat16, generator, heads, block_q=max(192, N // K), by_cpp=True) == []
-    assert kernel_faults([1100, 7], None, 512, "cpu", torch.bfloat16, generator, heads, block_q=max(192, N // K), by_cpp=True) == []
+    assert kernel_faults([40, 33, 5], [0, 40, 0], 20, "cpu", torch.bfloat16, generator, heads, block_q=max(192, N // K), backend="cpp") == []
+    assert kernel_faults([1100, 7], None, 512, "cpu", torch.bfloat16, generator, heads, block_q=max(192, N // K), backend="cpp") == []
 
 
 @NEEDS_CPP
@@ -302,12 +303,12 @@ def test_cpp_takes_large_scores_and_gives_the_same_bits_with_any_number_of_threa
     lengths, threads = [300, 90, 17], torch.get_num_threads()
     q, k, v, dout = (torch.randn(407, n, 64, generator=generator).bfloat16() for n in (4, 1, 1, 4))
     q *= 100
-    by_cpp, tiles = (make(lengths, 64, *of) for make, of in ((plan, (torch.bfloat16, torch.device("cpu"), (4, 1, 64))),
+    by_cpp, tiles = (make(lengths, 64, *of) for make, of in ((plan, (torch.bfloat16, torch.device("cpu"), (4, 1, 64), None, 0, "cpp")),
                                                              (tile, (torch.float32, torch.device("cpu")))))
     seen = []
     for count in (threads, threads, 1, 3):
         torch.set_num_threads(count)
-        seen.append(gradients(lambda *of: attention(*of, 1.0, by_cpp), (q, k, v), dout))
+        seen.append(gradients(lambda *of: attention(*of, 1.0, by_cpp, "cpp"), (q, k, v), dout))
     torch.set_num_threads(threads)
     for all_threads, *others in zip(*seen, strict=True):
         assert all(torch.equal(all_threads, other) for other in others)
@@ -320,8 +321,8 @@ def test_cpp_takes_large_scores_and_gives_the_same_bits_with_any_number_of_threa
 @pytest.mark.parametrize(("lengths", "keys_only"), [([], 0), ([45], 1)])
 def test_cpp_gives_keys_without_queries_a_gradient_of_zero(lengths, keys_only, poisoned):
     q, k, v = (torch.randn(tokens, n, 32, dtype=torch.bfloat16) for tokens, n in ((0, 4), (sum(lengths), 1), (sum(lengths), 1)))
-    by_cpp = plan(lengths, None, torch.bfloat16, torch.device("cpu"), (4, 1, 32), keys_only=keys_only)
-    assert all(not x.any() for x in gradients(lambda q, k, v: attention(q, k, v, 0.3, by_cpp), (q, k, v), q))
+    by_cpp = plan(lengths, None, torch.bfloat16, torch.device("cpu"), (4, 1, 32), keys_only=keys_only, backend="cpp")
+    assert all(not x.any() for x in gradients(lambda q, k, v: attention(q, k, v, 0.3, by_cpp, "cpp"), (q, k, v), q))
 
 
 @NEEDS_CPP
@@ -334,11 +335,23 @@ def test_cpp_gives_keys_without_queries_a_gradient_of_zero(lengths, keys_only, p
 def test_broken_cpp_is_caught(sound, broken, where, generator, poisoned, mutant_cpp):
     mutant_cpp(sound, broken)
     found = {name for layout in ("shared", "long", "many") for name in
-             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.bfloat16, generator, (4, 1, 32), by_cpp=True)}
+             kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.bfloat16, generator, (4, 1, 32), backend="cpp")}
     assert where <= found
 
 
-def test_the_plan_is_for_kernels_where_they_run_and_for_tiles_elsewhere():
-    assert isinstance(plan([3], None, torch.bfloat16, torch.device("cpu"), (4, 1, 48)), list)
-    assert isinstance(plan([3], None, torch.float32, torch.device("cpu"), (4, 1, 16)), list)
-    assert isinstance(plan([3], None, torch.float32, torch.device("meta"), (4, 1, 24)), list)
+def test_a_backend_refuses_the_plan_of_another(generator):
+    (q, k, v), _ = operands(8, generator, torch.float32, kv_heads=1)
+    made = tables([3, 5], None, torch.device("cpu")), tile([3, 5], None, torch.float32, torch.device("cpu"))
+    for backend, given in (("torch", made[0]), ("triton", made[1]), ("cpp", made[1])):
+        with pytest.raises(ValueError, match="make the plan for the same backend"):
+            attention(q, k, v, 0.3, given, backend)
+    with pytest.raises(ValueError, match="no backend 'cuda' for this operation; it has triton, cpp, torch"):
+        attention(q, k, v, 0.3, made[0], "cuda")
+
+
+@pytest.mark.skipif(triton is None, reason="no Triton for this platform")
+def test_kernels_refuse_tensors_that_they_cannot_run_on(generator, monkeypatch):
+    monkeypatch.setattr("ops.triton_utils.INTERPRETED", False)
+    (q, k, v), _ = operands(8, generator, torch.float32, kv_heads=1)
+    with pytest.raises(ValueError, match="takes the current CUDA device; got cpu"):
+        attention(q, k, v, 0.3, tables([8], None, torch.device("cpu")), "triton")

@@ -1,5 +1,5 @@
 // What a step computes on a CPU with AVX512-BF16, in loops of its own: attention, the gradients of weights, the loss, norms and
-// gates. cpu_kernels.py compiles this file and calls it; the definitions are in the files named below. An instruction adds
+// gates. build.py compiles this file and calls it; the definitions are in the files named below. An instruction adds
 // a_0 b_0 + a_1 b_1 of a pair of bf16 to each of 16 fp32 sums, so the factors of a product lie in pairs, in panels of 16:
 //
 //     across   X (rows, n) as [rows / 16][n / 2][16 rows]       pairs of neighbouring columns, for products with Xᵀ
@@ -116,7 +116,7 @@ inline __m512 exp2(__m512 x) {
 constexpr float LOG2_E = 1.44269504f;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention (attention_kernels.py). The rows of a product are the G query heads that share a kv head, of one token after the
+// Attention (ops/attention.py). The rows of a product are the G query heads that share a kv head, of one token after the
 // other. A block of queries (a row of `Tables.queries`) is cut into strips of such rows, the keys into panels, from multiples of
 // 16 on: no product goes further than 16 keys beyond what a strip sees at either end, and what lies between two products stays in
 // the cache. Scores are summed in fp32. K and V are laid out across for S = Q Kᵀ and dP = dO Vᵀ, along for O = P V and dQ = dS K;
@@ -428,7 +428,7 @@ void attention_backward(const Call* given, const bf16* q, const bf16* k, const b
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Weights' gradients and the loss (loss_kernels.py)
+// Weights' gradients and the loss (ops/cross_entropy.py)
 
 // dW (O, I) fp32 = dYᵀ X of dY (M, O), whose rows lie dy_row apart, and X (M, I), or += with `add`; O and I multiples of 16.
 void weight_gradient(const bf16* dy, const bf16* x, float* dw, int64_t dy_row, int64_t M, int64_t O, int64_t I, bool add) {
@@ -523,7 +523,7 @@ void loss_gradient(bf16* logits, const float* log_sums, const int64_t* targets, 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Norms (norm_kernels.py): rows of D, a multiple of 32, `heads` of them side by side, which lie `x_row` apart in x and are
+// Norms (ops/rms_norm.py): rows of D, a multiple of 32, `heads` of them side by side, which lie `x_row` apart in x and are
 // row-major elsewhere. cos and sin (rows / heads, D), whose halves are alike. residual, cos and sin, dskip and dw may be null.
 
 void norm_forward(const bf16* x, const float* w, const bf16* residual, const bf16* cos, const bf16* sin, bf16* y, float* r, float eps,
@@ -595,7 +595,7 @@ void norm_backward(const bf16* x, const float* w, const bf16* cos, const bf16* s
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gates (geglu_kernels.py): rows of F, a multiple of 16, which lie gate_row and up_row apart; h or dh row-major, dgate and dup
+// Gates (ops/geglu.py): rows of F, a multiple of 16, which lie gate_row and up_row apart; h or dh row-major, dgate and dup
 // halves of rows of 2 F. h or dh is null.
 
 void geglu(const bf16* gate, const bf16* up, bf16* h, const bf16* dh, bf16* made, int64_t gate_row, int64_t up_row, int64_t M, int64_t F) {
