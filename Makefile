@@ -14,7 +14,7 @@ DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 4e-3 --beta2 0.98 --batch-ro
               --eval-rows 200 --eval-calls 200 --eval-every 550 --save-every 550 --log-every 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev test test-gpu check-kernels faults lint finetune report bench clean
+.PHONY: help setup setup-dev test test-gpu check-kernels faults lint finetune report bench gpu clean
 
 help:                    ## this list
 	@awk -F '##' '/^[a-z-]+:.*##/ { split($$0, name, ":"); printf "  make %-13s %s\n", name[1], $$2 }' Makefile
@@ -55,11 +55,13 @@ faults: setup-dev        ## break runs in every way we know and compare what cam
 lint: setup-dev          ## ruff
 	$(PYTHON) -m ruff check .
 
-bench: setup-dev         ## side by side with the peers; JSON in benchmarks/results
+bench: setup-dev         ## side by side with the peer on a CPU; JSON in benchmarks/results
 	$(PYTHON) benchmarks/cpu_vs_peft.py --save
-	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PYTHON) benchmarks/step.py --save && $(PYTHON) benchmarks/lora.py --save && \
-		$(PYTHON) benchmarks/attention.py --save; \
-	else echo "benchmarks/step.py, lora.py and attention.py: left out, no CUDA device here"; fi
+
+# It installs nothing: .venv where it is, or else python3.
+GPU_PYTHON = $(if $(filter .venv/bin/python,$(PYTHON)),$(or $(wildcard .venv/bin/python),python3),$(PYTHON))
+gpu:                     ## every figure of a GPU, in nine minutes; JSON in benchmarks/results/gpu
+	$(GPU_PYTHON) benchmarks/gpu.py $(FLAGS)
 
 # Real weights for the tests that compare with them. Built once, where the means are there; without them those tests skip.
 .PHONY: real-model

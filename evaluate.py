@@ -28,7 +28,8 @@ from dataset.examples import tokenize
 from dataset.files import read_system_text
 from dataset.rows import Conversation, message_calls, message_text, read_sources
 from dataset.sampler import query_hash, split_held_out
-from generate import STOP_IDS, add_machine_flags, add_model_flags, call_phrases, stream
+from inference.decoding import STOP_IDS, call_phrases, stream
+from inference.flags import add_machine_flags, add_model_flags
 from inference.scoring import Score, accepted_values, results_table, score, summarize
 from model import Gemma3
 from storage.adapters import load_tuned, system_prompt_of
@@ -170,7 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--skip-invalid", action="store_true",
         help="leave out rows that cannot be right, instead of stopping")
     add("--max-new-tokens", type=int, default=None, metavar="N",
-        help="longest answer (default: twice as long as the wanted one)")
+        help="longest answer, in tokens (default: twice the expected one, at least 64)")
     add("--batch-rows", type=int, default=16, metavar="N",
         help="rows answered at a time (default: %(default)s)")
     add = parser.add_argument_group("what to write").add_argument

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from generate import add_model_flags
+from inference.flags import add_model_flags
 from lora import merge
 from storage.adapters import base_of, load_adapter, save_adapter, system_prompt_of
 from storage.atomic import atomic_folder

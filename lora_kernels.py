@@ -1,5 +1,4 @@
-"""LoRA linears: y = x Wᵀ + s (x Aᵀ) Bᵀ, W frozen, the low-rank A and B trained; base and adapter in one pass
-over x.
+"""LoRA linears, y = x Wᵀ + s (x Aᵀ) Bᵀ with W frozen: base and adapter in one pass over x.
 
     forward      S = s x Aᵀ      y = x Wᵀ + S Bᵀ
     backward     T = s dY B     dX = dY W + T A      dA = Tᵀ x      dB = dYᵀ S         (W gets no gradient)
@@ -10,7 +9,8 @@ Linears that share x, as q, k and v or gate and up do, are one launch: the parts
 docs/derivations.md derives the gradients and draws the tiles.
 
     M rows   I in   O out, of all parts together   P parts   R rank
-    x (M, I)   weight (O, I)   y (M, O)   S and T (M, P·R)   a part's lora_a (R, I) and lora_b (O of the part, R), fp32
+    x (M, I)   weight (O, I)   y (M, O)   S and T (M, P·R)
+    lora_a (R, I) and lora_b (O of the part, R) of each part, fp32
 
 Dropout is on the adapters' input (ops/dropout.py). Linears that share x share its mask (PEFT draws one for
 each): S and dA stay one product each.
@@ -154,7 +154,8 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
     if DROPOUT:
         token_hashes = tl.load(tokens + rows, mask=rows < M, other=0)
     if GEGLU:
-        up_sums, up_low_rank = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        up_sums = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        up_low_rank = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(0, I, BLOCK_I):
         inside = i + ins < I
         x_tile = load_tile(x_tiles + i, (rows < M)[:, None] & inside[None, :], False)
@@ -162,7 +163,8 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
         a_tile = load_tile(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
         dropped = x_tile
         if DROPOUT:
-            dropped = apply_dropout(x_tile, token_hashes, load_tile(features + i + ins, inside, EVEN_I), threshold)
+            feature_hashes = load_tile(features + i + ins, inside, EVEN_I)
+            dropped = apply_dropout(x_tile, token_hashes, feature_hashes, threshold)
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
         low_rank = tl.dot(dropped, a_tile, low_rank, input_precision=PRECISION)
         if GEGLU:
@@ -195,8 +197,10 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshol
               PART: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, O: tl.constexpr, I: tl.constexpr, R: tl.constexpr,  # noqa: E741
               P: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    """sums + dYp Wp + Tp Ap of one part, the outputs FIRST to LAST; the tile of the first inputs writes Tp =
-    s dYp Bp."""
+    """sums + dYp Wp + Tp Ap of one part, the outputs FIRST to LAST.
+
+    The tile of the first inputs writes Tp = s dYp Bp.
+    """
     EVEN_O: tl.constexpr = (LAST - FIRST) % BLOCK_O == 0
     EVEN_I: tl.constexpr = I % BLOCK_I == 0
     outs, ranks = FIRST + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_R)
@@ -219,7 +223,8 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshol
     if DROPOUT:
         token_hashes = tl.load(tokens + rows, mask=rows < M, other=0)
         feature_hashes = load_tile(features + ins, ins < I, EVEN_I)
-        return sums + apply_dropout(tl.dot(low_rank, a_tile, input_precision=PRECISION), token_hashes, feature_hashes, threshold)
+        adapter = tl.dot(low_rank, a_tile, input_precision=PRECISION)
+        return sums + apply_dropout(adapter, token_hashes, feature_hashes, threshold)
     else:
         return tl.dot(low_rank, a_tile, sums, input_precision=PRECISION)
 
@@ -258,7 +263,8 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
         gate = tl.load(gate_up + places, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + places + I, (sums * gelu(gate)).to(dx.dtype.element_ty), mask=mask)
         up = tl.load(gate_up + places + I, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(gate_up + places, mask=mask, other=0.0).to(tl.float32)         # loaded twice: to keep it would take registers
+        # gate is loaded twice: to keep it would take registers.
+        gate = tl.load(gate_up + places, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + places, (sums * up * gelu_slope(gate)).to(dx.dtype.element_ty), mask=mask)
     else:
         tl.store(dx + rows[:, None] * I + ins[None, :], sums.to(dx.dtype.element_ty), mask=mask)
@@ -269,8 +275,8 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
        fits=lambda BLOCK_N, BLOCK_C, **more: _room(BLOCK_N * (BLOCK_C + 32), **more))
 @jit
 def _token_sum_kernel(wide, low_rank, partial, tokens, features, threshold, M, M_BUCKET, rows_a_split,
-                      N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, LOW_RANK: tl.constexpr, C: tl.constexpr,
-                      TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
+                      N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, LOW_RANK: tl.constexpr,
+                      C: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Over the tokens of a split, Σ wide[m, n] low_rank[m, c]: dB = dYᵀ S, and dA = Tᵀ x (TRANSPOSED).
 
@@ -344,8 +350,7 @@ def _add_splits_kernel(partial, gradient, splits_a, splits_b, A: tl.constexpr, B
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """The products of a group's frozen weight (O, I) in oneDNN's own layout: two copies of it, made once, as
-    it never changes."""
+    """The products of a group's frozen weight (O, I) in oneDNN's own layout: two copies, made once."""
 
     forward: Callable[[Tensor], Tensor]             # x (M, I) → x Wᵀ
     input_gradient: Callable[[Tensor], Tensor]      # dY (M, O) → dY W
@@ -478,7 +483,8 @@ def _token_sums(wide: Tensor, low_rank: Tensor, parts: tuple[int, ...], splits: 
     BLOCK_C = min(64, max(16, next_power_of_2(columns)))
     _token_sum_kernel[lambda sizes: (sum(cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, cdiv(columns, BLOCK_C))](
         wide, low_rank, partial, **group.numbers(M), rows_a_split=cdiv(M, splits), N0=N0, N1=N1, N2=N2,
-        LOW_RANK=low_rank.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None, BLOCK_C=BLOCK_C,
+        LOW_RANK=low_rank.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None,
+        BLOCK_C=BLOCK_C,
         PRECISION=precision(wide.dtype))
 
 

@@ -174,12 +174,14 @@ def main(args: argparse.Namespace) -> None:
         exact = gradients(lambda q, k, v, case=case, tiles=tiles: attention_reference(q, k, v, case.scale, tiles), doubled, dout)
         made = result["windows"][str(window or "full")] = {}
         for name, way in WAYS.items():
+            if name in args.without.split(","):
+                continue
             try:
                 made[name] = measure(way(case), given, exact, case, clock)
             except Exception as error:                          # what cannot run here is recorded, and the others go on
                 made[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
             print(f"window {window or 'full':>5} {name:14}", line(made[name]), flush=True)
-        keep_result(result, "attention", device, args)
+            keep_result(result, "attention", device, args)              # at once: time may be short
 
 
 def line(made: dict) -> str:
@@ -193,6 +195,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=16_896)
+    parser.add_argument("--without", default="", help="ways to leave out, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="30 tokens and small heads in fp32, to see that everything runs")
     add_result_flags(parser)
     main(parser.parse_args())

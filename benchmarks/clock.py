@@ -1,11 +1,28 @@
-"""The clock of the benchmarks: what a call takes the device, and what it takes the host to queue it."""
+"""The clock of the benchmarks: what a call takes the device, and what it takes the host to queue it.
+
+    python benchmarks/clock.py --save       # device and versions, and how fast a large copy and product are
+"""
 from __future__ import annotations
 
+import argparse
+import os
+import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from tables import add_result_flags, keep_result  # noqa: E402
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "peft")
 
 
 class Clock:
@@ -52,3 +69,51 @@ class Clock:
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         source, target = (torch.randn(numbers, device=device) for _ in range(2))
         return 2 * side**3 / self(lambda _: left @ right)["ms"], 8 * numbers / self(lambda _: target.copy_(source))["ms"]
+
+
+def conditions(device: torch.device) -> dict:
+    """What a figure depends on beside the code it measures: device, versions, commit."""
+    from checkpoint import device_name
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    versions["torch"] = torch.__version__                               # with its CUDA version or +cpu
+    return {"device": device_name(device), "versions": versions, "commit": commit()}
+
+
+def commit() -> str | None:
+    """Of this checkout: from $COMMIT where git is not at hand, else as `git describe` names it."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def main(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    result = conditions(device)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        result["card"] = {
+            "multiprocessors": card.multi_processor_count, "memory_gib": card.total_memory / 2**30,
+            "l2_mib": card.L2_cache_size / 2**20, "shared_kib": card.shared_memory_per_block_optin / 1024}
+    flops, moved = Clock(device, 0.5 if device.type == "cuda" else 0).ceilings(device, torch.bfloat16)
+    result |= {"peak_tflops": flops / 1e9, "peak_gb_a_second": moved / 1e6}
+    keep_result(result, "ceilings", device, args)
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    print(f"{result['device']}; {versions}; commit {result['commit']}")
+    print(f"a large product in bf16 {result['peak_tflops']:.0f} TFLOP/s, "
+          f"a large copy {result['peak_gb_a_second']:.0f} GB/s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_result_flags(parser)
+    main(parser.parse_args())

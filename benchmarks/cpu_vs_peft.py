@@ -49,6 +49,8 @@ from ops.cpu import build  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from storage.pretrained import DTYPES, choose_dtype, load_model  # noqa: E402
 from training.host import MALLOC, PRIMITIVE_CACHES, device_name  # noqa: E402
+from training.load_data import load_datasets  # noqa: E402
+from training.run import Run  # noqa: E402
 
 WARMUP_STEPS = 1
 
@@ -112,7 +114,8 @@ def worker(args: argparse.Namespace) -> None:
 
     ours = train.parse_args(flags(args, args.steps, Path(args.folder), "theirs"))
     folder = fetch_model(args.model)
-    examples, held_out, _ = train.read_examples(ours, folder, Tokenizer.load(folder), lambda *_: None)
+    run = Run(ours, 1, 2, torch.device("cpu"))                      # rank 1 is silent
+    examples, held_out, _ = load_datasets(run, folder, Tokenizer.load(folder))
 
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
     model = base if args.full else PeftModel.from_pretrained(base, str(Path(args.folder) / "start"), is_trainable=True)
@@ -131,14 +134,13 @@ def worker(args: argparse.Namespace) -> None:
     result: dict = {"seconds": [], "tokens": [], "losses": [], "row_tokens": []}
     lengths = [len(example) for example in examples]
     plan = sampler.steps(lengths, ours.seed, batch_rows=ours.batch_rows)
-    warmup = min(50, args.steps // 10)
     together = 1 if args.one_set else 2 if args.dtype == "fp32" else 4
     model.train()
     for step in range(args.steps):
         began = time.perf_counter()
         rows = [examples[i] for i in next(plan)[0]]
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, args.steps, warmup, ours)
+            group["lr"] = train.learning_rate(step, args.steps, ours)
         trained = sum(row.loss_tokens for row in rows)
         total = 0.0
         for start in range(0, len(rows), together):

@@ -1,10 +1,12 @@
 """Decoding beside transformers, in turn in one run: one prompt at a time, and sixteen at once.
 
     python benchmarks/decode.py --model MODEL --adapter RUN --data rows.jsonl --save
+    python benchmarks/decode.py --save              # random weights of full size and the demo's rows
 
 Both sides answer the same real queries greedily with the same merged weights in bf16. Reading the prompt is timed apart
 (an answer of one token), so that "decoding" counts the tokens after it. On a GPU each call is made once
-before it is timed, as the first of its size records a CUDA graph.
+before it is timed, as the first of its size records a CUDA graph. Random weights answer nonsense as fast,
+and in bf16 the two sides soon write different nonsense.
 """
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -26,7 +29,8 @@ from tables import add_result_flags, keep_result  # noqa: E402
 
 from dataset.rows import read_sources  # noqa: E402
 from dataset.sampler import query_hash  # noqa: E402
-from generate import STOP_IDS, RecordedSteps, call_phrases, generate  # noqa: E402
+from examples import demo  # noqa: E402
+from inference.decoding import STOP_IDS, RecordedSteps, call_phrases, generate  # noqa: E402
 from storage.adapters import load_tuned  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from training.host import device_name  # noqa: E402
@@ -38,8 +42,17 @@ def timed(call):
     return result, time.perf_counter() - start
 
 
-@torch.no_grad()
 def main(args: argparse.Namespace) -> None:
+    if args.model or args.adapter:
+        return measure(args)
+    with tempfile.TemporaryDirectory() as folder:
+        demo.write_demo(Path(folder), rows=100, config=demo.SMALL if args.tiny else demo.FULL_SIZE)
+        args.model, args.data = f"{folder}/model", f"{folder}/rows.jsonl"
+        measure(args, "random")
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace, weights: str = "trained") -> None:
     import transformers
     transformers.utils.logging.set_verbosity_error()
     model, folder = load_tuned(args.model, args.adapter, "bf16", args.device)
@@ -89,7 +102,9 @@ def main(args: argparse.Namespace) -> None:
         singles.append(sum(map(len, one)) / seconds_one)
         batches.append(sum(map(len, many)) / seconds_many)
     result = {
-        "prompts": args.prompts, "prompt_tokens": round(statistics.mean(map(len, prompts[:args.prompts]))), "max_new_tokens": args.tokens,
+        "weights": weights, "prompts": args.prompts,
+        "prompt_tokens": round(statistics.mean(map(len, prompts[:args.prompts]))),
+        "max_new_tokens": args.tokens,
         "decoding_tokens_per_second": {side: statistics.median(of) for side, of in rates.items()},
         "with_reading_tokens_per_second": {side: statistics.median(of) for side, of in whole.items()},
         "times_transformers": statistics.median(rates["ours"]) / statistics.median(rates["transformers"]),
@@ -105,10 +120,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", default=None)
     parser.add_argument("--adapter", default=None)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="rows whose queries are answered; needed with --model or --adapter")
+    parser.add_argument("--tiny", action="store_true", help="a small model, where none is named")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=6, help="real prompts that each side answers, in turn")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--repeats", type=int, default=2, help="of sixteen prompts one by one and at once")
     add_result_flags(parser)
-    main(parser.parse_args())
+    args = parser.parse_args()
+    if (args.model or args.adapter) and not args.data:
+        parser.error("--model and --adapter need --data")
+    main(args)

@@ -376,7 +376,7 @@ def main(args: argparse.Namespace) -> None:
                     made = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
                 result["rows"][M][name][way] = made
                 print(f"{M:>6} {name:8} {way:24}", line(made), flush=True)
-            keep_result(result, "lora", device, args)
+                keep_result(result, "lora", device, args)               # at once: time may be short
     print(summary(sizes[0], result["rows"][sizes[0]]))
 
 

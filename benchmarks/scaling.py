@@ -125,14 +125,14 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
         sent.clear()
         began, began_busy = now(), time.process_time()
         for i, batch in enumerate(batches):
-            gradients.begin_pass(last=i == len(batches) - 1 and way != "full, sent at the end")
+            gradients.set_sync(last=i == len(batches) - 1 and way != "full, sent at the end")
             (loss_sum(model, batch) / trained).backward()
         computed = now()
-        gradients.finish(torch.zeros(3, device=device))
+        gradients.all_reduce(torch.zeros(3, device=device))
         sending.append(now() - computed)
         gradients.norm().item()
         optimizer.step()
-        gradients.clear()
+        gradients.zero()
         seconds.append(now() - began)
         busy.append(time.process_time() - began_busy)
     return {"seconds": seconds, "sending": sending, "busy": busy, "tokens": tokens, "bytes": sum(sent), "peak_gib": peak_gib(device)}

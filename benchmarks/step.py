@@ -7,11 +7,16 @@ The ladder starts with PyTorch for everything and exchanges one technique a rung
 reach the same losses. So must the peers: transformers with PEFT or alone on the same rows, weights and adapters, from the
 usual recipe to the strongest mixture of packages; what is not installed is named. Rows are as long as xLAM's (400 tokens
 on average); a tenth is trained.
+
+The first step of each is compared with fp32, token by token where the way is not ours (`fault`): a way that
+computes something else is kept, marked as wrong, and gets no figure in any table. MFU counts the operations
+that the step needs (`train.flops`), the same for all ways, over the peak that the card's maker states.
 """
 from __future__ import annotations
 
 import argparse
-import platform
+import gc
+import json
 import statistics
 import sys
 import tempfile
@@ -29,10 +34,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from clock import conditions  # noqa: E402
 from cpu_vs_peft import padded  # noqa: E402
-from tables import add_result_flags, keep_result  # noqa: E402
+from tables import add_result_flags, keep_result, result_file  # noqa: E402
 
-from cuda_graph import RecordedPasses  # noqa: E402
 from data import pack  # noqa: E402
 from dataset.examples import Example  # noqa: E402
 from lora import LoRAConfig, choose_kernels, wrap  # noqa: E402
@@ -40,15 +45,18 @@ from model import Gemma3, GemmaConfig  # noqa: E402
 from ops.backend import Backends, choose_backends  # noqa: E402
 from storage.adapters import save_adapter  # noqa: E402
 from train import loss_sum  # noqa: E402
+from training.cuda_graph import RecordedMicroBatches  # noqa: E402
 from training.distributed import AllReduceGradients  # noqa: E402
-from training.host import device_name, peak_gib  # noqa: E402
+from training.host import peak_gib  # noqa: E402
+from training.metrics import flops, utilization  # noqa: E402
 
 # A rung of the ladder: the operations that use the device's fastest backend, the others PyTorch; and who computes the adapters.
 SIMPLE = ("rms_norm", "geglu")
 EVERY = (*SIMPLE, "attention", "cross_entropy", "weight_grad")
 LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, "attention"), "torch"),
           "+ loss": (EVERY, "torch"), "+ LoRA, whichever is faster": (EVERY, "auto"), "LoRA by Triton alone": (EVERY, "triton")}
-FLOPS_A_TOKEN = {"lora": 424e6 + 51.6e6, "full": 602e6 + 51.6e6}       # layers and attention, forward and backward; the head apart
+TINY = GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32)
+SIZES = (1_024, 4_096, 8_192, 33_792, 65_536)          # tokens of a step
 
 
 def rows(tokens: int, vocabulary: int, seed: int) -> list[Example]:
@@ -103,18 +111,18 @@ def start(config: GemmaConfig, device: torch.device, full: bool, fastest: tuple[
     return model.train()
 
 
-def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, fastest: tuple[str, ...], lora: str,
-         recorded: bool = False) -> dict:
-    device = torch.device(args.device)
+def training_step(config: GemmaConfig, device: torch.device, tokens: int, full: bool, lora: str,
+                  recorded: bool = False, fastest: tuple[str, ...] = EVERY) -> tuple[Callable[[int], tuple[Tensor, Tensor]], float]:
+    """A function that takes the step of a number and returns loss and gradient norm; and a step's FLOPs."""
     model = start(config, device, full, fastest)
     if not full:
         wrap(model, LoRAConfig(), torch.Generator().manual_seed(0))
         choose_kernels(model, lora if device.type == "cuda" else "torch", tokens)
-    gradients = AllReduceGradients(model, 1, recorded)
-    parameters = gradients.parameters
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5 if full else 1e-3, fused=True)
     batches = [pack(rows(tokens, config.vocab_size, seed), tokens)[0] for seed in range(4)]
-    passes = RecordedPasses(model, tokens) if recorded else None
+    gradients = AllReduceGradients(model, 1, recorded)
+    passes = RecordedMicroBatches(model, tokens) if recorded else None
 
     def step(i: int) -> tuple[Tensor, Tensor]:
         batch = batches[i % len(batches)]
@@ -126,12 +134,80 @@ def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool,
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        gradients.clear()
+        gradients.zero()
         return loss.detach(), norm
 
+    return step, flops(model, batches[0])
+
+
+def ours(config: GemmaConfig, args: argparse.Namespace, tokens: int, full: bool, fastest: tuple[str, ...],
+         lora: str, recorded: bool = False) -> dict:
+    device = torch.device(args.device)
+    step, work = training_step(config, device, tokens, full, lora, recorded, fastest)
     made = timed(step, args.steps, device, reserved=recorded)
-    return made | {"tokens_per_second": tokens / made["seconds"],
-                   "tflops": FLOPS_A_TOKEN["full" if full else "lora"] * tokens / made["seconds"] / 1e12}
+    wrong = fault(config, device, tokens, made["losses"][0])
+    return made | rates(tokens, work, made["seconds"], device) | wrong
+
+
+def rates(tokens: int, work: float, seconds: float, device: torch.device) -> dict:
+    """What a step's median time means."""
+    tflops = work / seconds / 1e12
+    return {"tokens_per_second": tokens / seconds, "tflops": tflops, "mfu": utilization(tflops, device)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Is it the same step?
+
+
+def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each hidden state, in fp32.  hidden (M, D), head (V, D), targets (M) → (M)."""
+    logits = F.linear(hidden.detach().float(), head.detach().float())
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@cache
+@torch.no_grad()
+def first_losses(config: GemmaConfig, device: torch.device, tokens: int) -> tuple[Tensor, float]:
+    """Losses (M) of the first step's tokens that carry loss, in fp32; and how far bf16 is from them.
+
+    By PyTorch alone, row after row, each computed by itself. How far is a root mean square, in nats.
+    """
+    def losses(dtype: torch.dtype) -> Tensor:
+        model = start(config, device, full=False, fastest=())
+        model.compute_dtype = dtype
+        model.to(dtype)
+        made = []
+        for row in rows(tokens, config.vocab_size, seed=0):
+            *inputs, targets = pack([row], tokens)[0].to(device)
+            made.append(token_losses(model(*inputs), model.head, targets))
+        return torch.cat(made)
+
+    exact = losses(torch.float32)
+    return exact, rms(losses(torch.bfloat16) - exact)
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def fault(config: GemmaConfig, device: torch.device, tokens: int, first_loss: float,
+          of_tokens: Tensor | None = None) -> dict:
+    """{"wrong": …} where a first step is not the one that fp32 takes; else nothing.
+
+    A way in bf16 may be three times as far from fp32 as the model in bf16 is, token by token; so may the mean
+    over tokens, for a mean of errors is at most their root mean square. The mean alone would not do: where
+    rows attend to each other, it moves by a hundredth of what the tokens do.
+    """
+    exact, error = first_losses(config, device, tokens)
+    off = {"loss": abs(first_loss - exact.mean().item())}
+    if of_tokens is not None:
+        off["losses of tokens"] = rms(of_tokens - exact) if of_tokens.shape == exact.shape else float("inf")
+    wrong = [f"{what} {far:.2g} nats from fp32" for what, far in off.items() if not far <= 3 * error]
+    return {"wrong": f"{', '.join(wrong)}; bf16 explains {3 * error:.2g}"} if wrong else {}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Peers
 
 
 @dataclass(frozen=True)
@@ -145,6 +221,7 @@ class Peer:
     liger: bool = False                     # norms, GeGLU and rotation by Liger's kernels
     bf16_adapters: bool = False             # PEFT keeps them in fp32 unless asked
     full: bool = False                      # every parameter, in bf16 alone
+    use_cache: bool = False                 # with a cache transformers lets packed rows attend to each other
 
 
 PEERS = {
@@ -160,6 +237,9 @@ PEERS = {
     "every parameter: transformers, 4 rows": Peer(full=True),
     "every parameter: packed, FlexAttention, logits of trained tokens, compiled": Peer("flex_attention", 0, "trained", True, full=True),
 }
+FEW_PEERS = ("transformers + PEFT, 4 rows", "transformers + PEFT, 16 rows, logits of trained tokens",
+             "packed, FlexAttention, logits of trained tokens, compiled",
+             "transformers + PEFT, eager, 4 rows, as NeMo's recipe")    # in this order, where time is short
 SMALL_PEERS = {"padded": Peer("eager"), "packed": Peer(rows=0, loss="trained"), "full": Peer(loss="trained", full=True)}     # run anywhere
 
 
@@ -169,6 +249,8 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     from transformers.models.gemma3 import modeling_gemma3
     device, usual_rotation = torch.device(args.device), modeling_gemma3.apply_rotary_pos_emb
+    torch.compiler.reset()          # compiled peers share code, of which torch.compile keeps eight variants
+    gc.collect()
     shape = {key: value for key, value in asdict(config).items() if not key.startswith("rope")}
     shape |= {"layer_types": list(config.layer_types), "query_pre_attn_scalar": int(config.query_pre_attn_scalar)}
     with device:                                                                        # its own random weights take long on a CPU
@@ -192,12 +274,18 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
         steps = [[padded(some[first:first + way.rows], device) if way.rows else packed(some, device)
                   for first in range(0, len(some), way.rows or len(some))] for some in examples]          # there before time counts
 
+        work = flops(mine, pack(examples[0], tokens)[0])
+        first = []                                                      # losses of the first step's tokens
+
         def step(i: int) -> tuple[Tensor, Tensor]:
             total, trained = torch.zeros((), device=device), sum(row.loss_tokens for row in examples[i % len(examples)])
             for one in steps[i % len(steps)]:
                 batch = dict(one)
                 labels = batch.pop("labels")[:, 1:]
-                hidden = run(**batch).last_hidden_state[:, :-1]
+                hidden = run(**batch, use_cache=way.use_cache).last_hidden_state[:, :-1]
+                if i == 0:
+                    carrying = labels != -100
+                    first.append(token_losses(hidden[carrying], base.lm_head.weight, labels[carrying]))
                 loss = peer_loss(way.loss, hidden, base.lm_head.weight, labels) / trained
                 loss.backward()
                 total += loss.detach()
@@ -209,7 +297,8 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
         made = timed(step, max(2, args.steps // 4), device)
     finally:
         modeling_gemma3.apply_rotary_pos_emb = usual_rotation                           # Liger puts its own there for all models
-    return made | {"tokens_per_second": tokens / made["seconds"]}
+    wrong = fault(config, device, tokens, made["losses"][0], torch.cat(first))
+    return made | rates(tokens, work, made["seconds"], device) | wrong
 
 
 def packed(some: list[Example], device: torch.device) -> dict[str, Tensor]:
@@ -247,30 +336,51 @@ def attempt(call: Callable[[], dict], device: torch.device) -> dict:
 
 def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
-    tiny = GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32)
-    config = tiny if args.tiny else GemmaConfig()
-    result = {"device": device_name(device), "versions": {"torch": torch.__version__, "python": platform.python_version()},
-              "steps": args.steps, "tokens": args.tokens, "ladder": {}, "sizes": {}, "peers": {}}
+    config = TINY if args.tiny else GemmaConfig()
+    result = conditions(device) | {"steps": args.steps, "tokens": args.tokens}
+    result |= {part: earlier(result, args, device).get(part, {}) for part in ("ladder", "sizes", "peers")}
 
-    def keep(part: str, name: str, made: dict) -> None:
-        result[part][name] = made
-        print(f"{part:7} {name:44}", made.get("failed") or (
-            f"{made['tokens_per_second']:9.0f} tok/s {made['seconds'] * 1e3:8.1f} ms {made['peak_gib']:6.2f} GiB, "
-            f"loss {made['losses'][0]:.3f} → {made['losses'][-1]:.3f}"), flush=True)
-        keep_result(result, "step", device, args)
+    def measure(part: str, name: str, call: Callable[..., dict], *arguments) -> None:
+        """One row of the result, unless it is there."""
+        if "seconds" not in result[part].get(name, {}):
+            result[part][name] = attempt(partial(call, config, args, *arguments), device)
+            print(f"{part:7} {name:44}", line(result[part][name]), flush=True)
+            keep_result(result, "step", device, args)
 
     parts = args.parts.split(",")
     for name, (kernels, lora) in LADDER.items() if "ladder" in parts else ():
-        keep("ladder", name, attempt(partial(ours, config, args, args.tokens, False, kernels, lora), device))
+        measure("ladder", name, ours, args.tokens, False, kernels, lora)
     if "ladder" in parts:
-        keep("ladder", "every parameter", attempt(partial(ours, config, args, args.tokens, True, EVERY, "auto"), device))
-    for tokens in () if args.tiny or "sizes" not in parts else (1_024, 4_096, 8_192, 33_792, 65_536):
-        keep("sizes", str(tokens), attempt(partial(ours, config, args, tokens, False, EVERY, "auto"), device))
-    for name, way in (SMALL_PEERS if args.tiny else PEERS).items() if "peers" in parts else ():
-        keep("peers", name, attempt(partial(peer, config, args, args.tokens, way), device))
+        measure("ladder", "every parameter", ours, args.tokens, True, EVERY, "auto")
+    for tokens in () if args.tiny or "sizes" not in parts else SIZES:
+        measure("sizes", str(tokens), ours, tokens, False, EVERY, "auto")
+    peers = SMALL_PEERS if args.tiny else PEERS
+    names = FEW_PEERS if args.few_peers and not args.tiny else peers
+    for name, way in ((name, peers[name]) for name in names) if "peers" in parts else ():
+        measure("peers", name, peer, args.tokens, way)
     if device.type == "cuda" and "ladder" in parts:                         # last: what a failed recording leaves would touch the others
         for name, full in (("+ CUDA graph", False), ("every parameter, CUDA graph", True)):
-            keep("ladder", name, attempt(partial(ours, config, args, args.tokens, full, EVERY, "auto", True), device))
+            measure("ladder", name, ours, args.tokens, full, EVERY, "auto", True)
+
+
+def earlier(result: dict, args: argparse.Namespace, device: torch.device) -> dict:
+    """With --continue what an earlier call measured on such a device, with the same versions and sizes."""
+    file = result_file("step", device, args)
+    if not (args.go_on and file and file.exists()):
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    same = all(found[key] == result[key] for key in ("device", "versions", "steps", "tokens"))
+    return found if same else {}
+
+
+def line(made: dict) -> str:
+    if "failed" in made:
+        return made["failed"]
+    mfu = "" if made["mfu"] is None else f" {made['mfu']:5.1%} MFU"
+    wrong = f"  WRONG: {made['wrong']}" if "wrong" in made else ""
+    speed = f"{made['tokens_per_second']:9.0f} tok/s {made['seconds'] * 1e3:8.1f} ms{mfu}"
+    losses = f"loss {made['losses'][0]:.3f} → {made['losses'][-1]:.3f}"
+    return f"{speed} {made['peak_gib']:6.2f} GiB, {losses}{wrong}"
 
 
 if __name__ == "__main__":
@@ -279,6 +389,8 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=16_896, help="of a step")
     parser.add_argument("--steps", type=int, default=20, help="measured ones, after up to ten that warm up")
     parser.add_argument("--parts", default="ladder,sizes,peers", help="which of the three to measure, for where time is short")
+    parser.add_argument("--few-peers", action="store_true", help="four that stand for all")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="what the result file lacks")
     parser.add_argument("--tiny", action="store_true", help="a small model and few peers, to see that everything runs")
     add_result_flags(parser)
     main(parser.parse_args())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import statistics
@@ -15,23 +16,31 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "faults.md", ROOT / "docs" / "scaling.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("usage", "benchmarks", "faults", "scaling"))]
 RESULTS = ROOT / "benchmarks" / "results"
+GPU_RESULTS = RESULTS / "gpu"                   # where `make gpu` writes
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
     """--save and --out of a benchmark, for `keep_result`."""
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results, those of a CPU under cpu_…")
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results: cpu_… or gpu/…")
     parser.add_argument("--out", help="write them to this folder instead")
 
 
+def result_file(name: str, device: torch.device, args: argparse.Namespace) -> Path | None:
+    """Where --save and --out want a benchmark's figures; None where they want none."""
+    on_gpu = device.type == "cuda"
+    folder = args.out or (args.save and (GPU_RESULTS if on_gpu else RESULTS))
+    return Path(folder) / f"{'' if on_gpu else 'cpu_'}{name}.json" if folder else None
+
+
 def keep_result(result: dict, name: str, device: torch.device, args: argparse.Namespace) -> None:
-    """Write a benchmark's figures, or those it has so far, where --save and --out want them."""
-    if args.out or args.save:
-        folder = Path(args.out or RESULTS)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{'' if device.type == 'cuda' else 'cpu_'}{name}.json"
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    """Write a benchmark's figures, or those it has so far, to its `result_file`, whole at every moment."""
+    if file := result_file(name, device, args):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
 
 
 def summarise(run: Path) -> dict:
@@ -54,26 +63,25 @@ def summarise(run: Path) -> dict:
 def tables() -> dict[str, str]:
     """{mark: Markdown} for every table whose results are there."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
-    made = {}
+    gpu, made = gpu_results(), {}
     if "demo" in found:
         made["demo"] = demo_table(found["demo"])
-    if runs := [found[name] for name in ("sixty_steps", "an_hour") if name in found]:
-        made["calls"] = calls_table(runs)
-    if decode := found.get("decode", found.get("cpu_decode")):
-        made["decode"] = decode_table(decode)
+    if "an_hour" in found:
+        made["calls"] = calls_table([found["an_hour"]])
+    if decode := found.get("cpu_decode"):
+        on_gpu = gpu.get("decode", {})
+        made["decode"] = decode_table(on_gpu if on_gpu.get("weights") == "trained" else decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
         made["peft"] = peft_table(found["cpu_vs_peft"], found.get("cpu_full"), found.get("cpu_vs_peft_fp32"), found["cpu_parity"])
     if "cpu_one_set" in found:
         made["one_set"] = one_set_table(found["cpu_one_set"])
-    if "step" in found:
-        made["step"] = step_table(found["step"])
-    if "lora" in found:
-        made["lora"] = lora_table(found["lora"])
-    if "attention" in found:
-        made["attention"] = attention_table(found["attention"])
+    made["gpu"] = gpu_table(gpu)
+    made["files"], made["modules"] = files_table(), modules_table()
+    if all(name in found for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data")):
+        made["summary"] = summary_table(found)
     if "data" in found:
         made["data"] = data_table(found["data"])
-    if scaling := found.get("scaling", found.get("cpu_scaling")):
+    if scaling := gpu.get("scaling", found.get("cpu_scaling")):
         made["scaling"], made["dealt"] = scaling_table(scaling), dealt_table(scaling)
     if "tokenizer" in found:
         made["tokenizer"] = tokenizer_table(found["tokenizer"])
@@ -82,12 +90,81 @@ def tables() -> dict[str, str]:
     return made
 
 
+# The files that make up the algorithm, in the order to read them.
+READING_ORDER = {
+    "train.py": "flags and the training loop",
+    "data.py": "batches without padding, shared prefixes, the loader of steps",
+    "model.py": "Gemma 3",
+    "lora.py": "adapters: add, list, merge",
+    "lora_kernels.py": "the fused LoRA linears, forward and backward, in Triton and in PyTorch",
+    "ops": "attention, cross-entropy, norms, GeGLU: Triton, C++ and PyTorch",
+    "tokenizer": "the function-call template and its inverse, BPE",
+    "dataset": "rows of every shape become token ids with a loss mask",
+    "training": "processes, gradients, checkpoints, evaluation during a run",
+    "inference": "decoding and scoring; generate.py, evaluate.py and export.py are the commands",
+}
+
+
+def files_table() -> str:
+    """The files and folders in reading order, with their lines."""
+    lines = ["| read in this order | lines | |", "|---|---|---|"]
+    for name, what in READING_ORDER.items():
+        path = ROOT / name
+        if path.exists():
+            lines.append(f"| [{name}{'/' if path.is_dir() else ''}]({name}) | {count_lines(path):,} | {what} |")
+    return "\n".join(lines)
+
+
+def modules_table() -> str:
+    """Every module, with the first sentence of its docstring."""
+    packages = ["", "ops", "tokenizer", "storage", "dataset", "training", "inference", "report", "examples"]
+    lines = ["| file | what it is |", "|---|---|"]
+    for package in packages:
+        for path in sorted((ROOT / package).glob("*.py")):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+            if path.name != "__init__.py":
+                name, first = path.relative_to(ROOT).as_posix(), " ".join(text.partition("\n\n")[0].split())
+                lines.append(f"| [{name}](../{name}) | {first.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a source file, or of all in a folder, rounded to tens."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in (".py", ".cpp", ".css")]
+    return round(sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files), -1)
+
+
+def summary_table(found: dict[str, dict]) -> str:
+    """The README's first table: the figures that matter, on a CPU."""
+    def row(what: str, peer: float, ours: float, unit: str, digits: int = 0) -> str:
+        times = f"{ours / peer:.0f} ×" if ours / peer >= 10 else f"{ours / peer:.1f} ×"
+        return f"| {what} | {peer:,.{digits}f} | **{ours:,.{digits}f}** {unit} | {times} |"
+
+    def speed(result: dict, side: str) -> float:
+        return statistics.median(result[side]["tokens_per_second"])
+
+    lora, full, one_set, data = (found[name] for name in ("cpu_vs_peft", "cpu_full", "cpu_one_set", "data"))
+    rows_per_second = {side: statistics.median(one_set[side]["rows_per_second"]) for side in ("peft", "ours")}
+    file = next(iter(data["files"].values()))
+    memory = f"{lora['peft']['peak_gib']:.1f} | **{lora['ours']['peak_gib']:.1f}** GiB | {lora['memory_ratio']:.0%} of it"
+    return "\n".join([
+        "| Gemma 3 270M, two CPU cores | transformers + PEFT | this project | ratio |", "|---|---|---|---|",
+        row("LoRA, rank 16", speed(lora, "peft"), speed(lora, "ours"), "tokens/s"),
+        f"| … peak memory | {memory} |",
+        row("full fine-tuning", speed(full, "peft"), speed(full, "ours"), "tokens/s"),
+        row("LoRA, rows that share their tools", rows_per_second["peft"], rows_per_second["ours"], "rows/s", 2),
+        row("rows tokenized and packed (peer: Hugging Face datasets)", file["peer, cold"]["rows_per_second"],
+            file["ours, cold"]["rows_per_second"], "rows/s"), "",
+        f"{lora['machine']}, bf16; conditions and all other figures: [docs/benchmarks.md](docs/benchmarks.md). "
+        + NO_GPU])
+
+
 def demo_table(r: dict) -> str:
     before, after = r["calls"][0], r["calls"][-1]
     return "\n".join([
         "| `make finetune` | before | after |", "|---|---|---|",
-        f"| exactly the right calls, of {after['rows']} held-out queries | {before['exact_match']:.1%} | **{after['exact_match']:.1%}** |",
-        f"| held-out loss, nats a trained token | {r['held_out_loss'][0]:.2f} | {r['held_out_loss'][1]:.3f} |", "",
+        f"| exact match of {after['rows']} held-out queries | {before['exact_match']:.1%} | **{after['exact_match']:.1%}** |",
+        f"| held-out loss, nats per token | {r['held_out_loss'][0]:.2f} | {r['held_out_loss'][1]:.3f} |", "",
         f"{r['steps']} steps in {r['minutes']:.1f} minutes, {r['tokens_per_second'] / 1e3:.1f}k tokens/s, {r['peak_gib']:.1f} GiB; "
         f"{r['device']}, torch {r['torch']}, commit {r['commit']}"])
 
@@ -106,7 +183,8 @@ def calls_table(runs: list[dict]) -> str:
         files = after.get("files", {})
         name = " + ".join(Path(file).stem for file in r["data"])
         lines.append(f"| {name}, {r['steps']} steps, {r['minutes']:.0f} minutes | {cells(before, after)} |")
-        lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()]
+        lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()
+                  if of_file["rows"] >= 10]
         between = [c for c in r["calls"] if c["step"] > 0]
         if len(between) > 1:
             notes.append("Exact match after " + ", ".join(f"{c['step'] * flags['batch_rows']}" for c in between) + " rows: "
@@ -155,7 +233,11 @@ def peft_table(s: dict, full: dict | None, fp32: dict | None, p: dict) -> str:
 
 
 def one_set_table(r: dict) -> str:
-    names = {"peft": "transformers + PEFT, one by one", "ours, each alone": "ours, each row alone", "ours": "ours, their beginning once"}
+    names = {
+        "peft": "transformers + PEFT, one by one",
+        "ours, each alone": "ours, each row alone",
+        "ours": "ours, their shared prefix once",
+    }
     slowest = statistics.median(r["peft"]["rows_per_second"])
     lines = []
     for side, name in names.items():
@@ -167,12 +249,96 @@ def one_set_table(r: dict) -> str:
         f"{r['versions']['torch']}; `python benchmarks/cpu_vs_peft.py --one-set`"])
 
 
-def step_table(r: dict) -> str:
-    lines = [f"| {name} | {made['tokens_per_second'] / 1e3:.1f}k | {made['seconds'] * 1e3:.0f} | {made['peak_gib']:.1f} |"
-             if "failed" not in made else f"| {name} | {made['failed'].partition(':')[0]} | | |"
-             for part in ("ladder", "peers") for name, made in r[part].items()]
-    return "\n".join([f"| a step of {r['tokens']} tokens | tokens/s | ms | GiB |", "|---|---|---|---|", *lines, "",
-                      f"{r['device']}, torch {r['versions']['torch']}; `python benchmarks/step.py`"])
+NO_GPU = "There are no GPU results yet; `make gpu` measures them (time limit: nine minutes)."
+
+
+def gpu_results() -> dict[str, dict]:
+    """What `make gpu` wrote, by file; nothing of a dry run or a CPU."""
+    files = sorted(GPU_RESULTS.glob("*.json"))
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    if any(result.get("tiny") for result in found.values()):
+        return {}
+    return {name: result for name, result in found.items() if not result["device"].startswith("CPU")}
+
+
+def gpu_table(found: dict[str, dict]) -> str:
+    """Steps, sizes, LoRA's linears, attention and each kernel, as far as they were measured."""
+    made = []
+    if "step" in found:
+        step = found["step"]
+        if step["ladder"] or step["peers"]:
+            made.append(step_table(step, found.get("floors", {}).get("step_floor_ms")))
+        if step["sizes"]:
+            made.append(sizes_table(step))
+    for name, table in (("lora", lora_table), ("attention", attention_table), ("floors", floors_table)):
+        if name in found:
+            made.append(table(found[name]))
+    return "\n\n".join(made) or NO_GPU
+
+
+def under(r: dict, command: str) -> str:
+    """The line below a table: on what its figures were measured, and how."""
+    versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items()
+                         if version and name != "numpy")
+    return f"{r['device']}, {versions}, commit {r['commit']}; `{command}`"
+
+
+def best(rows: dict[str, dict], full: bool) -> float | None:
+    """Tokens a second of our fastest way to train LoRA, or every parameter."""
+    speeds = [row["tokens_per_second"] for name, row in rows.items()
+              if is_right(row) and name.startswith("every parameter") == full]
+    return max(speeds, default=None)
+
+
+def is_right(row: dict) -> bool:
+    return "failed" not in row and "wrong" not in row
+
+
+def step_cells(row: dict) -> str:
+    mfu = "" if row["mfu"] is None else f"{row['mfu']:.0%}"
+    speed = f"{row['tokens_per_second'] / 1e3:.1f}k | {row['seconds'] * 1e3:.1f}"
+    return f"{speed} | {mfu} | {row['peak_gib']:.1f}"
+
+
+def step_table(r: dict, floor_ms: float | None) -> str:
+    """Each rung and peer: speed, memory, share of the floor; and our fastest way's speed over a peer's."""
+    lines = []
+    for part in ("ladder", "peers"):
+        for name, row in r[part].items():
+            full = name.startswith("every parameter")
+            if not is_right(row):
+                lines.append(f"| {name} | {'failed' if 'failed' in row else 'wrong'} | | | | | |")
+                continue
+            has_floor = floor_ms and part == "ladder" and not full
+            floor = f"{floor_ms / row['seconds'] / 1e3:.0%}" if has_floor else ""
+            ours = best(r["ladder"], full)
+            ratio = f"{ours / row['tokens_per_second']:.1f} ×" if ours and part == "peers" else ""
+            lines.append(f"| {name} | {step_cells(row)} | {floor} | {ratio} |")
+    return "\n".join([
+        f"| a step of {r['tokens']} tokens | tokens/s | ms | MFU | GiB | of the floor | ours is |",
+        "|---|---|---|---|---|---|---|", *lines, "",
+        f"LoRA rank 16 but where every parameter is trained; {under(r, 'python benchmarks/step.py --save')}"])
+
+
+def sizes_table(r: dict) -> str:
+    rows = {int(tokens): row for tokens, row in r["sizes"].items() if is_right(row)}
+    lines = [f"| {tokens:,} | {step_cells(row)} |" for tokens, row in rows.items()]
+    return "\n".join([
+        "| LoRA, tokens a step | tokens/s | ms | MFU | GiB |", "|---|---|---|---|---|", *lines, "",
+        under(r, "python benchmarks/step.py --save --parts sizes")])
+
+
+def floors_table(r: dict) -> str:
+    """Each kernel of a LoRA step, those first that take most of it."""
+    rows = {name: row for name, row in r["kernels"].items() if "ms" in row}
+    lines = [f"| {name} | {row['count']:.0f} | {row['ms'] * 1e3:.0f} | {row['floor_ms'] * 1e3:.0f} | "
+             f"{row['floor_ms'] / row['ms']:.0%} |"
+             for name, row in sorted(rows.items(), key=lambda item: -item[1]["count"] * item[1]["ms"])]
+    return "\n".join([
+        "| kernel | a step | µs | floor, µs | of the floor |", "|---|---|---|---|---|", *lines, "",
+        f"All of a step: {r['step_kernels_ms']:.1f} ms, floor {r['step_floor_ms']:.1f} ms, by "
+        f"{r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
+        + under(r, "python benchmarks/floors.py --save")])
 
 
 def lora_table(r: dict) -> str:
@@ -244,11 +410,14 @@ def scaling_table(r: dict) -> str:
             late = by[model, "full, sent at the end", processes, scaling]["communication_seconds"]
             hidden.append(f"{1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms ({model}, {processes}, {scaling})")
     return "\n".join([
-        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | largest share |",
+        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | "
+        "most loaded rank / mean |",
         "|---|---|---|---|---|---|---|---|---|", *lines, "",
-        f"small: 33 M parameters. So few rows cannot be shared evenly, and efficiency is at most one over the largest share.  \n"
-        f"Hidden behind the backward pass: {'; '.join(hidden)}. By seconds of CPU: {r['load_average']:.0f} other programs ran at a time; "
-        f"communication as a share of a step by the clock. {r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
+        "small: 33 M parameters. So few rows cannot be divided evenly, and efficiency is at most mean / most loaded rank.  \n"
+        f"Communication that overlaps with the backward pass: {'; '.join(hidden)}.  \n"
+        f"Speed and efficiency are by seconds of CPU, because {r['load_average']:.0f} other programs ran at the same time; "
+        "communication is a fraction of the step by the clock. "
+        f"{r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
         "`python benchmarks/scaling.py`"])
 
 
@@ -257,9 +426,10 @@ def dealt_table(r: dict) -> str:
              f"{one['without_teams']['computed']:.0%} | {one['seconds'] * 1e3:.0f} | {one['without_teams']['seconds'] * 1e3:.0f} |"
              for one in r["dealt"]]
     return "\n".join([
-        "| processes | rows a step | largest share / mean | tokens computed | … if one team | packing, ms | … if one team |",
+        "| ranks | rows a step | most loaded rank / mean | tokens computed | … without groups | packing, ms | … without groups |",
         "|---|---|---|---|---|---|---|", *lines, "",
-        f"{' + '.join(r['data'])}, 16,896 tokens a process while there are so many; milliseconds of CPU; `python benchmarks/scaling.py`"])
+        f"{' + '.join(r['data'])}, 16,896 tokens a rank, or all rows where that is less; tokens computed are a "
+        "fraction of the rows' tokens; milliseconds are of CPU; `python benchmarks/scaling.py`"])
 
 
 def tokenizer_table(r: dict) -> str:
@@ -293,7 +463,7 @@ def faults_table(r: dict) -> str:
     if kills:
         torn = sum(result["how"].endswith("torn") for result in kills)
         lines.append("| killed by -9 at random | " + cells({
-            "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times with a save begun", "exit": -9,
+            "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times during a save", "exit": -9,
             "losses": max(result["losses"] for result in ends), "recomputed": f"{max(result['recomputed'] for result in kills)} at most"}))
     for result in r["results"]:
         if result not in at_random:
@@ -301,7 +471,7 @@ def faults_table(r: dict) -> str:
             last = result["fault"]
     commits = sorted({result["commit"] for result in r["results"]})
     return "\n".join([
-        "| fault | how | losses | steps again | s to stop | exit | what it says |", "|---|---|---|---|---|---|---|", *lines, "",
+        "| fault | how | losses | steps repeated | s to stop | exit | message |", "|---|---|---|---|---|---|---|", *lines, "",
         f"{r['machine']}, load average {r['load']:.0f}, torch {r['torch']}, commit {', '.join(commits)}; `make faults`"])
 
 

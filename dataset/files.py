@@ -61,7 +61,8 @@ def parse_weight(source: str) -> tuple[str, float]:
 
 
 def fetch(source: str) -> list[Path]:
-    """The files behind one `--data` source: a local path, or rows on the Hugging Face Hub (storage/hub.py)."""
+    """The files behind one `--data` source: a local path, or rows on the Hugging Face Hub (storage/hub.py).
+    """
     if not source:
         raise ValueError("--data names an empty source; look for a comma too many")
     if not hub.parse(source):

@@ -147,8 +147,8 @@ def parse_row(row: Any, source: str, system: str = DEVELOPER_TEXT) -> Conversati
     """One row, as decoded JSON or as JSON text (str, or bytes in UTF-8).  Raises RowError."""
     try:
         row = _decode_row(row)
-        conversation = _parse_messages if row.get("messages") is not None else _parse_columns
-        return _check_rendering(conversation(row, source, system))
+        parse = _parse_messages if row.get("messages") is not None else _parse_columns
+        return _check_rendering(parse(row, source, system))
     except RecursionError:
         raise NestingError from None
 

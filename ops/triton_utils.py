@@ -18,6 +18,7 @@ try:
 except ImportError:                     # no Triton for this platform: the kernels stay unused
     triton = tl = None
 
+TUNING_MS = 10, 30      # that the autotuner warms a configuration up and times it, in milliseconds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -99,7 +100,8 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
-    return triton.testing.do_bench(call, warmup=10, rep=30, quantiles=quantiles)
+    warmup, rep = TUNING_MS
+    return triton.testing.do_bench(call, warmup=warmup, rep=rep, quantiles=quantiles)
 
 
 def can_run(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.rows import read_sources
 from dataset.sampler import query_hash
-from generate import STOP_IDS, generate
+from inference.decoding import STOP_IDS, generate
 from storage.pretrained import load_model
 from tokenizer import Tokenizer, parse_calls
 

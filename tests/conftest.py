@@ -15,6 +15,7 @@ os.environ.setdefault("GLIBC_TUNABLES", "")        # train.py need not start its
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"         # before Triton's first import: its kernels then run on a CPU
 
+from ops import triton_utils  # noqa: E402
 from ops.compiled import has_compiler  # noqa: E402
 from ops.cpu import build  # noqa: E402
 
@@ -40,6 +41,14 @@ def torchrun(processes: int, program: str, *arguments, **more) -> subprocess.Com
     """The end of a program of ours that torchrun started in so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, ROOT / program, *arguments]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_tuning():
+    """The autotuner times a configuration for two milliseconds, not forty: tests want right, not fast."""
+    usual, triton_utils.TUNING_MS = triton_utils.TUNING_MS, (0.5, 1.5)
+    yield
+    triton_utils.TUNING_MS = usual
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import train
 from storage import tensors
-from training import run_folder
+from training import load_data, run_folder
 from dataset import token_cache
 RANK, LIFE, passed = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), 0
 
@@ -66,15 +66,15 @@ def patch(owner, name, wrap):
     setattr(owner, name, wrap(getattr(owner, name)))
 
 def at_step(fault):
-    def wrap(finish):
-        def finish_with_fault(self, extra):
+    def wrap(all_reduce):
+        def all_reduce_with_fault(self, extra):
             global passed
             passed += 1
             fault(passed)
-            return finish(self, extra)
-        return finish_with_fault
+            return all_reduce(self, extra)
+        return all_reduce_with_fault
     for gradients in (train.AllReduceGradients, train.FSDPGradients):
-        patch(gradients, "finish", wrap)
+        patch(gradients, "all_reduce", wrap)
 
 {fault}
 train.cli()
@@ -691,13 +691,13 @@ def error_in_all(bench: Bench) -> Iterator[dict]:
 
 # The last process reads another file than the one that --data names.
 READ_OTHER_ROWS = """
-def other(read_tokens):
+def other(read_source):
     def read_others(args, sources, *more):
         mark()
-        return read_tokens(args, {path!r}, *more)
+        return read_source(args, {path!r}, *more)
     return read_others
 if RANK == 1:
-    patch(train, "read_tokens", other)
+    patch(load_data, "read_source", other)
 """
 
 

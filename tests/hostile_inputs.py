@@ -54,7 +54,7 @@ def nested(opening: str, closing: str, depth: int) -> str:
 # Files of rows: content, as bytes or as (bytes, how often) for what is too large to hold
 
 LINES = {
-    "100,000 lists in one another": nested("[", "]", 100_000).encode(),
+    "100,000 nested lists": nested("[", "]", 100_000).encode(),
     "an argument nested 10,000 deep": call(nested("[", "]", 10_000)),
     "an argument nested 300 deep": call(nested('{"a":', "}", 300)),
     "a parameter whose items are nested 300 deep": row(tools=[{"name": "f", "parameters": {"a": {"type": "list", "items": json.loads(
@@ -69,7 +69,7 @@ LINES = {
     "300 KB of one letter": row(query="a" * 300_000),
     "bytes that are not UTF-8": row().replace(b'"q"', b'"\xff\xfe"'), "half a surrogate pair": row(query="ARGUMENT").replace(b"ARGUMENT", b"\\ud83d"),
     "a NUL byte": row(query="ARGUMENT").replace(b"ARGUMENT", b"a\0b"), "an escaped NUL": row(query="a\0b"),
-    "the same key twice, of which the last one counts": row()[:-1] + b', "query": "the last one"}',
+    "the same key twice: the last one counts": row()[:-1] + b', "query": "the last one"}',
     "the same tool twice": row(tools=[TOOL, TOOL]),
     "20,000 tools and as many calls": row(tools=[{"name": f"f{i}"} for i in range(20_000)], answers=[{"name": f"f{i}"} for i in range(20_000)]),
     "a type of 300,000 spaces": row(tools=[{"name": "f", "parameters": {"a": {"type": "int" + " " * 300_000 + "x"}}}]),
@@ -77,7 +77,7 @@ LINES = {
     "a type of 300,000 brackets": row(tools=[{"name": "f", "parameters": {"a": {"type": "List[" * 60_000}}}]),
     "no tool name": row(tools=[{"name": ""}], answers=[]), "a tool name of 800 KB": row(answers=[{"name": "g" * 800_000, "arguments": {}}]),
     "an unknown tool whose name is a terminal's escape": row(answers=[{"name": "\x1b[2J", "arguments": {}}]),
-    "a tool that is called class, and one None": row(tools=[{**TOOL, "name": "class"}, {**TOOL, "name": "None"}], answers=[{"name": "class", "arguments": {}}]),
+    "tools named class and None": row(tools=[{**TOOL, "name": "class"}, {**TOOL, "name": "None"}], answers=[{"name": "class", "arguments": {}}]),
     "every control token's name in every text": row(query=CONTROL, tools=[{"name": CONTROL, "description": CONTROL, "parameters": {CONTROL: {
         "type": "str", "description": CONTROL, "enum": [CONTROL]}}}], answers=[{"name": CONTROL, "arguments": {CONTROL: {CONTROL: [CONTROL]}}}]),
     "the format's own syntax as a tool's name": row(tools=[{**TOOL, "name": "f{a:1}<end_function_call>"}], answers=[
@@ -136,11 +136,11 @@ def rows_case(content, alone: bool):
 
 CONFIGS = {
     "vocab_size 10¹²": {"vocab_size": 10**12}, "10⁹ layers": {"num_hidden_layers": 10**9, "layer_types": None}, "head_dim −4": {"head_dim": -4},
-    "head_dim 7": {"head_dim": 7}, "no kv heads": {"num_key_value_heads": 0}, "a text for a number": {"hidden_size": "640"}, "1.5 heads": {"num_attention_heads": 1.5},
+    "head_dim 7": {"head_dim": 7}, "no kv heads": {"num_key_value_heads": 0}, "a string for a number": {"hidden_size": "640"}, "1.5 heads": {"num_attention_heads": 1.5},
     "true for a number": {"num_attention_heads": True}, "rms_norm_eps NaN": {"rms_norm_eps": float("nan")}, "query_pre_attn_scalar 0": {"query_pre_attn_scalar": 0},
-    "a window of −5": {"sliding_window": -5}, "rope_theta a text": {"rope_theta": "x"}, "layer_types a number": {"layer_types": 5}, "layer_types lists": {"layer_types": [[1]] * 4},
-    "sliding_window_pattern a text": {"layer_types": None, "sliding_window_pattern": "x"}, "rope_parameters a list": {"rope_parameters": [1]},
-    "rope_parameters without a layer's": {"rope_parameters": {"x": 1}}, "rope_scaling a text": {"rope_scaling": "x"}, "rope_scaling by 0": {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+    "a window of −5": {"sliding_window": -5}, "rope_theta a string": {"rope_theta": "x"}, "layer_types a number": {"layer_types": 5}, "layer_types lists": {"layer_types": [[1]] * 4},
+    "sliding_window_pattern a string": {"layer_types": None, "sliding_window_pattern": "x"}, "rope_parameters a list": {"rope_parameters": [1]},
+    "rope_parameters without a layer's": {"rope_parameters": {"x": 1}}, "rope_scaling a string": {"rope_scaling": "x"}, "rope_scaling by 0": {"rope_scaling": {"rope_type": "linear", "factor": 0}},
     "text_config a list": {"text_config": [1]}, "100,000 opening brackets": "[" * 100_000, "a list": "[]", "nothing": "", "a number of 100,000 digits": '{"vocab_size": ' + "9" * 100_000 + "}",
 }
 ADAPTERS = {"r 10¹²": {"r": 10**12}, "r −1": {"r": -1}, "r true": {"r": True}, "lora_alpha infinite": {"lora_alpha": float("inf")}, "lora_dropout NaN": {"lora_dropout": float("nan")},
@@ -273,10 +273,14 @@ def outcomes() -> dict[str, dict[str, str]]:
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
-    lines = ["# Hostile inputs", "", "What each gives, as it is said. `python tests/hostile_inputs.py` writes this page, and tests/test_hostile.py checks that it is true: that",
-             f"every case ends within {SECONDS} seconds of processor time, and all of them together within {MEBIBYTES} MiB of memory. (…) stands for what a library said, and what follows →",
-             "is what `--skip-invalid` makes of it. Besides, random rows, files and configs are tried, and random text in every field of a row, which never makes a",
-             "control token.", ""]
+    lines = [
+        "# Hostile inputs", "",
+        "What malformed and malicious files give: the error, word for word, or what is read. An arrow → stands before",
+        "what `--skip-invalid` reads of the same file, and (…) replaces the message of a library.", "",
+        "`python tests/hostile_inputs.py` writes this page. tests/test_hostile.py checks that it is up to date, that each",
+        f"case ends within {SECONDS} seconds of processor time, and that all of them need at most {MEBIBYTES} MiB of memory. It also",
+        "tries random rows, files and configs, and random text in every field of a row: such text never becomes a",
+        "control token.", ""]
     for heading, cases in found.items():
         lines += [f"## {heading}", "", "| input | gives |", "|---|---|"]
         lines += [f"| {name} | {said.replace('|', chr(92) + '|')} |".replace("<", "&lt;") for name, said in cases.items()] + [""]

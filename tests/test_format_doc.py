@@ -95,7 +95,7 @@ def test_the_xlam_row_may_be_json_texts():
 def test_without_answers_the_end_of_the_turn_alone_is_trained():
     row = parse_row({**ROW, "answers": []}, "x")
     assert marked(row.messages, row.tools).partition("«")[2] == "<end_of_turn>\n»"
-    assert "With `\"answers\": []` the model is to stay silent: the trained text is `<end_of_turn>\\n`." in SECTIONS["xLAM rows"]
+    assert "With `\"answers\": []` the model is to stay silent: the text that carries loss is `<end_of_turn>\\n`." in SECTIONS["xLAM rows"]
 
 
 def test_a_text_for_answers_is_trained_as_documented():
@@ -142,7 +142,7 @@ def test_every_control_token_named_is_one_of_the_published():
 
 
 def test_decoding_stops_at_the_documented_ids():
-    from generate import STOP_IDS
+    from inference.decoding import STOP_IDS
     line = next(line for line in SECTIONS["Control tokens"].split("\n") if line.startswith("Decoding stops at"))
     assert {int(i) for i in re.findall(r"\bat (\d+)", line)} == set(STOP_IDS)
 

@@ -7,18 +7,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests")
 ORDER = (
-    ("tokenizer", "ops"),
-    ("lora_kernels",),
-    ("model",),
+    ("ops",),
+    ("tokenizer", "lora_kernels", "model"),
     ("lora",),
     ("storage",),
     ("dataset",),
     ("data",),
     ("inference",),
     ("training",),
-    ("cuda_graph", "report"),
-    ("generate",),
-    ("evaluate", "export"),
+    ("report",),
+    ("generate", "evaluate", "export"),
     ("train", "examples"),
 )
 RANK = {module: rank for rank, group in enumerate(ORDER) for module in group}
@@ -29,7 +27,7 @@ KNOWN_PRIVATE: set[tuple[str, str]] = set()
 
 def sources() -> dict[str, Path]:
     """{module: its file} of everything that runs, tests and benchmarks aside."""
-    paths = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+    paths = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 

@@ -272,7 +272,7 @@ def step_of(optimizer, gradients, model):
         if p.requires_grad:
             p.grad.fill_(1.0)
     optimizer.step()
-    gradients.clear()
+    gradients.zero()
 
 
 def first(model):
@@ -341,10 +341,10 @@ def test_gradients_that_left_the_buffer_are_noticed(demo, generator):
     model = wrapped(demo)
     gradients = AllReduceGradients(model, 1)
     model.logits(torch.randint(110, 1000, (1, 20), generator=generator)).square().mean().backward()
-    gradients.finish(torch.zeros(3))
+    gradients.all_reduce(torch.zeros(3))
     model.zero_grad()
     with pytest.raises(RuntimeError, match=r"in the buffer of all: end steps with gradients\.clear\(\)"):
-        gradients.finish(torch.zeros(3))
+        gradients.all_reduce(torch.zeros(3))
 
 
 # Dropout

@@ -17,6 +17,7 @@ from lora_kernels import (
     lora_mlp,
     lora_mlp_reference,
 )
+from ops import dropout as dropout_module
 from ops.dropout import Dropout
 from ops.onednn import pack_onednn_weight
 
@@ -288,10 +289,9 @@ def test_with_dropout_the_mlp_is_as_accurate_as_the_reference(case, device, dtyp
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
-    ("feature_hashes[None, :] < threshold", "feature_hashes[None, :] > threshold", {"y0", "y1", "dx", "da0", "da1", "db0"}),
     ("load_tile(features + i + ins, inside, EVEN_I)", "load_tile(features + ins, ins < I, EVEN_I)", {"y0", "db1"}),
     ("dropped = apply_dropout(x_tile, token_hashes", "dropped = apply_dropout(x_tile, 3 * token_hashes", {"y0", "y1", "db0"}),
-    ("apply_dropout(tl.dot(low_rank, a_tile, input_precision=PRECISION), token_hashes,", "apply_dropout(tl.dot(low_rank, a_tile), 3 * token_hashes,", {"dx"}),
+    ("apply_dropout(adapter, token_hashes,", "apply_dropout(adapter, 3 * token_hashes,", {"dx"}),
     ("tl.load(tokens + start + m + rows", "tl.load(tokens + m + rows", {"da0", "da1"}),
 ])
 def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator, mutant):
@@ -299,6 +299,16 @@ def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator,
     broken_linears, _ = by(BY_TRITON, mutant(lora_kernels, sound, broken))
     assert where <= set(faults(partial(broken_linears, dropout=dropout), partial(reference_linears, dropout=dropout),
                                *linears_operands(530, 96, (30, 40), 5, generator, FP32, "cpu")))
+
+
+@INTERPRETED
+def test_a_broken_mask_of_the_kernels_is_caught(generator, mutant, monkeypatch):
+    broken = mutant(dropout_module, "feature_hashes[None, :] < threshold", "feature_hashes[None, :] > threshold")
+    monkeypatch.setattr(lora_kernels, "apply_dropout", broken.apply_dropout)
+    [dropout] = drawn(0.4, 530, (96,), generator)
+    found = faults(partial(by(BY_TRITON)[0], dropout=dropout), partial(reference_linears, dropout=dropout),
+                   *linears_operands(530, 96, (30, 40), 5, generator, FP32, "cpu"))
+    assert {"y0", "y1", "dx", "da0", "da1", "db0"} <= set(found)
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -28,6 +28,9 @@ from storage.atomic import read_json
 from storage.pretrained import load_model
 from storage.tensors import read_tensors
 from tokenizer import DEVELOPER_TEXT, Tokenizer
+from training import loss as loss_module
+from training.load_data import load_datasets
+from training.run import Run
 from training.run_folder import find_checkpoints
 
 RECORD = {"step", "loss", "grad_norm", "lr", "tokens", "computed_tokens", "trained_tokens", "seconds", "tokens_per_second", "trained_tokens_per_second",
@@ -120,7 +123,7 @@ def test_the_result_is_the_best_held_out_loss(demo, tmp_path, monkeypatch):
 
 def test_steps_0_checks_everything_and_writes_nothing(demo, tmp_path, capsys):
     assert run(demo, tmp_path / "run", "--steps", 0) == 0
-    assert "ready  first row's loss" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert "the first row's loss is" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_preview_shows_the_tokens_that_carry_loss_in_green(demo, tmp_path, capsys):
@@ -148,9 +151,13 @@ def test_a_step_can_be_sized_in_tokens(demo, tmp_path):
 
 
 def test_dropout_is_drawn_anew_each_step_and_makes_a_difference_to_the_losses(demo, tmp_path, monkeypatch):
-    seeds, usual = [], train.draw
-    monkeypatch.setattr(train, "draw", lambda model, keys, seed, rows: (seeds.append(seed) if model.training else None,
-                                                                         usual(model, keys, seed, rows)))
+    seeds, usual = [], loss_module.set_dropout_masks
+    def set_dropout_masks(model, keys, seed, rows):
+        if model.training:
+            seeds.append(seed)
+        usual(model, keys, seed, rows)
+
+    monkeypatch.setattr(loss_module, "set_dropout_masks", set_dropout_masks)
     for name, more in (("with", ()), ("without", ("--lora-dropout", 0)), ("other", ("--seed", 1))):
         run(demo, tmp_path / name, *LORA, "--steps", 3, "--micro-tokens", 300, *more)
     assert len(seeds) > 9 and len(set(seeds)) == 6                      # the passes of a step have one; the second run has the first one's
@@ -277,7 +284,7 @@ def test_sources_with_weights_are_resumed_to_the_same_losses(demo, tmp_path, cap
     (tmp_path / "b.jsonl").write_text("".join(lines[6:22]))
     weighted = ("--data", f"{tmp_path / 'a.jsonl'}*2,{tmp_path / 'b.jsonl'}*0.25", "--eval-fraction", 0, "--lora-rank", 4)
     run(demo, tmp_path / "whole", *weighted, "--steps", 7, "--save-every", 0)
-    assert "16 rows an epoch, by the weights of --data" in capsys.readouterr().out
+    assert "16 rows per epoch, by the weights of --data" in capsys.readouterr().out
     learning_rate = train.learning_rate
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(train, "learning_rate", lambda step, *rest: learning_rate(step, *rest) / (step != 5))         # breaks in the second epoch
@@ -302,7 +309,7 @@ def test_what_a_run_told_its_model_is_what_answers_are_asked_with(demo, tmp_path
     def stream(_model, prompts, *_, **__):
         heard.extend(tokenizer.decode(prompt).split("<start_function_declaration>")[0] for prompt in prompts)
         return ((i, [106]) for i in range(len(prompts)))
-    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr("inference.decoding.stream", stream)
     monkeypatch.setattr(evaluate, "stream", stream)
     for model in (tuned, ["--model", str(tmp_path / "exported")], [*tuned, "--system", "Another."], ["--model", str(demo / "model")]):
         evaluate.main(evaluate.parse_args([*model, "--data", str(demo / "rows.jsonl"), "--limit", "1"]))
@@ -315,7 +322,7 @@ def test_what_a_run_told_its_model_is_what_answers_are_asked_with(demo, tmp_path
 
 def test_an_earlier_run_is_not_overwritten_unasked(demo, tmp_path):
     run(demo, tmp_path / "run", *FULL, "--steps", 2)
-    with pytest.raises(ValueError, match="--resume to go on"):
+    with pytest.raises(ValueError, match="--resume to continue it"):
         run(demo, tmp_path / "run", *FULL, "--steps", 3)
     assert run(demo, tmp_path / "run", *FULL, "--steps", 3, "--overwrite") == 0
     assert len(losses(tmp_path / "run")) == 3
@@ -378,7 +385,8 @@ def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
     some = [json.loads(line) for line in (demo / "rows.jsonl").read_text().splitlines()[:20]]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps({**row, "query": row["query"].upper()}) + "\n" for row in some))
     args = train.parse_args(flags(demo, tmp_path / "run", "--eval-data", tmp_path / "eval.jsonl"))
-    trained, held_out, _ = train.read_examples(args, demo / "model", Tokenizer.load(demo / "model"), print)
+    run = Run(args, 0, 1, torch.device("cpu"))
+    trained, held_out, _ = load_datasets(run, demo / "model", Tokenizer.load(demo / "model"))
     queries = [json.loads(line)["query"].casefold() for line in (demo / "rows.jsonl").read_text().splitlines()]
     assert not {queries[int(example.source.partition(":")[2]) - 1] for example in trained} & {
         held_out.conversation(i).query.casefold() for i in range(len(held_out))}
@@ -390,14 +398,14 @@ def test_a_query_that_is_held_out_is_never_trained_on(demo, tmp_path, capsys):
 
 def test_the_learning_rate_warms_up_and_decays():
     args = train.parse_args(["--model", "m", "--data", "d", "--lr", "1.0", "--min-lr", "0.1"])
-    rates = [train.learning_rate(step, 100, 10, args) for step in range(100)]
+    rates = [train.learning_rate(step, 100, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
     args.schedule = "linear"
-    assert train.learning_rate(55, 100, 10, args) == pytest.approx(0.55) and train.learning_rate(99, 100, 10, args) == pytest.approx(0.11)
+    assert train.learning_rate(55, 100, args) == pytest.approx(0.55) and train.learning_rate(99, 100, args) == pytest.approx(0.11)
     args.schedule = "constant"
-    assert train.learning_rate(99, 100, 10, args) == 1.0
+    assert train.learning_rate(99, 100, args) == 1.0
 
 
 @pytest.mark.parametrize("bad", [["--batch-rows", "0"], ["--batch-rows", "2", "--batch-tokens", "9"], ["--steps", "-1"], ["--lr", "x"]])
@@ -417,7 +425,7 @@ def test_a_device_that_cannot_multiply_bf16_computes_in_fp32(demo, tmp_path, mon
     for dtype, warned in (("fp32", False), ("bf16", not can)):
         run(demo, tmp_path, "--dtype", dtype, "--steps", 0)
         said = capsys.readouterr().out
-        assert f"{dtype} on CPU" in said and ("--dtype fp32 does not" in said) == warned
+        assert f"{dtype} on CPU" in said and ("use --dtype fp32" in said) == warned
 
 
 @NEEDS_COMPILER

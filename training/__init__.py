@@ -1,1 +1,1 @@
-"""What the loop in train.py uses: other processes, the run's folder and log, metrics, the machine."""
+"""What train.py uses: other processes, the run's folder and log, metrics, CUDA graphs, the host."""

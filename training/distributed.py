@@ -1,16 +1,22 @@
-"""The gradients of a step that several processes share: summed, or summed and kept in shards.
+"""Several processes: joining them, and the gradients of a step that they share.
 
-A process has some of a step's batches; the step's gradient is the sum over all of them. Both classes give it the same way:
+A process computes some of a step's micro-batches; the step's gradient is the sum over all of them. Both
+classes reduce it in the same way:
 
-    gradients.begin_pass(last=False); loss.backward(); …; gradients.begin_pass(last=True); loss.backward()
-    extra = gradients.finish(extra)         # the gradients are the step's; `extra`, a few numbers, is summed along with them
-    optimizer.step(); gradients.clear()     # an optimizer of `gradients.parameters`
+    for i, batch in enumerate(batches):
+        gradients.set_sync(last=i == len(batches) - 1)
+        loss(batch).backward()
+    extra = gradients.all_reduce(extra)     # gradients, and a few numbers, are now sums over all processes
+    optimizer.step()                        # an optimizer of `gradients.parameters`
+    gradients.zero()
 
-`AllReduceGradients` keeps every parameter whole in every process. Adapters (15 MB) have their gradients in one buffer,
-and that goes through one all-reduce with `extra` at its end. Where everything is trained (1.07 GB) a bucket
-of layers is sent as soon as the last backward pass has finished with it, while the layers below are still
-being computed. `FSDPGradients` is PyTorch's FSDP2: each process keeps a share of every parameter, of its gradient
-and of the optimizer's moments, and gathers a layer's weights when it comes to that layer.
+`AllReduceGradients` keeps all parameters in every process. The gradients of adapters (15 MB) are in one
+buffer and go through one all-reduce, with `extra` at its end. In full fine-tuning (1.07 GB) a bucket of
+layers is reduced as soon as the last backward pass is done with it, while the layers below are still
+computing.
+
+`FSDPGradients` is PyTorch's FSDP2: each process keeps a shard of every parameter, of its gradient and of its
+moments, and gathers the weights of a layer when it needs them.
 """
 from __future__ import annotations
 
@@ -25,71 +31,97 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from data import IDLE, Batch
 from lora import flat_adapters
 from model import Gemma3
 
-TIMEOUT = timedelta(minutes=30)         # for the slowest process between two meetings, such as rank 0 building the token cache
-BUCKET = 8_000_000          # numbers sent together at least: large enough that latency does not count (32 MB of fp32)
-EXTRA = 16                  # numbers that may travel with the adapters' gradients
+TIMEOUT = timedelta(minutes=30)     # of a collective: rank 0 may be building the token cache meanwhile
+BUCKET = 8_000_000  # fewest numbers in an all-reduce, 32 MB of fp32: latency no longer matters
+EXTRA = 16                          # most numbers that travel with the adapters' gradients
 
 
 class AllReduceGradients:
-    """Gradients added up over `world` processes.  Between `begin_pass(last=True)` and `finish` parts of them are on their way.
+    """Gradients summed over `world` processes, each of which keeps all parameters.
 
-    On a CPU they keep their memory from step to step: made anew in each they would lie among what a pass leaves again, and
-    large pieces would find no room between them (docs/log.md). So they must where passes are recorded, which always add to the
-    same memory (cuda_graph.py); what is replayed asks no hook, and so nothing is sent before the last pass has ended.
+    On a CPU the gradients keep their memory from step to step: new ones would be allocated between the
+    activations and fragment the memory (docs/log.md). They also keep it where micro-batches are recorded as
+    CUDA graphs, which always add to the same memory. A graph that is replayed calls no hooks, so there
+    nothing is reduced before the last backward pass has ended.
     """
 
     def __init__(self, model: Gemma3, world: int, recorded: bool = False) -> None:
-        self.model, self.world, self.sent, self.open, self.buckets = model, world, [], None, []
+        self.model, self.world = model, world
+        self.buckets: list[list[nn.Parameter]] = []
+        self.sent: list[tuple[Tensor, dist.Work]] = []              # buckets that are being reduced, in order
+        self.missing: list[int] | None = None  # gradients that each bucket still waits for
         self.flat = flat_adapters(model)
         if self.flat:
             self.flat.start_training(model.compute_dtype, EXTRA)
-            self.parameters = [self.flat.masters]                                   # all adapters as one
+            self.parameters = [self.flat.masters]                   # all adapters as one
             return
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.kept = recorded or model.head.device.type == "cpu"
-        layers = [list(block.parameters()) for block in reversed(model.model["layers"])]       # as a backward pass finishes them
-        inside = {parameter for layer in layers for parameter in layer}
-        self.buckets = [[]]
-        for layer in [*layers, [p for p in model.parameters() if p not in inside]]:
-            if sum(p.numel() for p in self.buckets[-1]) >= BUCKET:
-                self.buckets.append([])
-            self.buckets[-1] += [p for p in layer if p.requires_grad]
-        for parameter in filter(lambda p: self.kept and p.requires_grad, model.parameters()):
-            parameter.grad = torch.zeros_like(parameter)
+        self.buckets = self._make_buckets()
+        if self.kept:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         if world > 1 and not recorded:
-            for number, bucket in enumerate(self.buckets[:-1]):              # the last one waits for `extra`
+            for number, bucket in enumerate(self.buckets[:-1]):     # the last one waits for `extra`
                 for parameter in bucket:
-                    parameter.register_post_accumulate_grad_hook(partial(self._finished, number))
+                    parameter.register_post_accumulate_grad_hook(partial(self._gradient_ready, number))
+
+    def _make_buckets(self) -> list[list[nn.Parameter]]:
+        """The trained parameters in the order in which a backward pass finishes them, several layers
+        together.
+        """
+        layers = [list(block.parameters()) for block in reversed(self.model.model["layers"])]
+        in_layers = {parameter for layer in layers for parameter in layer}
+        others = [p for p in self.model.parameters() if p not in in_layers]
+        buckets: list[list[nn.Parameter]] = [[]]
+        for layer in [*layers, others]:
+            if sum(p.numel() for p in buckets[-1]) >= BUCKET:
+                buckets.append([])
+            buckets[-1] += [p for p in layer if p.requires_grad]
+        return buckets
+
+    def equalize(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of a step, or of an evaluation.  Processes may have different numbers of them."""
+        return batches
 
     @property
     def weight_grad_out(self) -> Tensor | None:
-        """Where the tied embedding's gradient may be added to directly (Gemma3.forward), 0.67 GB less; None: nowhere."""
+        """Where the tied embedding's gradient can be added directly, which saves 0.67 GB (`Gemma3.forward`).
+        """
         return self.model.head.grad if self.model.head.device.type == "cpu" else None
 
-    def begin_pass(self, last: bool) -> None:
-        """Before each forward and backward pass; last: whether no other follows in this step."""
-        self.open = [len(bucket) for bucket in self.buckets] if last else None
+    def set_sync(self, last: bool) -> None:
+        """Call before each forward and backward pass.  last: no other micro-batch follows in this step."""
+        self.missing = [len(bucket) for bucket in self.buckets] if last else None
 
-    def _finished(self, bucket: int, _: Tensor) -> None:
-        if self.open is None:
+    def _gradient_ready(self, bucket: int, _: Tensor) -> None:
+        """Reduce the buckets that are complete, in the same order in all processes."""
+        if self.missing is None:
             return
-        self.open[bucket] -= 1
-        while len(self.sent) < len(self.buckets) - 1 and self.open[len(self.sent)] == 0:        # in one order in all processes
-            self._send()
+        self.missing[bucket] -= 1
+        while len(self.sent) < len(self.buckets) - 1 and self.missing[len(self.sent)] == 0:
+            self._reduce_next()
 
-    def _send(self, *extra: Tensor) -> None:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.buckets[len(self.sent)]]     # none: no batch here
-        flat = torch.cat([*(grad.flatten() for grad in grads), *extra])
+    def _reduce_next(self, *extra: Tensor) -> None:
+        """Start the all-reduce of the next bucket, with `extra` behind it."""
+        grads = []
+        for parameter in self.buckets[len(self.sent)]:  # no gradient: this process had no micro-batch
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            grads.append(grad.flatten())
+        flat = torch.cat([*grads, *extra])
         self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
 
-    def finish(self, extra: Tensor) -> Tensor:
-        """After the last pass, or where a process has none: gradients and `extra` (n) become those of all processes."""
+    def all_reduce(self, extra: Tensor) -> Tensor:
+        """Sum the gradients over all processes, after the last backward pass; returns the sum of `extra` (n).
+        """
         if self.flat and not self.flat.in_place():
-            raise RuntimeError("an adapter or its .grad is no longer in the buffer of all: end steps with "
-                               "gradients.clear(), not with zero_grad, and make AllReduceGradients after moving")
+            raise RuntimeError("an adapter or its .grad has left the flat buffer: end steps with "
+                               "gradients.zero(), "
+                               "not zero_grad(), and create AllReduceGradients after moving the model")
         if self.world == 1:
             return extra
         if self.flat:
@@ -98,20 +130,20 @@ class AllReduceGradients:
             dist.all_reduce(sent)
             return sent[-len(extra):].clone()
         while len(self.sent) < len(self.buckets) - 1:
-            self._send()
-        self._send(extra)
-        for bucket, (flat, sending) in zip(self.buckets, self.sent, strict=True):
-            sending.wait()
+            self._reduce_next()
+        self._reduce_next(extra)
+        for bucket, (flat, reducing) in zip(self.buckets, self.sent, strict=True):
+            reducing.wait()
             sizes = [p.numel() for p in bucket]
             for parameter, grad in zip(bucket, flat[:sum(sizes)].split(sizes), strict=True):
                 grad = grad.view_as(parameter)
                 parameter.grad = parameter.grad.copy_(grad) if self.kept else grad
         extra = self.sent[-1][0][-len(extra):]
-        self.sent, self.open = [], None
+        self.sent, self.missing = [], None
         return extra
 
-    def clear(self) -> None:
-        """After the optimizer's step."""
+    def zero(self) -> None:
+        """Set all gradients to zero, after the optimizer's step."""
         if self.flat:
             self.flat.clear()
         elif self.kept:
@@ -122,16 +154,17 @@ class AllReduceGradients:
     def norm(self) -> Tensor:
         """The norm of all gradients together.
 
-        On a CPU it is that of the parameters' norms: its sum over millions of numbers in fp32 is off by 1e-4.
+        On a CPU it is the norm of the parameters' norms: a sum over millions of numbers in fp32 would be off
+        by 1e-4.
         """
         on_cpu = self.model.head.device.type == "cpu"
         return total_norm(self.model.parameters() if on_cpu else self.parameters)
 
 
 class FSDPGradients:
-    """Parameters, gradients and moments in shards, one a process (FSDP2).
+    """Parameters, gradients and moments in shards, one per process (FSDP2).
 
-    All processes must make the same number of passes.
+    All processes must compute the same number of micro-batches: see `equalize`.
     """
 
     weight_grad_out = None
@@ -145,14 +178,19 @@ class FSDPGradients:
             module.set_gradient_divide_factor(1.0)              # a sum, not a mean
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def begin_pass(self, last: bool) -> None:
+    def equalize(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches, and as many idle ones as all processes need to go through the layers together.
+        """
+        return batches + [IDLE] * (all_reduce_max(len(batches), self.model.head.device) - len(batches))
+
+    def set_sync(self, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)
 
-    def finish(self, extra: Tensor) -> Tensor:
+    def all_reduce(self, extra: Tensor) -> Tensor:
         dist.all_reduce(extra)
         return extra
 
-    def clear(self) -> None:
+    def zero(self) -> None:
         self.model.zero_grad()
 
     def norm(self) -> Tensor:
@@ -163,8 +201,8 @@ def init_distributed(kind: str) -> tuple[int, int, torch.device]:
     """Join torchrun's other processes, if any; returns this one's rank, their number, and this one's device.
 
     kind: of the device, "cuda" or "cpu". torchrun keeps one store of addresses for all its restarts, so each
-    restart gets a key prefix of its own; else a process could read there the address of one that died. Several
-    machines count their restarts separately, and so cannot agree on such a prefix.
+    restart gets a key prefix of its own; else a process could read there the address of one that died.
+    Several machines count their restarts separately, and so cannot agree on such a prefix.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)

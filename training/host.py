@@ -1,9 +1,12 @@
-"""The machine of a run: memory settings for a CPU, the peak of memory, the device's name."""
+"""The machine of a run: memory settings for a CPU, peak memory, the device's name, signals to stop."""
 from __future__ import annotations
 
 import os
+import platform
 import resource
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -48,3 +51,43 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def launch_id() -> str:
+    """The torchrun that started this process: the id it was given or generated, or else its PID and host."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return run_id if run_id != "none" else f"process {os.getppid()} on {platform.node()}"
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM while in the `with` block, so that a run can finish its step and save.
+
+    A second signal, three seconds or more after the first, ends the process at once. What arrives earlier
+    counts as the first one: torchrun forwards to its processes what a terminal or a scheduler has already
+    sent to them.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None          # of the first signal
+        self.time = 0.0
+
+    @property
+    def received(self) -> bool:
+        return self.number is not None
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.number is None:
+            self.number, self.time = number, time.monotonic()
+        elif time.monotonic() - self.time > 3:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)

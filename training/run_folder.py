@@ -6,6 +6,7 @@ begins.
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,8 @@ from lora import flat_adapters
 from storage.atomic import atomic_folder, read_json, remove_leftovers, sha256_of, temporary_path, write_json
 from storage.tensors import read_tensors, write_tensors
 from training.distributed import full_tensor, shard_like
+from training.host import launch_id
+from training.run import Run
 
 STATE, TRAINED, MOMENTS = "state.json", "trained.safetensors", "optimizer.safetensors"
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")        # AdamW's first and second moment
@@ -245,10 +248,46 @@ def verify(path: Path) -> None:
         raise ValueError(f"{path} is damaged: {' and '.join(changed)} changed after it was written")
 
 
-def launch_id() -> str:
-    """The torchrun that started this process: the id it was given or generated, or else its PID and host."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return run_id if run_id != "none" else f"process {os.getppid()} on {platform.node()}"
+def open_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, flags: dict, restarts: int,
+             stack: contextlib.ExitStack) -> RunFolder | None:
+    """Lock the run's folder, and if the run is resumed, load its last checkpoint into `run`, model and
+    optimizer.
+
+    Returns rank 0's folder, which `stack` closes; None on other ranks, and with `--steps 0`, which writes
+    nothing. A run resumes with `--resume`, and by itself when torchrun restarts its processes because one of
+    them died.
+
+    flags: those that decide the losses. restarts: how often torchrun has restarted the processes.
+
+    Raises ValueError if the folder holds another run, or an earlier one that neither `--resume` nor
+    `--overwrite` asks for.
+    """
+    args, out = run.args, run.out
+    folder, step = None, 0
+    if run.rank == 0:
+        if args.steps != 0:
+            folder = RunFolder(out, args.keep)
+            stack.callback(folder.close)
+        resume = args.resume or restarted_by_torchrun(out, restarts)
+        holds_run = find_checkpoints(out) or (out / "log.jsonl").exists()
+        if folder and holds_run and not (resume or args.overwrite):
+            raise ValueError(f"{out} holds an earlier run; pass --resume to continue it, --overwrite to "
+                             f"lose it, or "
+                             "another --out")
+        last = find_last(out, run.say) if resume else None
+        step = int(last.name.removeprefix("step-")) if last else 0
+    if run.world_size > 1:
+        step = broadcast_start(step, flags["rows"], run.device)
+    if step:
+        last = checkpoint_folder(out, step)
+        if not last.exists():
+            raise FileNotFoundError(f"{last} exists only where rank 0 runs: --out must be a folder that all "
+                                    f"machines see")
+        check_same_run(out, flags)
+        state = load_run(last, model, optimizer)
+        run.step, run.position, run.best_loss = state["step"], state["position"], state["best_loss"]
+        run.say(f"resume {out} at step {run.step}")
+    return folder
 
 
 def restarted_by_torchrun(out: Path, restarts: int) -> bool:

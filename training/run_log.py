@@ -5,6 +5,7 @@ import json
 import platform
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -12,8 +13,7 @@ from pathlib import Path
 import torch
 
 from storage.atomic import atomic_file, read_json, write_json
-from training.host import device_name
-from training.run_folder import launch_id
+from training.host import device_name, launch_id
 
 
 def open_log(out: Path, step: int, flags: dict, device: torch.device, more: dict) -> FileIO:
@@ -102,10 +102,34 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+class DivergenceCheck:
+    """Finds out when the loss has risen by a nat above its first value and stays there."""
+
+    def __init__(self, steps: int = 20) -> None:
+        """steps: how long the loss must stay high."""
+        self.first: float | None = None
+        self.recent: deque[float] = deque(maxlen=steps)
+        self.reported = False
+
+    def warning(self, loss: float, lr: float) -> str | None:
+        """The warning, once; None while all is well.  loss: of the step, in nats per token"""
+        if self.first is None:
+            self.first = loss
+        self.recent.append(loss)
+        is_high = len(self.recent) == self.recent.maxlen and min(self.recent) > self.first + 1
+        if self.reported or not is_high:
+            return None
+        self.reported = True
+        return (f"warning: the loss has been above {min(self.recent):.2f} for {len(self.recent)} steps, and "
+                f"began at "
+                f"{self.first:.2f}; a learning rate of {lr:.1e} is probably too high, start over with a "
+                f"lower --lr")
+
+
 def before_and_after(out: Path, table: Callable[[dict[str, dict]], str]) -> str:
     """Three answers of a run's first and last evaluation, and a table of both.
 
-    table: {name: evaluation} → text (evaluate.table).
+    table: {name: evaluation} → text (`inference.scoring.results_table`).
     """
     files = sorted((out / "calls").glob("step-*.json"))
     before, after = read_json(files[0]), read_json(files[-1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, torchrun
 
 import train
@@ -21,6 +22,8 @@ from dataset.examples import tokenize
 from dataset.rows import read_rows
 from dataset.sampler import query_hash, split_held_out
 from tokenizer import DEVELOPER_TEXT, Tokenizer
+from training.load_data import load_datasets
+from training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +123,10 @@ def test_training_is_told_the_same_about_its_rows(demo, tokenizer, tmp_path, cap
         tokens, trained = sum(map(len, short)), sum(int(example.loss_mask.sum()) for example in short)
         first = next(example.source for example in examples if len(example.ids) > 190)
         expected += [f"data   {len(examples) - len(short)} {name} rows dropped: longer than 190 tokens (--max-tokens); the first: {first}",
-                     f"data   {name}: {tokens:,} tokens, {tokens / len(short):.0f} a row, {trained / tokens:.1%} of them carry loss"]
+                     f"data   {name}: {tokens:,} tokens, {tokens / len(short):.0f} per row, {trained / tokens:.1%} of them carry loss"]
     args = train.parse_args(["--model", str(demo / "model"), "--data", str(bad), "--data-cache", str(tmp_path / "tokens"), "--skip-invalid",
                              "--max-tokens", "190", "--eval-fraction", "0.1", "--eval-rows", "7", "--eval-calls", "3"])
-    train.read_examples(args, demo / "model", tokenizer, print)
+    load_datasets(Run(args, 0, 1, torch.device("cpu")), demo / "model", tokenizer)
     said = capsys.readouterr().out.splitlines()
     assert said[:len(expected)] == expected
 

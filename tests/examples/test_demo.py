@@ -9,7 +9,7 @@ from dataset.examples import tokenize
 from dataset.rows import read_rows
 from evaluate import evaluate
 from examples.demo import write_demo
-from generate import STOP_IDS, generate
+from inference.decoding import STOP_IDS, generate
 from storage.pretrained import config_from_dict, load_model
 from tokenizer import Tokenizer, parse_calls
 

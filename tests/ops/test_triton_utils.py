@@ -40,3 +40,11 @@ def test_large_tiles_are_left_out_where_registers_are_few():
     assert tiles((9, 0)) == [32768, 16384, 4096] and tiles((8, 0)) == [16384, 4096]
     assert tiles((9, 0), GEGLU=True) == [16384, 4096] and tiles((9, 0), PRECISION="ieee") == [4096]
     assert tiles((8, 0), GEGLU=True, BLOCK_R=128) == [4096]                # nothing fits: the smallest
+
+
+@pytest.mark.skipif(triton_utils.triton is None, reason="no Triton for this platform")
+def test_tuning_is_short_in_tests(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(triton_utils.triton.testing, "do_bench", lambda call, **options: asked.update(options) or [1.0, 1.0])
+    assert triton_utils.milliseconds(lambda: None) == 1.0
+    assert asked["warmup"] + asked["rep"] <= 2

@@ -130,7 +130,7 @@ def test_a_node_that_sees_another_folder_says_so(demo, two_steps, tmp_path):
     processes = [start(demo, out, rank, port, "--resume") for rank, out in enumerate((tmp_path / "run", tmp_path / "elsewhere"))]
     said = [process.communicate(timeout=200)[1] for process in processes]
     assert all(process.returncode for process in processes)
-    assert re.search(r"rank 1: .*elsewhere/checkpoints/step-000002 is not here, but where rank 0 runs: --out must be one folder that all", said[1])
+    assert re.search(r"rank 1: .*elsewhere/checkpoints/step-000002 exists only where rank 0 runs: --out must be a folder that all", said[1])
 
 
 def test_each_start_under_one_torchrun_has_keys_of_its_own(monkeypatch):

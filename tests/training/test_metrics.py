@@ -7,12 +7,13 @@ import pytest
 import torch
 from test_train import FULL, run
 
-import train
 from data import pack
 from dataset.examples import tokenize
 from dataset.rows import read_rows
+from lora import LoRAConfig, wrap
 from storage.pretrained import load_model
 from tokenizer import Tokenizer
+from training.loss import loss_sum
 from training.metrics import flops
 
 
@@ -22,11 +23,11 @@ def test_the_arithmetic_that_is_counted_is_what_pytorch_counts(demo, mode):
     from torch.utils.flop_counter import FlopCounterMode
     tokenizer, model = Tokenizer.load(demo / "model"), load_model(demo / "model", torch.float32).train().requires_grad_()
     if mode != FULL:
-        train.wrap(model, train.LoRAConfig(16))
+        wrap(model, LoRAConfig(16))
     rows = [tokenize(row, tokenizer) for row in itertools.islice(read_rows([demo / "rows.jsonl"]), 6)]
     batch = pack(rows, 10_000)[0]
     with FlopCounterMode(display=False) as counted:
-        train.loss_sum(model, batch).backward()
+        loss_sum(model, batch).backward()
     seen = sum(int((batch.positions + 1).clamp(max=window or 10_000).sum()) for window in model.config.windows)
     ours = flops(model, batch)
     assert 0.8 < ours / counted.get_total_flops() < 1.1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import train
+from dataset import token_cache
 from lora import LoRAConfig, flat_adapters, wrap
 from storage import tensors
 from storage.atomic import remove_leftovers, write_json
@@ -17,6 +17,7 @@ from storage.tensors import read_tensors
 from tokenizer import Tokenizer
 from training import run_folder
 from training.distributed import AllReduceGradients
+from training.load_data import fingerprint
 from training.run_folder import RunFolder, find_checkpoints, find_last, load_run, snapshot, verify
 
 
@@ -195,8 +196,8 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_one_befo
 
 
 def test_a_process_that_reads_other_rows_than_rank_0_is_refused(demo, tmp_path, monkeypatch):
-    everything = train.token_cache.read_sources([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
-    rows, fewer, turned = (train.fingerprint(everything.take(np.array(which))) for which in ([0, 1], [0], [1, 0]))
+    everything = token_cache.read_tokens([str(demo / "rows.jsonl")], demo / "model", Tokenizer.load(demo / "model"), tmp_path, 0, False)
+    rows, fewer, turned = (fingerprint(everything.select(np.array(which))) for which in ([0, 1], [0], [1, 0]))
     monkeypatch.setattr(run_folder.dist, "broadcast", lambda tensor, source: tensor.copy_(torch.tensor([7, int(rows[-15:], 16)])))
     assert run_folder.broadcast_start(0, rows, torch.device("cpu")) == 7
     for other in (fewer, turned):

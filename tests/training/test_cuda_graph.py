@@ -1,4 +1,4 @@
-"""cuda_graph.py: passes that are filled up and computed in memory that stays give the losses and gradients of plain ones."""
+"""Recorded micro-batches, padded and computed in memory that stays in place, give plain losses and gradients."""
 import numpy as np
 import pytest
 import torch
@@ -7,7 +7,6 @@ from conftest import GPU, INTERPRETER
 from test_train import BY_KERNELS
 
 import train
-from cuda_graph import RecordedPasses, _filled, _Recorded, _tensors, size_for
 from data import pack
 from dataset.examples import Example
 from lora import LoRAConfig, choose_kernels, flat_adapters, wrap
@@ -15,6 +14,7 @@ from ops.attention_tables import tables
 from ops.cross_entropy import IGNORE, linear_cross_entropy
 from storage import pretrained
 from storage.pretrained import load_model
+from training.cuda_graph import RecordedMicroBatches, Recording, pad_tables
 from training.distributed import AllReduceGradients
 
 MODES = {"lora": {"rank": 4, "dropout": 0.3}, "full": None}
@@ -49,22 +49,15 @@ def made(demo, mode, dtype, device, choice):
     return model
 
 
-def test_sizes_are_few_and_little_larger():
-    for steps in (2, 8):
-        sizes = [size_for(count, steps) for count in range(1, 40_000)]
-        assert all(count <= size < max(count + 64, count * (1 + 1 / steps)) for count, size in enumerate(sizes, 1))
-        assert sizes == sorted(sizes) and len(set(sizes)) < 10 * (steps + 1)
-
-
 @pytest.mark.parametrize("tokens, first, later", [
-    (20, 1000, 64), (900, 1000, 960), (961, 1000, 1000), (1000, 1000, 1000),            # 1000: the largest
+    (20, 1000, 64), (900, 1000, 960), (961, 1000, 1000), (1000, 1000, 1000),            # 1000: a full micro-batch
     (1001, 1024, 1024), (1025, 1152, 1152)])                                            # a row that is larger
-def test_a_full_pass_is_filled_by_few_tokens(demo, tokens, first, later):
-    recorded = RecordedPasses(made(demo, None, torch.float32, "cpu", "torch"), largest=1000)
+def test_a_full_micro_batch_is_padded_by_few_tokens(demo, tokens, first, later):
+    recorded = RecordedMicroBatches(made(demo, None, torch.float32, "cpu", "torch"), max_tokens=1000)
     [batch] = batches_of([(tokens - 10, 10)])
-    assert len(batch.tokens) == tokens and recorded._size(batch) == first
-    recorded.recorded["a size"] = None
-    assert recorded._size(batch) == later
+    assert len(batch.tokens) == tokens and recorded._padded_tokens(tokens) == first
+    recorded.recordings["a size"] = None
+    assert recorded._padded_tokens(tokens) == later
 
 
 @pytest.mark.parametrize("idle", [0, 1, 64, 150])
@@ -84,8 +77,8 @@ def test_a_batch_is_filled_by_short_documents_that_waste_no_block(batches, idle)
 
 def test_blocks_of_no_tokens_come_after_those_that_have_some():
     plan = tables([70, 200, 9], None, torch.device("cpu"), longest_first=True)
-    filled = _filled(plan, 279)
-    for mine, of_tokens in ((filled.queries, plan.queries), (filled.keys, plan.keys)):
+    padded = pad_tables(plan, 279)
+    for mine, of_tokens in ((padded.queries, plan.queries), (padded.keys, plan.keys)):
         assert torch.equal(mine[:len(of_tokens)], of_tokens) and len(mine) > len(of_tokens) and not mine[len(of_tokens):].any()
 
 
@@ -138,15 +131,15 @@ def test_rows_that_carry_no_loss_give_none_and_no_gradient(device, generator, re
 
 
 @pytest.mark.parametrize("device", [INTERPRETER, GPU])
-@pytest.mark.parametrize("mode, largest", [("lora", 16), ("full", 16), ("lora", 30)])   # 30: one is full
-def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypatch, mode, largest, device):
+@pytest.mark.parametrize("mode, max_tokens", [("lora", 16), ("full", 16), ("lora", 30)])   # 30: one is full
+def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypatch, mode, max_tokens, device):
     """Batches of one size share a recording; on a CPU "recorded" is called again on memory that stays."""
     dtype, near = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 0.03)      # the interpreter's bf16 products are wrong
     model = made(demo, MODES[mode], dtype, device, "triton")
     model.set_backends(BY_KERNELS)
     gradients = AllReduceGradients(model, 1, recorded=True)
-    recorded = RecordedPasses(model, largest)
-    monkeypatch.setattr("cuda_graph.size_for", lambda count, steps: -(-count // 16) * 16)
+    recorded = RecordedMicroBatches(model, max_tokens)
+    monkeypatch.setattr("training.cuda_graph.size_for", lambda count, steps: -(-count // 16) * 16)
 
     def of_each(add):
         seen = []
@@ -154,8 +147,8 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
             loss = add(batch, seed)
             seen += [loss, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
             if seed == 1:                                                                   # a step ends
-                gradients.clear()
-        gradients.clear()
+                gradients.zero()
+        gradients.zero()
         return seen
 
     def plain(batch, seed):
@@ -166,7 +159,7 @@ def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypa
     for mine, theirs in zip(of_each(recorded), of_each(plain), strict=True):
         scale = theirs.abs().max().item()
         assert scale > 0 and (mine.float() - theirs.float()).abs().max().item() <= near * scale
-    assert len(recorded.recorded) == 1
+    assert len(recorded.recordings) == 1
 
 
 def test_a_replay_finds_the_masters_rounded_after_each_step(demo, batches, monkeypatch):
@@ -174,10 +167,10 @@ def test_a_replay_finds_the_masters_rounded_after_each_step(demo, batches, monke
     model = made(demo, MODES["lora"], torch.bfloat16, "cpu", "torch")
     model.set_backends(BY_KERNELS)
     gradients = AllReduceGradients(model, 1, recorded=True)
-    flat, recorded, seen = flat_adapters(model), RecordedPasses(model), []
+    flat, recorded, seen = flat_adapters(model), RecordedMicroBatches(model), []
 
-    def recording(own, plans):
-        return _Recorded(_tensors(own, plans), torch.zeros(()), lambda: seen.append(flat.rounded.clone()))
+    def recording(inputs):
+        return Recording(inputs, torch.zeros(()), lambda: seen.append(flat.rounded.clone()))
     monkeypatch.setattr(recorded, "_record", recording)
     optimizer = torch.optim.AdamW(gradients.parameters, lr=0.1, fused=True)
     for step in range(3):
@@ -185,12 +178,12 @@ def test_a_replay_finds_the_masters_rounded_after_each_step(demo, batches, monke
         assert torch.equal(seen[-1], flat.masters.bfloat16()) and (step == 0 or not torch.equal(*seen[-2:]))
         flat.masters.grad.fill_(1.0)
         optimizer.step()
-        gradients.clear()
+        gradients.zero()
 
 
 def test_attention_without_kernels_is_refused(demo, batches):
     with pytest.raises(ValueError, match="--cuda-graph needs attention by kernels"):
-        RecordedPasses(made(demo, None, torch.float32, "cpu", "torch"))(batches[0])
+        RecordedMicroBatches(made(demo, None, torch.float32, "cpu", "torch"))(batches[0])
 
 
 @pytest.mark.parametrize("more", [["--device", "cpu"], ["--device", "cuda", "--full", "--shard"], ["--device", "cuda", "--dtype", "fp32"]])
@@ -200,4 +193,4 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch, capsys, more):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         train.parse_args(["--model", "m", "--data", "d", "--cuda-graph", *more])
-    assert "--cuda-graph records what a CUDA device does" in capsys.readouterr().err
+    assert "--cuda-graph needs --device cuda" in capsys.readouterr().err
