@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import BY_PYTORCH, Adapted, Blocks, Choice, Flat, choose, lora_linears, lora_mlp
+from lora_kernels import BY_PYTORCH, Adapted, Choice, Flat, PackedWeight, choose, lora_linears, lora_mlp
 from model import MLP, Attention, Linear
 from ops.dropout import Dropout, TokenHashes, odd_hashes
 from ops.transfer import to_device_async
@@ -99,7 +99,7 @@ class LoRAAttention(Attention):
         for name, child in base.named_children():
             self.add_module(name, child)
         if self.together:
-            _lay_below(self.q_proj, self.k_proj, self.v_proj)
+            _fuse_weights(self.q_proj, self.k_proj, self.v_proj)
 
     @property
     def together(self) -> bool:
@@ -123,7 +123,7 @@ class LoRAMLP(MLP):
         for name, child in base.named_children():
             self.add_module(name, child)
         if self.together:
-            _lay_below(self.gate_proj, self.up_proj)
+            _fuse_weights(self.gate_proj, self.up_proj)
 
     @property
     def together(self) -> bool:
@@ -140,8 +140,8 @@ class LoRAMLP(MLP):
                         self.backends.geglu)
 
 
-def _lay_below(*linears: LoRALinear) -> None:
-    """Put the frozen weights below each other in memory, as those of one wide linear."""
+def _fuse_weights(*linears: LoRALinear) -> None:
+    """Put the frozen weights one after another in memory, as one fused weight."""
     together = torch.cat([linear.weight for linear in linears])
     for linear, weight in zip(linears, together.split([len(linear.weight) for linear in linears]), strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -357,10 +357,10 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
     """Decide, once, which operations of the adapters run by Triton kernels; a line about each shape that was compared.
 
     kernels: "triton", "torch" or "auto", as for `lora_kernels.choose`; rows: tokens of a forward pass. With "auto" on a CPU the
-    frozen weights are laid out anew as well (`lora_kernels.Blocks`), which takes twice their memory, unless the model saves memory
+    frozen weights are laid out anew as well (`lora_kernels.PackedWeight`), which takes twice their memory, unless the model saves memory
     (`checkpoint_activations`); they must not change after that.
     """
-    in_blocks = kernels == "auto" and not getattr(model, "checkpoint_activations", False)
+    pack = kernels == "auto" and not getattr(model, "checkpoint_activations", False)
     chosen: dict[tuple, tuple[Choice, dict]] = {}
 
     def pick(linears: Sequence[LoRALinear], ends: str) -> Choice:
@@ -371,8 +371,8 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
             chosen[key] = choose(kernels, rows, inputs, outputs, rank, weight.dtype, weight.device, ends, config.dropout,
                                  model.backends.geglu)
         choice = chosen[key][0]
-        blocks = Blocks.of([linear.weight for linear in linears]) if in_blocks and not choice.by_triton else None
-        return replace(choice, blocks=blocks)
+        packed = PackedWeight.of([linear.weight for linear in linears]) if pack and not choice.by_triton else None
+        return replace(choice, packed=packed)
 
     picked: dict[nn.Module, list[Choice]] = {}
     for module, linears, ends in _groups(model):

@@ -1,21 +1,22 @@
-"""LoRA linears: y = x Wᵀ + s (x Aᵀ) Bᵀ, W frozen, the low-rank A and B trained; base and adapter in one pass over x.
+"""LoRA linears, y = x Wᵀ + s (x Aᵀ) Bᵀ with W frozen: base and adapter in one pass over x.
 
     forward      S = s x Aᵀ      y = x Wᵀ + S Bᵀ
     backward     T = s dY B     dX = dY W + T A      dA = Tᵀ x      dB = dYᵀ S         (W gets no gradient)
 
-Forward and dX have one form: a wide product, beside it a narrow one of the same left operand, and a second narrow product
-that brings it back. So a kernel reads each tile of x (of dY) once and multiplies it twice. Linears that share x, as q, k
-and v or gate and up do, are one launch: the parts of one wide linear. docs/derivations.md derives the gradients and draws
-the tiles.
+Forward and dX have one form: a product with W, a low-rank product of the same left operand, and a second one
+from rank R back to the full width. So a kernel reads each tile of x (of dY) once and multiplies it twice.
+Linears that share x, as q, k and v or gate and up do, are one launch: the parts of one fused linear.
+docs/derivations.md derives the gradients and draws the tiles.
 
     M rows   I in   O out, of all parts together   P parts   R rank
-    x (M, I)   weight (O, I)   y (M, O)   S and T (M, P·R)   a part's lora_a (R, I) and lora_b (O of the part, R), fp32
+    x (M, I)   weight (O, I)   y (M, O)   S and T (M, P·R)
+    lora_a (R, I) and lora_b (O of the part, R) of each part, fp32
 
-Dropout is on what the adapters see of x. Linears that share x see the same of it (PEFT draws for each of them): S and dA stay
-one product each.
+Dropout is on the adapters' input (ops/dropout.py). Linears that share x share its mask (PEFT draws one for
+each): S and dA stay one product each.
 
-In this order: definitions, Triton kernels, operations (by kernel or by PyTorch), autograd functions, public functions,
-and the choice between kernel and PyTorch.
+In this order: definitions, Triton kernels, operations (by kernel or by PyTorch), autograd functions, public
+functions, and the choice between kernel and PyTorch.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
 """
@@ -50,8 +51,8 @@ def lora_linear_reference(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Ten
 
     x (M, I), weight (O, I), lora_a (R, I), lora_b (O, R); returns (M, O).
     """
-    seen = dropout.apply(x) / (1 - dropout.p) if dropout else x
-    return x @ weight.T + scale * (seen @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T
+    dropped = dropout.apply(x) / (1 - dropout.p) if dropout else x
+    return x @ weight.T + scale * (dropped @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T
 
 
 def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
@@ -64,12 +65,14 @@ def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, sca
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernels.  Products are of x's dtype and add up in fp32; S and T are rounded to x's dtype once.
 #
-# O0, O1, O2 are the parts' outputs, 0 for those that are not there. BLOCK_R is R rounded up to what the tensor cores take.
+# O0, O1, O2 are the parts' outputs, 0 for those that are not there. BLOCK_R is R rounded up to what the
+# tensor cores take.
 
 
 @jit
 def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
-    """Of a tile that is numbered through all parts: its part, that part's first column and how many it has, the tile's number there."""
+    """Of a tile that is numbered through all parts: its part, that part's first column and how many it has,
+    the tile's number there."""
     part = (tile >= TILES0).to(tl.int32) + (tile >= TILES0 + TILES1).to(tl.int32)
     first = tl.where(part == 0, 0, tl.where(part == 1, N0, N0 + N1))
     size = tl.where(part == 0, N0, tl.where(part == 1, N1, N2))
@@ -77,13 +80,14 @@ def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr,
 
 
 @jit
-def _store_narrow(out, tile, rows, ranks, part, M, R: tl.constexpr, P: tl.constexpr):
+def _store_low_rank(out, tile, rows, ranks, part, M, R: tl.constexpr, P: tl.constexpr):
     """A tile of S or T to the columns of its part."""
     tl.store(out + rows[:, None] * (P * R) + part * R + ranks[None, :], tile, mask=(rows[:, None] < M) & (ranks[None, :] < R))
 
 
 def _room(numbers: int, num_warps: int, PRECISION: str, CAPABILITY: int, **_) -> bool:
-    """Whether so many fp32 numbers leave a program registers for the rest, of the 255 a thread has (`make check-kernels`).
+    """Whether so many fp32 numbers leave a program registers for the rest, of the 255 a thread has (`make
+    check-kernels`).
 
     Products of fp32 do without tensor cores and want the smallest tiles there are.
     """
@@ -121,9 +125,10 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
                     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
     """y = x Wᵀ + S Bᵀ, S = s x Aᵀ;  with GEGLU y is [gate | up], and h = gelu(gate) · up.
 
-    x (M, I), w (O, I), a (P·R, I), b (O, R), y (M, O), s (M, P·R), h (M, O0); all row-major, x's dtype. A program owns
-    BLOCK_M rows and BLOCK_O outputs of one part, with GEGLU those of gate and of up. Programs that share rows run side
-    by side, so that x comes from memory once; a part's first one writes its columns of S.
+    x (M, I), w (O, I), a (P·R, I), b (O, R), y (M, O), s (M, P·R), h (M, O0); all row-major, x's dtype. A
+    program owns BLOCK_M rows and BLOCK_O outputs of one part, with GEGLU those of gate and of up. Programs
+    that share rows run side by side, so that x comes from memory once; a part's first one writes its columns
+    of S.
     """
     TILES0: tl.constexpr = (O0 + BLOCK_O - 1) // BLOCK_O
     TILES1: tl.constexpr = 0 if GEGLU else (O1 + BLOCK_O - 1) // BLOCK_O
@@ -145,44 +150,46 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
     x_tiles = x + rows[:, None] * I + ins[None, :]
     w_tiles = w + outs[None, :] * I + ins[:, None]
     a_tiles = a + (part * R + ranks)[None, :] * I + ins[:, None]
-    sums, narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    sums, low_rank = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if DROPOUT:
         token_hashes = tl.load(tokens + rows, mask=rows < M, other=0)
     if GEGLU:
-        up_sums, up_narrow = tl.zeros((BLOCK_M, BLOCK_O), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        up_sums = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        up_low_rank = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for i in range(0, I, BLOCK_I):
         inside = i + ins < I
         x_tile = load_tile(x_tiles + i, (rows < M)[:, None] & inside[None, :], False)
         w_tile = load_tile(w_tiles + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
         a_tile = load_tile(a_tiles + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
-        seen = x_tile
+        dropped = x_tile
         if DROPOUT:
-            seen = apply_dropout(x_tile, token_hashes, load_tile(features + i + ins, inside, EVEN_I), threshold)
+            feature_hashes = load_tile(features + i + ins, inside, EVEN_I)
+            dropped = apply_dropout(x_tile, token_hashes, feature_hashes, threshold)
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
-        narrow = tl.dot(seen, a_tile, narrow, input_precision=PRECISION)
+        low_rank = tl.dot(dropped, a_tile, low_rank, input_precision=PRECISION)
         if GEGLU:
             w_tile = load_tile(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
             a_tile = load_tile(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
             up_sums = tl.dot(x_tile, w_tile, up_sums, input_precision=PRECISION)
-            up_narrow = tl.dot(seen, a_tile, up_narrow, input_precision=PRECISION)
+            up_low_rank = tl.dot(dropped, a_tile, up_low_rank, input_precision=PRECISION)
 
     b_tiles = b + outs[None, :] * R + ranks[:, None]
-    narrow = (narrow * scale).to(dtype)
+    low_rank = (low_rank * scale).to(dtype)
     b_tile = load_tile(b_tiles, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
-    sums = tl.dot(narrow, b_tile, sums, input_precision=PRECISION).to(dtype)
+    sums = tl.dot(low_rank, b_tile, sums, input_precision=PRECISION).to(dtype)
     if tile == 0:
-        _store_narrow(s, narrow, rows, ranks, part, M, R, P)
-    mine = (rows < M)[:, None] & (outs < last)[None, :]
-    tl.store(y + rows[:, None] * O + outs[None, :], sums, mask=mine)
+        _store_low_rank(s, low_rank, rows, ranks, part, M, R, P)
+    mask = (rows < M)[:, None] & (outs < last)[None, :]
+    tl.store(y + rows[:, None] * O + outs[None, :], sums, mask=mask)
     if GEGLU:
-        up_narrow = (up_narrow * scale).to(dtype)
+        up_low_rank = (up_low_rank * scale).to(dtype)
         b_tile = load_tile(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
-        up_sums = tl.dot(up_narrow, b_tile, up_sums, input_precision=PRECISION).to(dtype)
+        up_sums = tl.dot(up_low_rank, b_tile, up_sums, input_precision=PRECISION).to(dtype)
         if tile == 0:
-            _store_narrow(s, up_narrow, rows, ranks, 1, M, R, P)
-        tl.store(y + rows[:, None] * O + O0 + outs[None, :], up_sums, mask=mine)
+            _store_low_rank(s, up_low_rank, rows, ranks, 1, M, R, P)
+        tl.store(y + rows[:, None] * O + O0 + outs[None, :], up_sums, mask=mask)
         gated = gelu(sums.to(tl.float32)) * up_sums.to(tl.float32)
-        tl.store(h + rows[:, None] * O0 + outs[None, :], gated.to(dtype), mask=mine)
+        tl.store(h + rows[:, None] * O0 + outs[None, :], gated.to(dtype), mask=mask)
 
 
 @jit
@@ -190,32 +197,36 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshol
               PART: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, O: tl.constexpr, I: tl.constexpr, R: tl.constexpr,  # noqa: E741
               P: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
-    """sums + dYp Wp + Tp Ap of one part, the outputs FIRST to LAST; the tile of the first inputs writes Tp = s dYp Bp."""
+    """sums + dYp Wp + Tp Ap of one part, the outputs FIRST to LAST.
+
+    The tile of the first inputs writes Tp = s dYp Bp.
+    """
     EVEN_O: tl.constexpr = (LAST - FIRST) % BLOCK_O == 0
     EVEN_I: tl.constexpr = I % BLOCK_I == 0
     outs, ranks = FIRST + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_R)
     dy_tiles = dy + rows[:, None] * O + outs[None, :]
     w_tiles = w + outs[:, None] * I + ins[None, :]
     b_tiles = b + outs[:, None] * R + ranks[None, :]
-    narrow = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    low_rank = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for o in range(0, LAST - FIRST, BLOCK_O):
         inside = o + outs < LAST
         dy_tile = load_tile(dy_tiles + o, (rows < M)[:, None] & inside[None, :], False)
         w_tile = load_tile(w_tiles + o * I, inside[:, None] & (ins < I)[None, :], EVEN_O and EVEN_I)
         b_tile = load_tile(b_tiles + o * R, inside[:, None] & (ranks < R)[None, :], EVEN_O and R == BLOCK_R)
         sums = tl.dot(dy_tile, w_tile, sums, input_precision=PRECISION)
-        narrow = tl.dot(dy_tile, b_tile, narrow, input_precision=PRECISION)
-    narrow = (narrow * scale).to(dy.dtype.element_ty)
+        low_rank = tl.dot(dy_tile, b_tile, low_rank, input_precision=PRECISION)
+    low_rank = (low_rank * scale).to(dy.dtype.element_ty)
     if tl.program_id(0) % tl.cdiv(I, BLOCK_I) == 0:
-        _store_narrow(t, narrow, rows, ranks, PART, M, R, P)
+        _store_low_rank(t, low_rank, rows, ranks, PART, M, R, P)
     a_tiles = a + (PART * R + ranks)[:, None] * I + ins[None, :]
     a_tile = load_tile(a_tiles, (ranks < R)[:, None] & (ins < I)[None, :], R == BLOCK_R and EVEN_I)
     if DROPOUT:
         token_hashes = tl.load(tokens + rows, mask=rows < M, other=0)
         feature_hashes = load_tile(features + ins, ins < I, EVEN_I)
-        return sums + apply_dropout(tl.dot(narrow, a_tile, input_precision=PRECISION), token_hashes, feature_hashes, threshold)
+        adapter = tl.dot(low_rank, a_tile, input_precision=PRECISION)
+        return sums + apply_dropout(adapter, token_hashes, feature_hashes, threshold)
     else:
-        return tl.dot(narrow, a_tile, sums, input_precision=PRECISION)
+        return tl.dot(low_rank, a_tile, sums, input_precision=PRECISION)
 
 
 @tuned(tile_sizes(("BLOCK_M", "BLOCK_I", "BLOCK_O"), (128, 256, 64, 8, 3), (128, 128, 64, 8, 3, 128),
@@ -229,8 +240,9 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
                            BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
     """dX = Σ over parts of dYp Wp + Tp Ap, Tp = s dYp Bp;  with GEGLU dx is [dgate | dup], of dh = dX.
 
-    dy (M, O), w (O, I), a (P·R, I), b (O, R), t (M, P·R), dx (M, I), with GEGLU dx and gate_up (M, 2I); all row-major, dy's
-    dtype. A program owns BLOCK_M rows and BLOCK_I inputs and adds up the parts in one accumulator.
+    dy (M, O), w (O, I), a (P·R, I), b (O, R), t (M, P·R), dx (M, I), with GEGLU dx and gate_up (M, 2I); all
+    row-major, dy's dtype. A program owns BLOCK_M rows and BLOCK_I inputs and adds up the parts in one
+    accumulator.
     """
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
     O: tl.constexpr = O0 + O1 + O2  # noqa: E741
@@ -245,32 +257,34 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
     if P > 2:
         sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 2, O0 + O1, O, O, I, R, P, DROPOUT,
                          PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
-    mine = (rows < M)[:, None] & (ins < I)[None, :]
+    mask = (rows < M)[:, None] & (ins < I)[None, :]
     if GEGLU:
         places = rows[:, None] * (2 * I) + ins[None, :]
-        gate = tl.load(gate_up + places, mask=mine, other=0.0).to(tl.float32)
-        tl.store(dx + places + I, (sums * gelu(gate)).to(dx.dtype.element_ty), mask=mine)
-        up = tl.load(gate_up + places + I, mask=mine, other=0.0).to(tl.float32)
-        gate = tl.load(gate_up + places, mask=mine, other=0.0).to(tl.float32)         # again: to keep it would take registers
-        tl.store(dx + places, (sums * up * gelu_slope(gate)).to(dx.dtype.element_ty), mask=mine)
+        gate = tl.load(gate_up + places, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + places + I, (sums * gelu(gate)).to(dx.dtype.element_ty), mask=mask)
+        up = tl.load(gate_up + places + I, mask=mask, other=0.0).to(tl.float32)
+        # gate is loaded twice: to keep it would take registers.
+        gate = tl.load(gate_up + places, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + places, (sums * up * gelu_slope(gate)).to(dx.dtype.element_ty), mask=mask)
     else:
-        tl.store(dx + rows[:, None] * I + ins[None, :], sums.to(dx.dtype.element_ty), mask=mine)
+        tl.store(dx + rows[:, None] * I + ins[None, :], sums.to(dx.dtype.element_ty), mask=mask)
 
 
 @tuned(tile_sizes(("BLOCK_M", "BLOCK_N"), (64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 4)),
        key=("M_BUCKET", "N0", "N1", "N2", "C", "DROPOUT"),
        fits=lambda BLOCK_N, BLOCK_C, **more: _room(BLOCK_N * (BLOCK_C + 32), **more))
 @jit
-def _token_sum_kernel(wide, narrow, partial, tokens, features, threshold, M, M_BUCKET, rows_a_split,
-                      N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
-                      TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
+def _token_sum_kernel(wide, low_rank, partial, tokens, features, threshold, M, M_BUCKET, rows_a_split,
+                      N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, LOW_RANK: tl.constexpr,
+                      C: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Over the tokens of a split, Σ wide[m, n] narrow[m, c]: dB = dYᵀ S, and dA = Tᵀ x (TRANSPOSED).
+    """Over the tokens of a split, Σ wide[m, n] low_rank[m, c]: dB = dYᵀ S, and dA = Tᵀ x (TRANSPOSED).
 
-    wide (M, N): its columns are parts of N0, N1 and N2; with DROPOUT what adapters see of it counts. narrow (M, NARROW): C
-    columns a part. partial (splits, N·C) fp32: each as (N, C), or TRANSPOSED, of one part, as (C, N). A program owns BLOCK_N
-    columns of a part, BLOCK_C of its narrow columns, and one split's tokens, in their order; the splits are added up after
-    it (`_add_splits_kernel`), so that no two programs write to one place.
+    wide (M, N): its columns are parts of N0, N1 and N2; with DROPOUT what adapters see of it counts. low_rank
+    (M, LOW_RANK): C columns a part. partial (splits, N·C) fp32: each as (N, C), or TRANSPOSED, of one part,
+    as (C, N). A program owns BLOCK_N columns of a part, BLOCK_C of its low_rank columns, and one split's
+    tokens, in their order; the splits are added up after it (`_add_splits_kernel`), so that no two programs
+    write to one place.
     """
     TILES0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     TILES1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -285,19 +299,19 @@ def _token_sum_kernel(wide, narrow, partial, tokens, features, threshold, M, M_B
     count = (tl.minimum(M - start, rows_a_split)).to(tl.int32)
     rows = tl.arange(0, BLOCK_M)
     wide_tiles = (wide + start * N) + (rows[:, None] * N + (first + columns)[None, :])
-    narrow_tiles = narrow + start * NARROW + rows[:, None] * NARROW + (part * C + places)[None, :]
+    low_rank_tiles = low_rank + start * LOW_RANK + rows[:, None] * LOW_RANK + (part * C + places)[None, :]
     sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if DROPOUT:
         feature_hashes = tl.load(features + columns, mask=columns < size, other=0)
     for m in range(0, count, BLOCK_M):
         inside = m + rows < count
         wide_tile = tl.load(wide_tiles, mask=inside[:, None] & (columns < size)[None, :], other=0.0)
-        narrow_tile = tl.load(narrow_tiles, mask=inside[:, None] & (places < C)[None, :], other=0.0)
+        low_rank_tile = tl.load(low_rank_tiles, mask=inside[:, None] & (places < C)[None, :], other=0.0)
         if DROPOUT:
             wide_tile = apply_dropout(wide_tile, tl.load(tokens + start + m + rows, mask=inside, other=0), feature_hashes, threshold)
-        sums = tl.dot(tl.trans(wide_tile), narrow_tile, sums, input_precision=PRECISION)
+        sums = tl.dot(tl.trans(wide_tile), low_rank_tile, sums, input_precision=PRECISION)
         wide_tiles += BLOCK_M * N
-        narrow_tiles += BLOCK_M * NARROW
+        low_rank_tiles += BLOCK_M * LOW_RANK
     if TRANSPOSED:
         out = partial + places[None, :] * N + columns[:, None]
     else:
@@ -335,16 +349,16 @@ def _add_splits_kernel(partial, gradient, splits_a, splits_b, A: tl.constexpr, B
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
-    """The products of a group's frozen weight (O, I) in oneDNN's own layout: two copies of it, made once, as it never changes."""
+class PackedWeight:
+    """The products of a group's frozen weight (O, I) in oneDNN's own layout: two copies, made once."""
 
     forward: Callable[[Tensor], Tensor]             # x (M, I) → x Wᵀ
     input_gradient: Callable[[Tensor], Tensor]      # dY (M, O) → dY W
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor]) -> Blocks | None:
+    def of(cls, weights: Sequence[Tensor]) -> PackedWeight | None:
         """Of the weights that share x; None where there is no such layout (`pack_onednn_weight`)."""
-        weight = _below(weights)
+        weight = _fused_weight(weights)
         forward = pack_onednn_weight(weight)
         return forward and cls(forward, pack_onednn_weight(weight.T))
 
@@ -356,7 +370,7 @@ class Choice:
     forward: bool = False           # y and S
     input_gradient: bool = False    # dX and T
     sums: bool = False              # dA and dB
-    blocks: Blocks | None = None    # the group's own, where PyTorch multiplies by them
+    packed: PackedWeight | None = None    # the group's own, where PyTorch multiplies by them
 
     @property
     def by_triton(self) -> bool:
@@ -375,7 +389,7 @@ class _Group:
     scale: float                    # of S and T: what dropout divides by is in it
     dropout: Dropout | None = None
 
-    def seen(self, x: Tensor) -> Tensor:
+    def apply_dropout(self, x: Tensor) -> Tensor:
         """What the adapters see of x (M, I), and the way back: what x gets of their gradient."""
         return self.dropout.apply(x) if self.dropout else x
 
@@ -397,18 +411,18 @@ class _Group:
 class Flat:
     """A group's adapters that lie in one buffer with all others (lora.FlatAdapters) and are trained there."""
 
-    a: Tensor                   # the A's below each other (P·R, I), in x's dtype
+    a: Tensor                   # the A's, concatenated (P·R, I), in x's dtype
     b: Tensor                   # the B's (O, R)
     masters: nn.Parameter       # the buffer: autograd sees it, not the adapters, if there is a `gradient`
     gradient: Tensor | None     # (P·R·I + O·R) fp32, a's, then b's, to add to; None: return them
 
 
-def _beside(wide: Tensor, narrow: Tensor) -> Tensor:
-    return torch.cat((wide, narrow), dim=1)
+def _concat_columns(wide: Tensor, low_rank: Tensor) -> Tensor:
+    return torch.cat((wide, low_rank), dim=1)
 
 
 def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
-             gated: bool = False, blocks: Blocks | None = None,
+             gated: bool = False, packed: PackedWeight | None = None,
              geglu_backend: str = "torch") -> tuple[Tensor, Tensor, Tensor | None]:
     """y (M, O), S (M, P·R) and, where gated, h (M, O/2); a (P·R, I) and b (O, R) in x's dtype.
 
@@ -423,17 +437,18 @@ def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_
                 x, weight, a, b, y, s, h, group.scale, **group.numbers(M), I=I, GEGLU=gated, **group.constants(x))
         return y, s, h
     diagonal = torch.block_diag(*b.split(group.outputs))                                # (O, P·R): each part's B at its place
-    s = torch.addmm(x.new_empty(()), group.seen(x), a.T, beta=0, alpha=group.scale)
-    # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x (and W) costs less than another pass over y.
-    if I < O < M and not blocks:
-        y = _beside(x, s) @ _beside(weight, diagonal).T
+    s = torch.addmm(x.new_empty(()), group.apply_dropout(x), a.T, beta=0, alpha=group.scale)
+    # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x (and W) costs less than another pass
+    # over y.
+    if I < O < M and not packed:
+        y = _concat_columns(x, s) @ _concat_columns(weight, diagonal).T
     else:
-        y = (blocks.forward(x) if blocks else x @ weight.T).addmm_(s, diagonal.T)
+        y = (packed.forward(x) if packed else x @ weight.T).addmm_(s, diagonal.T)
     return y, s, geglu(*y.chunk(2, dim=1), geglu_backend) if gated else None
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_triton: bool,
-                    gate_up: Tensor | None = None, blocks: Blocks | None = None,
+                    gate_up: Tensor | None = None, packed: PackedWeight | None = None,
                     geglu_backend: str = "torch") -> tuple[Tensor, Tensor]:
     """dX (M, I), or [dgate | dup] (M, 2I) where the linear's input was gated, and T (M, P·R)."""
     M, (O, I) = len(dy), weight.shape  # noqa: E741
@@ -443,46 +458,47 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
             _input_gradient_kernel[lambda sizes: (cdiv(M, sizes["BLOCK_M"]) * cdiv(I, sizes["BLOCK_I"]),)](
                 dy, weight, a, b, dx, t, gate_up, group.scale, **group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
         return dx, t
-    t = _narrow_gradient(dy, b, group)
-    if O < I < M and not blocks and not group.dropout:
-        dx = _beside(dy, t) @ torch.cat((weight, a))
+    t = _low_rank_gradient(dy, b, group)
+    if O < I < M and not packed and not group.dropout:
+        dx = _concat_columns(dy, t) @ torch.cat((weight, a))
     else:
-        dx = blocks.input_gradient(dy) if blocks else dy @ weight
-        dx = dx.add_(group.seen(t @ a)) if group.dropout else dx.addmm_(t, a)
+        dx = packed.input_gradient(dy) if packed else dy @ weight
+        dx = dx.add_(group.apply_dropout(t @ a)) if group.dropout else dx.addmm_(t, a)
     return dx if gate_up is None else geglu_gradient(dx, *gate_up.chunk(2, dim=1), geglu_backend), t
 
 
-def _narrow_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
+def _low_rank_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
     """T = s dY B (M, P·R)."""
     return torch.addmm(dy.new_empty(()), dy, torch.block_diag(*b.split(group.outputs)), beta=0, alpha=group.scale)
 
 
-def _token_sums(wide: Tensor, narrow: Tensor, parts: tuple[int, ...], splits: int, partial: Tensor,
+def _token_sums(wide: Tensor, low_rank: Tensor, parts: tuple[int, ...], splits: int, partial: Tensor,
                 group: _Group, of_x: bool) -> None:
-    """Write Σ over the tokens of each split of wide[m, n] narrow[m, c] to `partial`, fp32.
+    """Write Σ over the tokens of each split of wide[m, n] low_rank[m, c] to `partial`, fp32.
 
     A split's sums are (N, columns of a part), part by part, or where wide is x (columns, I).
     """
-    M, columns = len(wide), narrow.shape[1] // len(parts)
+    M, columns = len(wide), low_rank.shape[1] // len(parts)
     N0, N1, N2 = (*parts, 0, 0)[:3]
     BLOCK_C = min(64, max(16, next_power_of_2(columns)))
     _token_sum_kernel[lambda sizes: (sum(cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, cdiv(columns, BLOCK_C))](
-        wide, narrow, partial, **group.numbers(M), rows_a_split=cdiv(M, splits), N0=N0, N1=N1, N2=N2,
-        NARROW=narrow.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None, BLOCK_C=BLOCK_C,
+        wide, low_rank, partial, **group.numbers(M), rows_a_split=cdiv(M, splits), N0=N0, N1=N1, N2=N2,
+        LOW_RANK=low_rank.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None,
+        BLOCK_C=BLOCK_C,
         PRECISION=precision(wide.dtype))
 
 
 def _splits(M: int, parts: tuple[int, ...], columns: int) -> int:
     """Into how many a sum over M tokens is split: enough programs for any GPU, the same on each."""
-    blocks = sum(cdiv(part, 128) for part in parts) * cdiv(columns, 64)
-    return max(1, min(cdiv(M, 256), 512 // blocks))
+    programs = sum(cdiv(part, 128) for part in parts) * cdiv(columns, 64)
+    return max(1, min(cdiv(M, 256), 512 // programs))
 
 
 def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Group, by_triton: bool,
-                       into: Tensor | None = None) -> list[Tensor]:
+                       gradient_out: Tensor | None = None) -> list[Tensor]:
     """dA (R, I) and dB (O, R) of each part in turn, fp32 from the kernel, else x's dtype.
 
-    into: `Flat.gradient`, which they are added to; then none are returned.
+    gradient_out: `Flat.gradient`, which they are added to; then none are returned.
     """
     (M, I), parts, R = x.shape, group.outputs, group.rank  # noqa: E741
     A, B = t.shape[1] * I, sum(parts) * R
@@ -491,18 +507,18 @@ def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Grou
         partial = torch.empty(splits_a * A + splits_b * B, dtype=torch.float32, device=x.device)
         _token_sums(x, t, (I,), splits_a, partial, group, of_x=True)
         _token_sums(dy, s, parts, splits_b, partial[splits_a * A:], group, of_x=False)
-        gradient = torch.empty(A + B, dtype=torch.float32, device=x.device) if into is None else into
+        gradient = torch.empty(A + B, dtype=torch.float32, device=x.device) if gradient_out is None else gradient_out
         _add_splits_kernel[(cdiv(A + B, 256),)](
-            partial, gradient, splits_a, splits_b, A=A, B=B, ADD=into is not None, BLOCK_S=16, BLOCK=256)
-        if into is not None:
+            partial, gradient, splits_a, splits_b, A=A, B=B, ADD=gradient_out is not None, BLOCK_S=16, BLOCK=256)
+        if gradient_out is not None:
             return []
         da, db = gradient[:A].view(-1, I), gradient[A:].view(-1, R).split(parts)
     else:
-        da = t.T @ group.seen(x)
+        da = t.T @ group.apply_dropout(x)
         db = [(shrunk.T @ y).T for y, shrunk in zip(dy.split(parts, dim=1), s.split(R, dim=1), strict=True)]
-        if into is not None:
-            into[:A].view_as(da).add_(da)
-            for place, part in zip(into[A:].view(-1, R).split(parts), db, strict=True):
+        if gradient_out is not None:
+            gradient_out[:A].view_as(da).add_(da)
+            for place, part in zip(gradient_out[A:].view(-1, R).split(parts), db, strict=True):
                 place.add_(part)
             return []
     return list(itertools.chain(*zip(da.split(R), db, strict=True)))
@@ -512,8 +528,8 @@ def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Grou
 # The autograd functions
 
 
-def _narrow(adapters: Sequence[Tensor], flat: Flat | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The A's (P·R, I) and the B's (O, R) below each other, in the dtype of the products."""
+def _low_rank(adapters: Sequence[Tensor], flat: Flat | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The A's (P·R, I) and the B's (O, R), concatenated, in the dtype of the products."""
     if flat:
         return flat.a, flat.b
     return torch.cat(list(adapters[0::2])).to(dtype), torch.cat(list(adapters[1::2])).to(dtype)
@@ -533,11 +549,11 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, group: _Group, choice: Choice, flat: Flat | None,
                 *leaves: Tensor) -> Tensor:
-        a, b = _narrow(leaves, flat, x.dtype)
-        y, s, _ = _forward(x, weight, a, b, group, choice.forward, blocks=choice.blocks)
+        a, b = _low_rank(leaves, flat, x.dtype)
+        y, s, _ = _forward(x, weight, a, b, group, choice.forward, packed=choice.packed)
         ctx.save_for_backward(x, weight, a, b, s)
         ctx.group, ctx.choice, ctx.master_dtype, ctx.leaves = group, choice, leaves[0].dtype, len(leaves)
-        ctx.into = flat.gradient if flat else None
+        ctx.gradient_out = flat.gradient if flat else None
         return y
 
     @staticmethod
@@ -545,10 +561,10 @@ class _LoRALinears(torch.autograd.Function):
         x, weight, a, b, s = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
-            dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient, blocks=ctx.choice.blocks)
+            dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient, packed=ctx.choice.packed)
         else:
-            dx, t = None, _narrow_gradient(dy, b, ctx.group)
-        gradients = _adapter_gradients(x, dy, s, t, ctx.group, ctx.choice.sums, ctx.into)
+            dx, t = None, _low_rank_gradient(dy, b, ctx.group)
+        gradients = _adapter_gradients(x, dy, s, t, ctx.group, ctx.choice.sums, ctx.gradient_out)
         return dx, None, None, None, None, *_returned(gradients, ctx.leaves, ctx.master_dtype)
 
 
@@ -563,29 +579,29 @@ class _LoRAMLP(torch.autograd.Function):
                 choices: tuple[Choice, Choice], geglu_backend: str, flats: tuple[Flat, Flat] | None,
                 *leaves: Tensor) -> Tensor:
         flat, flat_down = flats or (None, None)
-        narrow = (*_narrow(leaves[:4], flat, x.dtype), *_narrow(leaves[4:], flat_down, x.dtype))
-        gate_up, s, h = _forward(x, weight, *narrow[:2], groups[0], choices[0].forward, gated=True,
-                                 blocks=choices[0].blocks, geglu_backend=geglu_backend)
-        y, s_down, _ = _forward(h, down, *narrow[2:], groups[1], choices[1].forward, blocks=choices[1].blocks)
-        ctx.save_for_backward(x, weight, down, *narrow, gate_up, s, h, s_down)
+        low_rank = (*_low_rank(leaves[:4], flat, x.dtype), *_low_rank(leaves[4:], flat_down, x.dtype))
+        gate_up, s, h = _forward(x, weight, *low_rank[:2], groups[0], choices[0].forward, gated=True,
+                                 packed=choices[0].packed, geglu_backend=geglu_backend)
+        y, s_down, _ = _forward(h, down, *low_rank[2:], groups[1], choices[1].forward, packed=choices[1].packed)
+        ctx.save_for_backward(x, weight, down, *low_rank, gate_up, s, h, s_down)
         ctx.groups, ctx.choices, ctx.master_dtype, ctx.leaves = groups, choices, leaves[0].dtype, len(leaves)
         ctx.geglu_backend = geglu_backend
-        ctx.into = [flat.gradient for flat in flats] if flats else [None, None]
+        ctx.gradient_out = [flat.gradient for flat in flats] if flats else [None, None]
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, a, b, a_down, b_down, gate_up, s, h, s_down = ctx.saved_tensors
-        (group, group_down), (choice, choice_down), (into, into_down) = ctx.groups, ctx.choices, ctx.into
+        (group, group_down), (choice, choice_down), (gradient_out, gradient_out_down) = ctx.groups, ctx.choices, ctx.gradient_out
         dy = dy.contiguous()
         dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up,
-                                           choice_down.blocks, ctx.geglu_backend)
-        of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums, into_down)
+                                           choice_down.packed, ctx.geglu_backend)
+        of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums, gradient_out_down)
         if ctx.needs_input_grad[0]:
-            dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient, blocks=choice.blocks)
+            dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient, packed=choice.packed)
         else:
-            dx, t = None, _narrow_gradient(dgate_up, b, group)
-        gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums, into) + of_down
+            dx, t = None, _low_rank_gradient(dgate_up, b, group)
+        gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums, gradient_out) + of_down
         return dx, None, None, None, None, None, None, *_returned(gradients, ctx.leaves, ctx.master_dtype)
 
 
@@ -601,17 +617,18 @@ def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale
 
 def lora_linears(x: Tensor, linears: Sequence[Adapted], scale: float, dropout: Dropout | None = None,
                  choice: Choice = BY_PYTORCH, flat: Flat | None = None) -> tuple[Tensor, ...]:
-    """The outputs (M, O) of each of up to three adapted linears that share x (M, I); gradients for x and the adapters.
+    """The outputs (M, O) of each of up to three adapted linears that share x (M, I); gradients for x and the
+    adapters.
 
-    Operands are row-major (contiguous), x and the frozen weights of one dtype: fp32, bf16, fp16. Weights that lie below
-    each other in memory (lora.py lays them so) are read in place, others are copied. All the adapters see the same of x
-    under dropout. flat: the same adapters, where they lie in one buffer.
+    Operands are row-major (contiguous), x and the frozen weights of one dtype: fp32, bf16, fp16. Weights that
+    follow each other in memory (lora.py puts them so) are read in place, others are copied. All the adapters
+    share one dropout mask. flat: the same adapters, where they lie in one buffer.
 
     Raises ValueError for operands that do not fit.
     """
     _check(x, linears, choice)
     group = _group(linears, scale, dropout, len(x))
-    weight = _below([weight for weight, *_ in linears])
+    weight = _fused_weight([weight for weight, *_ in linears])
     y = _LoRALinears.apply(x, weight, group, choice, flat, *_leaves(linears, flat))
     return y.split(group.outputs, dim=1) if len(linears) > 1 else (y,)
 
@@ -631,18 +648,19 @@ def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
     _check(x.new_empty(0, len(gate[0])), (down,), choices[1])
     groups = _group((gate, up), scale, dropouts[0], len(x)), _group((down,), scale, dropouts[1], len(x))
     leaves = _leaves((gate, up, down), flats and flats[0])
-    return _LoRAMLP.apply(x, _below((gate[0], up[0])), down[0], groups, choices, geglu_backend, flats, *leaves)
+    return _LoRAMLP.apply(x, _fused_weight((gate[0], up[0])), down[0], groups, choices, geglu_backend, flats, *leaves)
 
 
 def _leaves(linears: Sequence[Adapted], flat: Flat | None) -> list[Tensor]:
     """What autograd sees of the adapters: themselves, or their buffer if backward adds to its gradient."""
     if flat and flat.gradient is not None:
         return [flat.masters]
-    return [narrow for linear in linears for narrow in linear[1:]]
+    return [low_rank for linear in linears for low_rank in linear[1:]]
 
 
 def _group(linears: Sequence[Adapted], scale: float, dropout: Dropout | None, M: int) -> _Group:
-    """Linears that were checked, as one.  Raises ValueError for a dropout that does not fit them and M rows."""
+    """Linears that were checked, as one.  Raises ValueError for a dropout that does not fit them and M
+    rows."""
     weight, lora_a, _ = linears[0]
     if dropout:
         if not 0 <= dropout.p < 1:
@@ -656,8 +674,9 @@ def _group(linears: Sequence[Adapted], scale: float, dropout: Dropout | None, M:
     return _Group(tuple(len(weight) for weight, *_ in linears), len(lora_a), scale, dropout)
 
 
-def _below(weights: Sequence[Tensor]) -> Tensor:
-    """(O, I): the weights of linears that share x, one below the other; without a copy where they lie so in memory."""
+def _fused_weight(weights: Sequence[Tensor]) -> Tensor:
+    """(O, I): the weights of linears that share x as one; not copied where they follow each other in
+    memory."""
     first, places = weights[0], [weight.data_ptr() for weight in weights]
     steps = [weight.numel() * weight.element_size() for weight in weights[:-1]]
     if len(weights) > 1 and places[1:] == [place + step for place, step in zip(places, steps, strict=False)] \
@@ -699,11 +718,12 @@ def _check(x: Tensor, linears: Sequence[Adapted], choice: Choice) -> None:
 def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
            ends: str = "", dropout: float = 0.0,
            geglu_backend: str = "torch") -> tuple[Choice, dict[str, tuple[float, float]]]:
-    """Kernel or PyTorch for each operation of a group of linears, and the milliseconds of both where they were compared.
+    """Kernel or PyTorch for each operation of a group of linears, and the milliseconds of both where they
+    were compared.
 
-    kernels: "triton", "torch", or "auto": on a CUDA device whichever is faster for M rows of this shape, remembered on
-    disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate" where its input is gated.
-    geglu_backend: of the gate, where PyTorch computes the linears.
+    kernels: "triton", "torch", or "auto": on a CUDA device whichever is faster for M rows of this shape,
+    remembered on disk; elsewhere PyTorch. ends: "gated" where the group's outputs are gate and up, "gate"
+    where its input is gated. geglu_backend: of the gate, where PyTorch computes the linears.
     """
     if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and can_run(device))):
         return BY_PYTORCH, {}
@@ -730,7 +750,8 @@ def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dt
 def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
                ends: str = "", dropout: float = 0.0,
                geglu_backend: str = "torch") -> dict[str, Callable[[bool], object]]:
-    """Each operation of a group of linears on random operands, to be timed: by its name in `Choice`, by_triton → result."""
+    """Each operation of a group of linears on random operands, to be timed: by its name in `Choice`,
+    by_triton → result."""
     numbers = [torch.randint(2**31, (length,), dtype=torch.int32, device=device) | 1 for length in (M, I)]
     group, O = _Group(outputs, rank, 1.0, Dropout(dropout, *numbers) if dropout else None), sum(outputs)  # noqa: E741
     draw = lambda *shape: torch.randn(shape, dtype=dtype, device=device)  # noqa: E731

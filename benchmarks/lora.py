@@ -156,7 +156,7 @@ def frozen(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
 
 
 def frozen_wide(group: Group, x: Tensor, linears: Sequence[Adapted]) -> Sequence[Tensor]:
-    made = F.linear(x, kernels._below([of[0] for of in linears[:len(group.outputs)]])).split(group.outputs, dim=1)
+    made = F.linear(x, kernels._fused_weight([of[0] for of in linears[:len(group.outputs)]])).split(group.outputs, dim=1)
     made = [geglu_reference(*made)] if group.gated else made
     return [F.linear(made[0], linears[-1][0])] if group.down else made
 
@@ -179,7 +179,7 @@ class OurGateUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, linears, choice, *adapters):
         ctx.group, ctx.choice = kernels._group(linears, SCALE, None, len(x)), choice
-        weight, a, b = kernels._below([of[0] for of in linears]), *kernels._narrow(adapters, None, x.dtype)
+        weight, a, b = kernels._fused_weight([of[0] for of in linears]), *kernels._low_rank(adapters, None, x.dtype)
         gate_up, s, h = kernels._forward(x, weight, a, b, ctx.group, choice.forward, gated=True, geglu_backend=geglu_backend(x))
         ctx.save_for_backward(x, weight, a, b, gate_up, s)
         return h

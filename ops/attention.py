@@ -1,13 +1,14 @@
-"""Attention over packed documents: O = softmax(s Q Kᵀ) V, where each token sees its own document up to itself.
+"""Attention over packed documents, O = softmax(s Q Kᵀ) V: a token sees its own document up to itself.
 
-The work is cut into tiles (attention_tables.py), so no (T, T) mask exists. On a GPU three kernels walk through tables of
-the tiles, and no two programs write to one place; on a CPU with AVX512-BF16 cpu/kernels.cpp does; elsewhere a tile is a
-few matrix products, here with their gradients. docs/derivations.md derives the gradients and draws the tiles.
+The work is cut into tiles (attention_tables.py), so no (T, T) mask exists. On a GPU three kernels walk
+through tables of the tiles, and no two programs write to one place; on a CPU with AVX512-BF16 cpu/kernels.cpp
+does; elsewhere a tile is a few matrix products, here with their gradients. docs/derivations.md derives the
+gradients and draws the tiles.
 
     T tokens   N query heads   K kv heads   H head dim
 
-Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query heads that share
-a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150).
+Source: the gradients are those of "FlashAttention-2" (arXiv 2307.08691, section 2.3); stacking the query
+heads that share a kv head into one matrix is multi-query attention's own gain (arXiv 1911.02150).
 """
 from __future__ import annotations
 
@@ -28,23 +29,24 @@ from ops.triton_utils import can_run, jit, next_power_of_2, precision, tile_size
 LOG2_E = math.log2(math.e)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The reference
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, tiles: Sequence[Tile]) -> Tensor:
-    """O = softmax(s Q Kᵀ + mask) V, tile by tile.  The definition, by PyTorch's fused attention; shapes as for `attention`."""
+    """O = softmax(s Q Kᵀ + mask) V, tile by tile.  The definition; shapes as for `attention`."""
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))                     # (1, heads, T, H)
     k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
     outs = []
     for t in tiles:
-        outs.append(F.scaled_dot_product_attention(q[:, :, t.queries], t.select(k), t.select(v), attn_mask=t.mask,
-                                                   scale=scale, is_causal=t.mask is None))
+        outs.append(F.scaled_dot_product_attention(
+            q[:, :, t.queries], t.select(k), t.select(v), attn_mask=t.mask, scale=scale,
+            is_causal=t.mask is None))
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The kernels.  G query heads share a kv head and are rows of one tile with it; scores are in powers of two.
 
 
@@ -60,7 +62,10 @@ def _rows(first, count, head, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
 
 @jit
 def _visible(tokens, valid, keys, inside, seen, T):
-    """Which of the keys each query sees.  tokens and valid are a column and keys and inside a row, or vice versa."""
+    """Which of the keys each query sees.
+
+    tokens and valid are a column and keys and inside a row, or vice versa.
+    """
     own = tl.load(seen + tokens, mask=valid, other=0)
     prefix = tl.load(seen + T + tokens, mask=valid, other=0)
     prefix_end = tl.load(seen + 2 * T + tokens, mask=valid, other=0)
@@ -85,24 +90,32 @@ def _keys_of(i, prefix_tiles, key, end, prefix, prefix_end, BLOCK_K: tl.constexp
 _ATTENTION_KEY = ("M_BUCKET", "N", "K", "H")
 
 
+def _forward_fits(PARTS: int, num_stages: int, CAPABILITY: int, N: int, K: int, **_) -> bool:
+    if CAPABILITY < 90:
+        return (PARTS, num_stages) == (1, 2)
+    return PARTS == 1 or N // K != 2        # half a block of two heads spills registers
+
+
 @tuned(tile_sizes(("PARTS", "BLOCK_K"), (2, 32, 4, 2), (1, 32, 8, 3), (1, 32, 8, 2)), key=_ATTENTION_KEY,
-       fits=lambda PARTS, num_stages, CAPABILITY, N, K, **_:
-       (PARTS, num_stages) == (1, 2) if CAPABILITY < 90 else PARTS == 1 or N // K != 2)        # a half of two heads spills
+       fits=_forward_fits)
 @jit
-def _forward_kernel(q, k, v, out, lse, table, seen, scale, offset, T, M_BUCKET, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
-                    BLOCK_Q: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_kernel(q, k, v, out, lse, table, seen, scale, offset, T, M_BUCKET,
+                    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr,
+                    PARTS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """O and each row's log-sum of scores (of base 2).
 
-    q, out (queries, N, H); k, v (T, K, H); lse (queries, N) fp32. A program owns the N/K heads of one kv head for a part
-    of a block of queries (all of it, or a half), and reads each of the keys they see once: first those of the prefix
-    that they continue, then of their own run.
+    q, out (queries, N, H); k, v (T, K, H); lse (queries, N) fp32. A program owns the N/K heads of one kv head
+    for a part of a block of queries (all of it, or a half), and reads each of the keys they see once: first
+    those of the prefix that they continue, then of their own run.
     """
     TOKENS: tl.constexpr = BLOCK_Q // PARTS
     block = table + tl.program_id(0) // PARTS * 6
     head = tl.program_id(1)
     skipped = tl.program_id(0) % PARTS * TOKENS
-    first, count = tl.load(block) + skipped, tl.load(block + 1) - skipped   # a short block's second half has none
-    key, end, prefix, prefix_end = tl.load(block + 2), tl.load(block + 3), tl.load(block + 4), tl.load(block + 5)
+    first = tl.load(block) + skipped
+    count = tl.load(block + 1) - skipped        # a short block's second half has none
+    key, end = tl.load(block + 2), tl.load(block + 3)
+    prefix, prefix_end = tl.load(block + 4), tl.load(block + 5)
     tokens, valid, places = _rows(first, count, head, N, K, H, TOKENS)
     if PARTS > 1:       # only the keys that this part sees; of the prefix those of the block, hardly more
         end = tl.minimum(end, first + offset + TOKENS)
@@ -120,7 +133,8 @@ def _forward_kernel(q, k, v, out, lse, table, seen, scale, offset, T, M_BUCKET, 
         k_tile = tl.load(k + at, mask=inside[:, None], other=0.0)
         v_tile = tl.load(v + at, mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        visible = _visible((tokens + offset)[:, None], valid[:, None], keys[None, :], inside[None, :], seen, T)
+        visible = _visible(
+            (tokens + offset)[:, None], valid[:, None], keys[None, :], inside[None, :], seen, T)
         scores = tl.where(visible, scores, -1e30)
         higher = tl.maximum(top, tl.max(scores, 1))
         p, rescale = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
@@ -154,7 +168,8 @@ def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, seen, scale,
     delta_tile = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + places, delta_tile, mask=valid)
     sums = tl.zeros((BLOCK_Q * (N // K), H), tl.float32)
-    key, end, prefix, prefix_end = tl.load(block + 2), tl.load(block + 3), tl.load(block + 4), tl.load(block + 5)
+    key, end = tl.load(block + 2), tl.load(block + 3)
+    prefix, prefix_end = tl.load(block + 4), tl.load(block + 5)
     prefix_tiles, tiles = _tiles_of(key, end, prefix, prefix_end, BLOCK_K)
     for i in range(0, tiles):
         keys, inside = _keys_of(i, prefix_tiles, key, end, prefix, prefix_end, BLOCK_K)
@@ -162,7 +177,8 @@ def _query_gradient_kernel(q, k, v, out, do, dq, lse, delta, table, seen, scale,
         k_tile = tl.load(k + at_keys, mask=inside[:, None], other=0.0)
         v_tile = tl.load(v + at_keys, mask=inside[:, None], other=0.0)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        visible = _visible((tokens + offset)[:, None], valid[:, None], keys[None, :], inside[None, :], seen, T)
+        visible = _visible(
+            (tokens + offset)[:, None], valid[:, None], keys[None, :], inside[None, :], seen, T)
         p = tl.where(visible, tl.exp2(scores - lse_tile[:, None]), 0.0)
         ds = p * (tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_tile[:, None])
         sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision=PRECISION)
@@ -178,8 +194,8 @@ def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, seen, scale, fa
                          ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """dV = Pᵀ dO, dK = s dSᵀ Q, with all the documents that continue a key's own.
 
-    A program owns a block of keys of one kv head and goes over the queries that see them, the kv head's N/K query heads
-    together: no two programs write to one place.
+    A program owns a block of keys of one kv head and goes over the queries that see them, the kv head's N/K
+    query heads together: no two programs write to one place.
     """
     BLOCK_Q: tl.constexpr = ROWS // (N // K)
     block = table + tl.program_id(0) * 4
@@ -199,7 +215,8 @@ def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, seen, scale, fa
         lse_tile = tl.load(lse + places, mask=valid, other=0.0)
         delta_tile = tl.load(delta + places, mask=valid, other=0.0)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale     # (keys, rows)
-        visible = _visible((tokens + offset)[None, :], valid[None, :], keys[:, None], inside[:, None], seen, T)
+        visible = _visible(
+            (tokens + offset)[None, :], valid[None, :], keys[:, None], inside[:, None], seen, T)
         p = tl.where(visible, tl.exp2(scores - lse_tile[None, :]), 0.0)
         dv_sums = tl.dot(p.to(do_tile.dtype), do_tile, dv_sums, input_precision=PRECISION)
         ds = p * (tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION) - delta_tile[None, :])
@@ -208,7 +225,7 @@ def _key_gradient_kernel(q, k, v, do, dk, dv, lse, delta, table, seen, scale, fa
     tl.store(dv + at, dv_sums.to(dv.dtype.element_ty), mask=inside[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The autograd functions
 
 
@@ -222,8 +239,8 @@ class _AttentionByTriton(torch.autograd.Function):
         sizes = _sizes(q, k, plan)
         if len(plan.queries):
             _forward_kernel[lambda config: (len(plan.queries) * config["PARTS"], k.shape[1])](
-                q, k, v, out, lse, plan.queries, plan.seen, scale * LOG2_E, plan.first_query, *sizes.pop("counts"),
-                BLOCK_Q=plan.block_q, **sizes)
+                q, k, v, out, lse, plan.queries, plan.seen, scale * LOG2_E, plan.first_query,
+                *sizes.pop("counts"), BLOCK_Q=plan.block_q, **sizes)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.plan = scale, plan
         return out
@@ -237,12 +254,12 @@ class _AttentionByTriton(torch.autograd.Function):
         counts = sizes.pop("counts")
         if len(plan.queries):
             _query_gradient_kernel[(len(plan.queries), k.shape[1])](
-                q, k, v, out, dout, dq, lse, delta, plan.queries, plan.seen, scale * LOG2_E, scale, plan.first_query,
-                *counts, BLOCK_Q=plan.block_q, **sizes)
+                q, k, v, out, dout, dq, lse, delta, plan.queries, plan.seen, scale * LOG2_E, scale,
+                plan.first_query, *counts, BLOCK_Q=plan.block_q, **sizes)
         if len(plan.keys):
             _key_gradient_kernel[(len(plan.keys), k.shape[1])](
-                q, k, v, dout, dk, dv, lse, delta, plan.keys, plan.seen, scale * LOG2_E, scale, plan.first_query, *counts,
-                BLOCK_K=plan.block_k, **sizes)
+                q, k, v, dout, dk, dv, lse, delta, plan.keys, plan.seen, scale * LOG2_E, scale,
+                plan.first_query, *counts, BLOCK_K=plan.block_k, **sizes)
         return dq, dk, dv, None, None
 
 
@@ -293,9 +310,9 @@ class _AttentionByTorch(torch.autograd.Function):
 
         dV = Pᵀ dO      dP = dO Vᵀ      dS = P ∘ (dP − rowsum(P ∘ dP))      dQ = s dS K      dK = s dSᵀ Q
 
-    The N/K query heads of one kv head are rows of one matrix, so that its keys and values are read once for all of them.
-    Scores are fp32: in bf16 a large one would lose a few per cent of its weight. Saved is P, in the inputs' dtype. s is
-    multiplied into Q, dQ and dK, which are smaller than the scores.
+    The N/K query heads of one kv head are rows of one matrix, so that its keys and values are read once for
+    all of them. Scores are fp32: in bf16 a large one would lose a few per cent of its weight. Saved is P, in
+    the inputs' dtype. s is multiplied into Q, dQ and dK, which are smaller than the scores.
     """
 
     @staticmethod
@@ -346,7 +363,7 @@ def _unstack(x: Tensor, heads: slice) -> Tensor:
     return x.view(heads.stop - heads.start, -1, x.shape[-1]).transpose(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The public function
 
 
@@ -373,11 +390,13 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Sequence[Tile
 def _check_plan(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Tile] | Tables) -> None:
     """Raises ValueError where kernels or C++ would read outside the operands."""
     if not isinstance(plan, Tables):
-        raise ValueError('attention\'s backends "triton" and "cpp" take tables: make the plan for the same backend')
+        raise ValueError('attention\'s backends "triton" and "cpp" take tables: make the plan for the same '
+                         "backend")
     keys = plan.seen.shape[1]
     if (len(q), len(k), len(v)) != (keys - plan.first_query, keys, keys):
         raise ValueError(f"q, k and v have {len(q)}, {len(k)} and {len(v)} tokens, the plan is for "
-                         f"{keys - plan.first_query} queries and {keys} keys; make it from the lengths of these documents")
+                         f"{keys - plan.first_query} queries and {keys} keys; make it from the lengths of "
+                         "these documents")
 
 
 BACKENDS = {"triton": _by_triton, "cpp": _by_cpp, "torch": _by_torch}
@@ -387,8 +406,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Sequence[Tile
               backend: str = "torch") -> Tensor:
     """O = softmax(s Q Kᵀ) V; gradients for q, k and v.
 
-    q (T, N, H); k and v (keys, K, H), each kv head serving N/K query heads; plan: of `attention_tables.plan`, for the
-    same backend; backend: of `BACKENDS`. Returns (T, N, H). Raises ValueError for operands that the plan is not for or
-    that the backend does not take.
+    q (T, N, H); k and v (keys, K, H), each kv head serving N/K query heads; plan: of `attention_tables.plan`,
+    for the same backend; backend: of `BACKENDS`. Returns (T, N, H). Raises ValueError for operands that the
+    plan is not for or that the backend does not take.
     """
     return pick(BACKENDS, backend)(q, k, v, scale, plan)

@@ -1,8 +1,8 @@
-"""Which keys each query may see, cut into tiles: documents side by side, some of which continue a shared prefix.
+"""Which keys each query may see, cut into tiles: packed documents, some of which continue a shared prefix.
 
-No score is computed outside a document or far outside a window, and no (T, T) mask exists. A shared prefix is computed
-once: each document that continues it has tiles that see the prefix's keys before their own. docs/derivations.md draws
-the tiles.
+No score is computed outside a document or far outside a window, and no (T, T) mask exists. A shared prefix is
+computed once: each document that continues it has tiles that see the prefix's keys before their own.
+docs/derivations.md draws the tiles.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Tile:
 
     queries: slice
     keys: slice
-    mask: Tensor | None         # (queries, keys seen): 0 where seen, else -inf; None on a GPU where query i sees keys 0 to i
+    mask: Tensor | None     # (queries, keys seen): 0 where seen, else -inf; None: query i sees keys 0 to i
     prefix: slice | None = None     # keys of a shared prefix, which come before `keys`
 
     def select(self, x: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ class Tile:
 class Tables:
     """The tiles as the kernels and C++ take them.  All int32, on the device.
 
-    queries (blocks, 6): of a few tokens of one run (see `tables`) the first query and their number, the first key and
-    the end of the keys of its own run that any of them sees, and the same of the prefix's keys. keys (blocks, 4): of a
-    few tokens the first key and their number, and the first and the end of the queries that may see them. seen (3,
-    keys): each token sees of its own document the keys from the first number on up to itself, and of the prefix that
-    this continues those from the second to the third.
+    queries (blocks, 6): of a few tokens of one run (see `tables`) the first query and their number, the first
+    key and the end of the keys of its own run that any of them sees, and the same of the prefix's keys. keys
+    (blocks, 4): of a few tokens the first key and their number, and the first and the end of the queries that
+    may see them. seen (3, keys): each token sees of its own document the keys from the first number on up to
+    itself, and of the prefix that this continues those from the second to the third.
 
     The rows of queries and keys are in the order of their tokens, or those that take longest come first.
     """
@@ -82,15 +82,16 @@ class Tables:
     block_k: int            # and of keys
 
 
-def tables(lengths: Sequence[int], window: int | None, device: torch.device, starts: Sequence[int] | None = None,
-           keys_only: int = 0, block_q: int = ROWS // 4, block_k: int = KEYS, longest_first: bool = False) -> Tables:
+def tables(lengths: Sequence[int], window: int | None, device: torch.device,
+           starts: Sequence[int] | None = None, keys_only: int = 0, block_q: int = ROWS // 4,
+           block_k: int = KEYS, longest_first: bool = False) -> Tables:
     """Documents of these lengths, one after another, cut into blocks of queries and of keys.
 
-    window: tokens that a query sees, itself included (None: all). starts: each document's first position (default 0):
-    one that starts at n > 0 continues the first n tokens of the last document before it that starts at 0. keys_only:
-    the number of documents, of the first ones, that have keys but no queries. longest_first: whether the blocks are
-    sorted by the number of tiles that they go over. A GPU starts them in this order, so that none of the last ones is a
-    long one that the others wait for.
+    window: tokens that a query sees, itself included (None: all). starts: each document's first position
+    (default 0): one that starts at n > 0 continues the first n tokens of the last document before it that
+    starts at 0. keys_only: the number of documents, of the first ones, that have keys but no queries.
+    longest_first: whether the blocks are sorted by the number of tiles that they go over. A GPU starts them
+    in this order, so that none of the last ones is a long one that the others wait for.
 
     Raises ValueError for a document that continues more tokens than there are.
     """
@@ -101,18 +102,20 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
     documents = np.arange(len(lengths)).repeat(lengths)
     is_root = starts == 0
     positions = np.arange(firsts[-1]) - firsts[documents] + starts[documents]
-    roots = np.maximum.accumulate(np.where(is_root, np.arange(len(lengths)), 0))    # the document that each continues, or is
+    # The document that each continues, or is.
+    roots = np.maximum.accumulate(np.where(is_root, np.arange(len(lengths)), 0))
     available = np.where(is_root[roots], lengths[roots], 0)
     if len(wrong := np.flatnonzero(starts > available)):
-        raise ValueError(f"document {wrong[0]} starts at position {starts[wrong[0]]}, but the last one that starts at 0 has "
-                         f"{available[wrong[0]]} tokens to continue")
+        raise ValueError(f"document {wrong[0]} starts at position {starts[wrong[0]]}, but the last one that "
+                         f"starts at 0 has {available[wrong[0]]} tokens to continue")
 
     # A run: a document that starts at 0, or documents side by side that continue one from the same position.
     runs = np.flatnonzero(is_root | (np.diff(starts, prepend=-1) != 0))
     base, end = firsts[runs], firsts[np.append(runs[1:], len(lengths))]
     start, root = starts[runs], firsts[roots[runs]]
 
-    # A family: a document and all that continue it: where they end, and at which position the first of them continues.
+    # A family: a document and all that continue it: where they end, and at which position the first of them
+    # continues.
     families = np.flatnonzero(is_root)
     family_ends = firsts[np.append(families[1:], len(lengths))]
     continued_from = families
@@ -143,7 +146,8 @@ def tables(lengths: Sequence[int], window: int | None, device: torch.device, sta
     last = np.where(continuation[of] - positions[stop - 1] < reach, last_query_end[of], within_window)
     keys = np.stack((first, stop - first, np.maximum(first, firsts[keys_only]), last), axis=1)
     if longest_first:
-        tiles_of_queries = cdiv(queries[:, 3] - queries[:, 2], block_k) + cdiv(queries[:, 5] - queries[:, 4], block_k)
+        tiles_of_queries = (cdiv(queries[:, 3] - queries[:, 2], block_k)
+                            + cdiv(queries[:, 5] - queries[:, 4], block_k))
         tiles_of_keys = cdiv(keys[:, 3] - keys[:, 2], block_q)
         queries = queries[np.argsort(-tiles_of_queries, kind="stable")]
         keys = keys[np.argsort(-tiles_of_keys, kind="stable")]
@@ -167,7 +171,7 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
     for first, count, key, end, prefix, prefix_end in table.queries.tolist():
         offsets = torch.tensor([key, prefix, prefix])
         own_first, prefix_first, prefix_last = table.seen[:, end - count:end, None] - offsets[:, None, None]
-        causal = prefix == prefix_end and not own_first.any()       # query i sees just keys 0 to i + keys - queries
+        causal = prefix == prefix_end and not own_first.any()   # query i sees keys 0 to i + keys - queries
         mask = None
         if device.type == "cpu" or not causal or count != end - key:
             visible = own_first, prefix_first, prefix_last
@@ -187,7 +191,7 @@ def tile(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device:
 def plan(lengths: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device,
          heads: tuple[int, int, int], starts: Sequence[int] | None = None, keys_only: int = 0,
          backend: str = "torch") -> Sequence[Tile] | Tables:
-    """What `attention` needs to know of documents of these lengths, for one backend: `tables`, or with "torch" `tile`.
+    """What `attention` needs to know of documents of these lengths: `tables`, or for backend "torch" `tile`.
 
     heads: N, K and H; the others as for `tables` and `tile`.
     """

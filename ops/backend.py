@@ -1,7 +1,7 @@
 """The one place that chooses which backend computes each operation: Triton, C++, compiled PyTorch or PyTorch.
 
-The choice is made once, when a model is built, and passed to the operations by name. Each operation's file has a table
-of its backends, `BACKENDS`; "torch" is in all of them and takes every device, dtype and shape.
+The choice is made once, when a model is built, and passed to the operations by name. Each operation's file
+has a table of its backends, `BACKENDS`; "torch" is in all of them and takes every device, dtype and shape.
 """
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Sizes(Protocol):
     heads: tuple[int, int, int]     # query heads, kv heads, head dim
 
 
-def choose_backends(device: torch.device, dtype: torch.dtype, config: Sizes, compiled: bool = False) -> Backends:
+def choose_backends(device: torch.device, dtype: torch.dtype, config: Sizes,
+                    compiled: bool = False) -> Backends:
     """The fastest backends for a model of these sizes that computes in `dtype` on `device`.
 
     compiled: whether torch.compile may make one loop of what neither Triton nor C++ computes.
@@ -56,7 +57,8 @@ def choose_backends(device: torch.device, dtype: torch.dtype, config: Sizes, com
 def _triton_attention_fits(device: torch.device, dtype: torch.dtype, config: Sizes) -> bool:
     N, K, H = config.heads
     shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return (dtype in (torch.bfloat16, torch.float16) and H in (16, 32, 64, 128, 256) and N // K in (1, 2, 4, 8)
+    heads_fit = H in (16, 32, 64, 128, 256) and N // K in (1, 2, 4, 8)
+    return (dtype in (torch.bfloat16, torch.float16) and heads_fit
             and shared_bytes >= TRITON_SHARED_BYTES)
 
 

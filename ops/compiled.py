@@ -17,16 +17,17 @@ def has_compiler() -> bool:
 
 
 def maybe_compile(function: Callable) -> Callable:
-    """function(*operands), or with compiled=True the one loop that torch.compile makes of it at its first call.
+    """function(*operands), or with compiled=True the one loop that torch.compile makes of it.
 
-    For chains of element-wise operations and sums by row, where no kernel runs.
+    It is compiled at its first call. For chains of element-wise operations and sums by row, where no kernel
+    runs.
     """
     @functools.cache
     def compiled_function() -> Callable:
         return torch.compile(function, dynamic=True)
 
     def detach(operand):
-        """Whether an operand requires gradients would make another variant of the loop; torch.compile makes eight."""
+        """Operands that require gradients would be another variant, and torch.compile makes only eight."""
         if isinstance(operand, list):
             return [detach(one) for one in operand]
         return operand.detach() if isinstance(operand, torch.Tensor) else operand
@@ -40,7 +41,7 @@ def maybe_compile(function: Callable) -> Callable:
 
 
 def cache_sized_chunks(x: torch.Tensor, compiled: bool = False) -> Iterator[slice]:
-    """x's rows (its first dimension), a few at a time on a CPU, so that what a pass over them writes stays in the cache.
+    """x's rows (its first dimension), a few at a time on a CPU, so that what is written stays in its cache.
 
     All at once where they need not: on a GPU, or in one compiled loop.
     """

@@ -1,24 +1,29 @@
-"""Linear cross-entropy: the last projection and the loss in one, only on rows that carry loss. Full logits never exist.
+"""Linear cross-entropy: the last projection and the loss in one, only on rows that carry loss. Full logits
+never exist.
 
     l = h Wᵀ      loss = Σ over rows of log Σ_v exp(l_v) − l_target
     p = softmax(l)      dl = p − onehot(target)      dh = dl W      dW = dlᵀ h
 
-One row of logits is V = 262,144 numbers, so 16,896 tokens of them would take 8.9 GB in bf16. Only 3 to 22 % of the
-tokens carry loss; their hidden states are gathered and projected a chunk at a time, and the gradient of a chunk's
-logits is turned into the gradient of its hidden states at once. No probability is skipped, however small.
+One row of logits is V = 262,144 numbers, so 16,896 tokens of them would take 8.9 GB in bf16. Only 3 to 22 %
+of the tokens carry loss; their hidden states are gathered and projected a chunk at a time, and the gradient
+of a chunk's logits is turned into the gradient of its hidden states at once. No probability is skipped,
+however small.
 
-Both gradients are finished in the forward pass and only scaled in the backward pass. On a GPU a chunk takes these steps:
+Both gradients are finished in the forward pass and only scaled in the backward pass. On a GPU a chunk takes
+these steps:
 
-    logits kernel            tiles of h Wᵀ in registers; writes a row's log-sum-exp of each span of the vocabulary
-    torch.logsumexp          over the spans, less the target's logit: the loss. No two programs write to one place
-    logits kernel again      the same tiles, turned into p in registers, written in h's dtype; torch puts p − 1 at targets
-    torch.bmm                dh = dl W, of each of 16 parts of the vocabulary in fp32, and their sum
-    a kernel                 dW += dlᵀ h in fp32, where the head is trained
+    logits kernel          tiles of h Wᵀ in registers; writes a row's log-sum-exp of each vocabulary span
+    torch.logsumexp        over the spans, less the target's logit: the loss; no program adds to another's
+    logits kernel again    the same tiles, turned into p in registers, written in h's dtype
+    torch.scatter_         p − 1 at the targets
+    torch.bmm              dh = dl W, of each of 16 parts of the vocabulary in fp32, and their sum
+    a kernel               dW += dlᵀ h in fp32, where the head is trained
 
-The logits are computed twice. Kept from the first pass they would have to be in 16 bits to fit, where one of 20 is off
-by up to 0.06 and its probability by 6 %; computing them again takes no memory and leaves dl with one rounding. dl itself
-is written, 512 rows at a time (0.27 GB): the 640 sums of dh of a tile of rows do not fit the registers of the program
-that has their dl, and PyTorch's own product over the whole vocabulary is fast.
+The logits are computed twice. Kept from the first pass they would have to be in 16 bits to fit, where one of
+20 is off by up to 0.06 and its probability by 6 %; computing them again takes no memory and leaves dl with
+one rounding. dl itself is written, 512 rows at a time (0.27 GB): the 640 sums of dh of a tile of rows do not
+fit the registers of the program that has their dl, and PyTorch's own product over the whole vocabulary is
+fast.
 
     N rows that carry loss   V vocabulary   D width      h (N, D)   W (V, D)   all row-major
 """
@@ -39,23 +44,24 @@ from ops.triton_utils import can_run, cdiv, jit, load_tile, next_power_of_2, pre
 from ops.weight_grad import weight_grad
 
 IGNORE = -100        # target of a token that carries no loss
-CHUNK_ROWS = 252     # rows of logits at once by C++ and PyTorch: 252 · V · 2 bytes = 0.13 GB; 21 strips of kernels.cpp
+CHUNK_ROWS = 252     # rows of logits at once otherwise: 252 · V · 2 bytes = 0.13 GB; 21 strips of kernels.cpp
 FP32_ROWS = 4        # of these in fp32 on a CPU: 4 · V · 4 bytes = 4 MB
 KERNEL_ROWS = 512    # rows of logits' gradients at once by the kernels: 512 · V · 2 bytes = 0.27 GB
 SPAN = 1024          # words of the vocabulary that a program goes through; a multiple of every tile's
 PARTS = 16           # of the vocabulary in dl W: 20 tiles of its (512, 640) times 16 occupy a GPU
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The reference
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Σ over rows with target ≥ 0 of −log softmax(hidden Wᵀ)[target].  The definition; what follows must equal it."""
+    """Σ over rows with target ≥ 0 of −log softmax(hidden Wᵀ)[target].  The definition; what follows must
+    equal it."""
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The kernels.  Products are of h's dtype and add up in fp32; logits are never rounded.
 
 
@@ -69,15 +75,15 @@ def _logits_fit(BLOCK_M: int, BLOCK_V: int, PRECISION: str, num_warps: int, CAPA
        key=("M_BUCKET", "V", "D", "GRADIENT"), fits=_logits_fit)
 @jit
 def _logits_kernel(h, w, log_sums, dlogits, M, M_BUCKET, V: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr,
-                   GRADIENT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-                   BLOCK_D: tl.constexpr):
+                   GRADIENT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """Of l = h Wᵀ: log Σ exp(l) over each span of SPAN words;  with GRADIENT p = exp(l − log Σ exp(l)).
 
     h (M, D), w (V, D). Writes log_sums (spans, M), fp32; with GRADIENT it reads log_sums (M), of the whole
-    vocabulary, and writes dlogits (M, V), h's dtype. A program owns BLOCK_M rows and one span, and goes through it in
-    tiles of BLOCK_V words, keeping the largest logit and the sum of exponentials so far. Programs that share a span run
-    side by side, so that w is read from memory once. Flattened, the two loops are one: the next tile is copied while
-    one ends.
+    vocabulary, and writes dlogits (M, V), h's dtype. A program owns BLOCK_M rows and one span, and goes
+    through it in tiles of BLOCK_V words, keeping the largest logit and the sum of exponentials so far.
+    Programs that share a span run side by side, so that w is read from memory once. Flattened, the two loops
+    are one: the next tile is copied while one ends.
     """
     EVEN: tl.constexpr = V % SPAN == 0 and D % BLOCK_D == 0
     blocks = tl.cdiv(M, BLOCK_M)
@@ -140,9 +146,9 @@ def _weight_gradient_kernel(dlogits, h, dw, M, V: tl.constexpr, D: tl.constexpr,
     tl.store(out, sums, mask=mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The chunks by each backend: the loss of its rows, fp32 (), and, where it is given, their dlogits (rows, V). Rows of
-# target `IGNORE` give zeros.
+# ----------------------------------------------------------------------------------------------------------
+# The chunks by each backend: the loss of its rows, fp32 (), and, where it is given, their dlogits (rows, V).
+# Rows of target `IGNORE` give zeros.
 
 
 def _chunk_by_triton(hidden: Tensor, matrix: Tensor, targets: Tensor, dlogits: Tensor | None) -> Tensor:
@@ -162,7 +168,7 @@ def _chunk_by_triton(hidden: Tensor, matrix: Tensor, targets: Tensor, dlogits: T
     if dlogits is not None:
         log_sum.masked_fill_(ignored, math.inf)
         _logits_kernel[grid](hidden, matrix, log_sum, dlogits, **sizes, GRADIENT=True)
-        at_target = torch.expm1(-losses)                                                # p − 1, exact where p is nearly 1
+        at_target = torch.expm1(-losses)            # p − 1, exact where p is nearly 1
         dlogits.scatter_(1, word[:, None], at_target[:, None].to(dlogits.dtype))
     return losses.sum()
 
@@ -229,8 +235,9 @@ def _weight_gradient_by_triton(dlogits: Tensor, hidden: Tensor, out: Tensor, add
 
 def _check_triton(hidden: Tensor, weight: Tensor) -> None:
     if hidden.dtype not in TRITON_DTYPES or not weight.is_contiguous() or not can_run(hidden.device):
-        raise ValueError('linear cross-entropy\'s backend "triton" takes fp32, bf16, fp16 on the current CUDA device, and '
-                         f"a contiguous weight; got {hidden.dtype} on {hidden.device}, strides {weight.stride()}")
+        raise ValueError('linear cross-entropy\'s backend "triton" takes fp32, bf16, fp16 on the current '
+                         f"CUDA device, and a contiguous weight; got {hidden.dtype} on {hidden.device}, "
+                         f"strides {weight.stride()}")
 
 
 def _check_cpp(hidden: Tensor, weight: Tensor) -> None:
@@ -239,9 +246,9 @@ def _check_cpp(hidden: Tensor, weight: Tensor) -> None:
 
 
 class Backend(NamedTuple):
-    check: Callable[[Tensor, Tensor], None]             # raises ValueError for a hidden and weight that it does not take
-    chunk: Callable[..., Tensor]                        # (hidden, matrix, targets, dlogits) → loss
-    weight_gradient: Callable[..., object]              # (dlogits, hidden, out, add)
+    check: Callable[[Tensor, Tensor], None]     # (hidden, weight): raises ValueError if it does not take them
+    chunk: Callable[..., Tensor]                # (hidden, matrix, targets, dlogits) → loss
+    weight_gradient: Callable[..., object]      # (dlogits, hidden, out, add)
     chunk_rows: int
 
 
@@ -252,7 +259,7 @@ BACKENDS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The autograd function
 
 
@@ -262,7 +269,8 @@ _buffers: dict[str, Tensor] = {}
 def _buffer(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
     """Memory of (rows, columns) for one forward pass, of the dtype and on the device of `like`.
 
-    On a CPU all passes use the same: half a gigabyte of new pages takes longer than the work in it (docs/log.md).
+    On a CPU all passes use the same: half a gigabyte of new pages takes longer than the work in it
+    (docs/log.md).
     """
     if like.device.type != "cpu":
         return like.new_empty(rows, columns)
@@ -297,7 +305,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 _hidden_gradient(dhidden[rows], dlogits, matrix, parts)
             if need_weight:
-                backend.weight_gradient(dlogits, hidden[rows], dweight, start > 0 or weight_grad_out is not None)
+                add = start > 0 or weight_grad_out is not None
+                backend.weight_gradient(dlogits, hidden[rows], dweight, add)
         ctx.save_for_backward(dhidden)
         ctx.dweight, ctx.weight_dtype, ctx.added = dweight, weight.dtype, weight_grad_out is not None
         return loss
@@ -307,20 +316,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         [dhidden], dweight, ctx.dweight = ctx.saved_tensors, ctx.dweight, None
         if ctx.added:
             if grad != 1:
-                raise RuntimeError("linear cross-entropy has added its weight's gradient already, and so cannot be "
-                                   f"scaled by {grad:.3g}")
+                raise RuntimeError("linear cross-entropy has added its weight's gradient already, and so "
+                                   f"cannot be scaled by {grad:.3g}")
             return dhidden, None, None, None, None
         if ctx.needs_input_grad[1] and dweight is None:
-            raise RuntimeError("linear cross-entropy gives its weight's gradient away in the first backward pass, and so "
-                               "has no second one")
+            raise RuntimeError("linear cross-entropy gives its weight's gradient away in the first backward "
+                               "pass, and so has no second one")
         if dhidden is not None:
-            dhidden = (dhidden * grad[None]).to(dhidden.dtype)          # [None]: a scalar would be rounded to bf16 first
+            dhidden = (dhidden * grad[None]).to(dhidden.dtype)      # [None]: a scalar would be rounded first
         if dweight is not None:
-            dweight = dweight.mul_(grad).to(ctx.weight_dtype)           # in place: 0.67 GB
+            dweight = dweight.mul_(grad).to(ctx.weight_dtype)       # in place: 0.67 GB
         return dhidden, dweight, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The public function
 
 
@@ -328,11 +337,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, every_
                          weight_grad_out: Tensor | None = None, backend: str = "torch") -> Tensor:
     """Cross-entropy of the next token, summed over the rows that carry loss, in nats.
 
-    hidden (T, D); weight (V, D), the tied embedding; targets (T) int64, `IGNORE` where there is no loss. every_row: all
-    rows are computed, as they are known to carry loss (one of `IGNORE` still carries none); finding those that do makes
-    the host wait for the device. weight_grad_out (V, D) fp32: where weight's gradient is added at once instead of being
-    returned by the backward pass, which must begin at this very scalar; for sums over micro-batches. backend: of
-    `BACKENDS`. Returns an fp32 scalar, 0 where no row carries loss.
+    hidden (T, D); weight (V, D), the tied embedding; targets (T) int64, `IGNORE` where there is no loss.
+    every_row: all rows are computed, as they are known to carry loss (one of `IGNORE` still carries none);
+    finding those that do makes the host wait for the device. weight_grad_out (V, D) fp32: where weight's
+    gradient is added at once instead of being returned by the backward pass, which must begin at this very
+    scalar; for sums over micro-batches. backend: of `BACKENDS`. Returns an fp32 scalar, 0 where no row
+    carries loss.
 
     Raises ValueError for operands that the backend does not take.
     """

@@ -17,7 +17,8 @@ def cache_folder() -> Path:
 
 
 def remembered(name: str, device: torch.device, key: Sequence, make: Callable[[], dict]) -> dict:
-    """A JSON object that depends on the device, the versions and `key`: from `cache_folder`, or made and kept there."""
+    """A JSON object that depends on the device, the versions and `key`: from `cache_folder`, or made and kept
+    there."""
     made_for = json.dumps([torch.cuda.get_device_name(device), torch.__version__, triton.__version__, *key])
     folder = cache_folder()
     file = folder / f"{name}-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.json"
@@ -34,5 +35,5 @@ def remembered(name: str, device: torch.device, key: Sequence, make: Callable[[]
         temporary.write_text(json.dumps({"for": made_for, "value": value}, indent=1))
         temporary.rename(file)
     except OSError:
-        pass                            # a folder that cannot be written costs time at the next start, no more
+        pass                            # a folder that cannot be written only costs time at the next start
     return value

@@ -1,7 +1,7 @@
 """Dropout of LoRA adapters' inputs: a mask that follows from a hash of each token and one of each feature.
 
-A token loses the same however rows are packed, share prefixes or are assigned to ranks, and in a recomputed pass: nothing
-is drawn from a generator. One multiplication gives an element's mask, wherever it is computed.
+A token loses the same however rows are packed, share prefixes or are assigned to ranks, and in a recomputed
+pass: nothing is drawn from a generator. One multiplication gives an element's mask, wherever it is computed.
 """
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ops.triton_utils import jit, tl
 
 @dataclass(frozen=True)
 class Dropout:
-    """The mask of x (M, I): element (m, i) is kept where tokens[m] · features[i], in 32 bits, is at least `threshold`.
+    """The mask of x (M, I): element (m, i) is kept where tokens[m] · features[i], in 32 bits, is at least
+    `threshold`.
 
-    p: share of the elements that are dropped, 0 ≤ p < 1; tokens (M) and features (I): odd hashes, int32 (`odd_hashes`),
-    whose products are as good as independent.
+    p: share of the elements that are dropped, 0 ≤ p < 1; tokens (M) and features (I): odd hashes, int32
+    (`odd_hashes`), whose products are as good as independent.
     """
 
     p: float

@@ -3,13 +3,14 @@
     gelu(g) = g σ(2z)    z = √(2/π) (g + 0.044715 g³)         as (1 + tanh z) / 2 = σ(2z)
     gelu'(g) = σ(2z) + 2 g z' σ(2z) (1 − σ(2z))
 
-One pass over memory each way. Only gate and up are saved, and both gradients share one σ; autograd's own formula also
-writes and keeps gelu(gate). A CPU takes as many rows at a time as its cache holds. Where adapters are trained, the
-linears' kernels end in the same functions and no pass is left (lora_kernels.py).
+One pass over memory each way. Only gate and up are saved, and both gradients share one σ; autograd's own
+formula also writes and keeps gelu(gate). A CPU takes as many rows at a time as its cache holds. Where
+adapters are trained, the linears' kernels end in the same functions and no pass is left (lora_kernels.py).
 
     M tokens   F width of the MLP
 
-Source: "GLU Variants Improve Transformer" (arXiv 2002.05202); "Gaussian Error Linear Units" (arXiv 1606.08415).
+Source: "GLU Variants Improve Transformer" (arXiv 2002.05202); "Gaussian Error Linear Units" (arXiv
+1606.08415).
 """
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from ops.triton_utils import can_run, jit, next_power_of_2, tl
 SLOPE, CUBIC = 1.5957691216057308, 0.044715         # 2z = SLOPE (g + CUBIC g³), and SLOPE = 2 √(2/π)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The reference
 
 
@@ -36,14 +37,14 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The kernel
 
 
 @jit
 def gelu(gate):
     """gelu(gate), fp32."""
-    return gate * tl.sigmoid(1.5957691216057308 * gate * (1 + 0.044715 * gate * gate))          # SLOPE and CUBIC
+    return gate * tl.sigmoid(1.5957691216057308 * gate * (1 + 0.044715 * gate * gate))  # SLOPE and CUBIC
 
 
 @jit
@@ -74,7 +75,7 @@ def _kernel(gate, up, dh, h, dgate_up, gate_row, up_row, N: tl.constexpr, BLOCK:
         tl.store(dgate_up + row * (2 * N) + N + columns, dup.to(gate.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # One pass by each backend: (gate, up, dh or None, whether h is wanted) → (h or None, [dgate | dup] or None)
 
 Pass = tuple[Tensor | None, Tensor | None]
@@ -86,22 +87,25 @@ def _outputs(gate: Tensor, dh: Tensor | None, value: bool) -> Pass:
 
 
 def _by_triton(gate: Tensor, up: Tensor, dh: Tensor | None, value: bool) -> Pass:
-    if gate.dtype not in TRITON_DTYPES or gate.stride(-1) != 1 or up.stride(-1) != 1 or not can_run(gate.device):
-        raise ValueError('GeGLU\'s backend "triton" takes fp32, bf16, fp16 on the current CUDA device, a row\'s numbers '
-                         f"side by side; got {gate.dtype} on {gate.device}, strides {gate.stride()} and {up.stride()}")
+    strides_fit = gate.stride(-1) == up.stride(-1) == 1
+    if gate.dtype not in TRITON_DTYPES or not strides_fit or not can_run(gate.device):
+        raise ValueError('GeGLU\'s backend "triton" takes fp32, bf16, fp16 on the current CUDA device, a '
+                         f"row's numbers side by side; got {gate.dtype} on {gate.device}, strides "
+                         f"{gate.stride()} and {up.stride()}")
     M, F = gate.shape
     h, dgate_up = _outputs(gate, dh, value)
+    dh = None if dh is None else dh.contiguous()
     if M:
-        _kernel[(M,)](gate, up, None if dh is None else dh.contiguous(), h, dgate_up, gate.stride(0), up.stride(0),
-                      N=F, BLOCK=next_power_of_2(F), VALUE=value, GRADIENT=dh is not None)
+        _kernel[(M,)](gate, up, dh, h, dgate_up, gate.stride(0), up.stride(0), N=F, BLOCK=next_power_of_2(F),
+                      VALUE=value, GRADIENT=dh is not None)
     return h, dgate_up
 
 
 def _by_cpp(gate: Tensor, up: Tensor, dh: Tensor | None, value: bool) -> Pass:
     build.check("F a multiple of 16", gate.shape == up.shape and gate.shape[1] % 16 == 0, gate, up)
     h, dgate_up = _outputs(gate, dh, value)
-    build.call("geglu", gate, up, h, None if dh is None else dh.contiguous(), dgate_up, gate.stride(0), up.stride(0),
-               *gate.shape)
+    dh = None if dh is None else dh.contiguous()
+    build.call("geglu", gate, up, h, dh, dgate_up, gate.stride(0), up.stride(0), *gate.shape)
     return h, dgate_up
 
 
@@ -135,10 +139,11 @@ def _write_gradients(dh: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: T
     dgate.copy_(slope.mul_(d).mul_(up))
 
 
-BACKENDS = {"triton": _by_triton, "cpp": _by_cpp, "compiled": partial(_by_torch, compiled=True), "torch": _by_torch}
+BACKENDS = {"triton": _by_triton, "cpp": _by_cpp, "compiled": partial(_by_torch, compiled=True),
+            "torch": _by_torch}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The autograd function
 
 
@@ -156,7 +161,7 @@ class _GeGLU(torch.autograd.Function):
         return *geglu_gradient(dh, *ctx.saved_tensors, ctx.backend).chunk(2, dim=1), None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The public functions
 
 
@@ -173,6 +178,8 @@ def geglu_gradient(dh: Tensor, gate: Tensor, up: Tensor, backend: str = "torch")
     return geglu_pass(gate, up, dh, value=False, backend=backend)[1]
 
 
-def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, value: bool = True, backend: str = "torch") -> Pass:
-    """In one pass, without autograd: h (M, F) if `value`, and of dh (M, F), if given, [dgate | dup] (M, 2F)."""
+def geglu_pass(gate: Tensor, up: Tensor, dh: Tensor | None = None, value: bool = True,
+               backend: str = "torch") -> Pass:
+    """In one pass, without autograd: h (M, F) if `value`, and of dh (M, F), if given, [dgate | dup] (M,
+    2F)."""
     return pick(BACKENDS, backend)(gate, up, dh, value)

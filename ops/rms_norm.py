@@ -1,17 +1,20 @@
 """RMSNorm, then the residual stream added or queries and keys rotated: what stands between the linears.
 
-    n = x r (1 + w)     r = 1 / √(mean(x²) + ε)          y = n,  or  residual + n,  or  rotate(n)
-    dn = dy, or dy rotated back      g = dn (1 + w)      dx = r (g − x r · mean(g · x r))      dw = Σ over rows dn · x r
+    n = x r (1 + w)                  r = 1 / √(mean(x²) + ε)      y = n,  or  residual + n,  or  rotate(n)
+    dn = dy, or dy rotated back      g = dn (1 + w)
+    dx = r (g − x r · mean(g · x r))      dw = Σ over rows dn · x r
 
-x also goes past the norm, into the residual stream. With `return_input` it is returned along with y, and its gradient
-there, dskip, is added to dx before dx is rounded: one pass over memory less than autograd's sum of the two.
+x also goes past the norm, into the residual stream. With `return_input` it is returned along with y, and its
+gradient there, dskip, is added to dx before dx is rounded: one pass over memory less than autograd's sum of
+the two.
 
-Saved for the backward pass are x, which is kept anyway, and r, one number a row; autograd alone would keep x three times
-in fp32. All of it is fp32 inside and rounded once.
+Saved for the backward pass are x, which is kept anyway, and r, one number a row; autograd alone would keep x
+three times in fp32. All of it is fp32 inside and rounded once.
 
     rows (…, D), normalised over D;  with a rotation rows are (T, heads, D) and the tables (T, 1, D)
 
-Source: "Root Mean Square Layer Normalization" (arXiv 1910.07467); "RoFormer" (arXiv 2104.09864); Gemma scales by 1 + w.
+Source: "Root Mean Square Layer Normalization" (arXiv 1910.07467); "RoFormer" (arXiv 2104.09864); Gemma scales
+by 1 + w.
 """
 from __future__ import annotations
 
@@ -32,26 +35,28 @@ PROGRAMS = 512          # of a backward pass with a trained weight: each sums dw
 Rope = tuple[Tensor, Tensor] | None     # cosines and sines, (T, 1, D) each
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The references
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x r (1 + w) over the last axis, in fp32, rounded once to x's dtype.  x (…, D), weight (D).  The definition."""
+    """x r (1 + w) over the last axis, in fp32, rounded once to x's dtype.  x (…, D), weight (D).  The
+    definition."""
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
     x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * (1.0 + weight.to(x32.dtype))).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: pairs (x[i], x[i + H/2]) turned by their angle.  x (T, heads, H), cos and sin (T, 1, H)."""
+    """Rotary position embedding: pairs (x[i], x[i + H/2]) turned by their angle.  x (T, heads, H), cos and
+    sin (T, 1, H)."""
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The kernels.  A row is taken in two halves, low and high, which a rotation turns into each other. A row of x is at
-# (row // HEADS) · stride_t + (row % HEADS) · D, so that q and k are read where they are.
+# ----------------------------------------------------------------------------------------------------------
+# The kernels.  A row is taken in two halves, low and high, which a rotation turns into each other. A row of x
+# is at (row // HEADS) · stride_t + (row % HEADS) · D, so that q and k are read where they are.
 
 
 @jit
@@ -85,7 +90,7 @@ def _forward_kernel(x, w, residual, cos, sin, y, r, eps, stride_t, M, HEADS: tl.
         add_low, add_high = _halves(residual + rows[:, None] * D, columns, mask, D)
         low, high = low + add_low, high + add_high
     if ROTATE:
-        angles = (rows // HEADS)[:, None] * D + columns[None, :]                    # both halves of a table are the same
+        angles = (rows // HEADS)[:, None] * D + columns[None, :]        # both halves of a table are the same
         c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + angles, mask=mask, other=0.0).to(tl.float32)
         low, high = low * c - high * s, high * c + low * s
@@ -95,11 +100,12 @@ def _forward_kernel(x, w, residual, cos, sin, y, r, eps, stride_t, M, HEADS: tl.
 
 @jit
 def _backward_kernel(x, w, cos, sin, dy, dskip, r, dx, dw, stride_t, M, rows_a_program, HEADS: tl.constexpr,
-                     D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr, ROTATE: tl.constexpr,
-                     WEIGHT: tl.constexpr):
+                     D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr, ADD: tl.constexpr,
+                     ROTATE: tl.constexpr, WEIGHT: tl.constexpr):
     """dx (M, D) of a program's rows, BLOCK_M at a time, and their sum for dw: a row of dw (programs, D) fp32.
 
-    rows_a_program is a multiple of BLOCK_M. Where the weight is frozen there is nothing to add up, and it is BLOCK_M.
+    rows_a_program is a multiple of BLOCK_M. Where the weight is frozen there is nothing to add up, and it is
+    BLOCK_M.
     """
     columns = tl.arange(0, BLOCK_H)
     w_low, w_high = _halves(w, columns, (columns < D // 2)[None, :], D)
@@ -133,11 +139,11 @@ def _backward_kernel(x, w, cos, sin, dy, dskip, r, dx, dw, stride_t, M, rows_a_p
         _store_halves(dw + tl.program_id(0) * D, columns, dw_low, dw_high, mask, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Forward and backward by each backend
 #
-# forward (x, weight, eps, residual, rope) → (y, r), and backward (x, weight, rope, dy, dskip, r, whether dw is wanted) →
-# (dx, dw or None). r and dw are fp32.
+# forward (x, weight, eps, residual, rope) → (y, r), and backward (x, weight, rope, dy, dskip, r, whether dw
+# is wanted) → (dx, dw or None). r and dw are fp32.
 
 
 def _sizes(x: Tensor) -> dict:
@@ -149,13 +155,19 @@ def _sizes(x: Tensor) -> dict:
 
 def _check_triton(x: Tensor, *others: Tensor | None) -> None:
     others = [other for other in others if other is not None]
-    if x.dtype not in TRITON_DTYPES or not can_run(x.device) or not all(other.is_contiguous() for other in others):
-        raise ValueError('RMSNorm\'s backend "triton" takes fp32, bf16, fp16 on the current CUDA device, and weight, '
-                         f"residual and tables contiguous; got {x.dtype} on {x.device}, strides "
+    contiguous = all(other.is_contiguous() for other in others)
+    if x.dtype not in TRITON_DTYPES or not contiguous or not can_run(x.device):
+        raise ValueError('RMSNorm\'s backend "triton" takes fp32, bf16, fp16 on the current CUDA device, and '
+                         f"weight, residual and tables contiguous; got {x.dtype} on {x.device}, strides "
                          f"{[other.stride() for other in others]}")
-    if x.dim() not in (2, 3) or x.shape[-1] % 2 or x.stride(-1) != 1 or (x.dim() == 3 and x.stride(1) != x.shape[2]):
-        raise ValueError("RMSNorm takes (M, D) or (T, heads, D), D even and a token's heads side by side; got "
-                         f"{tuple(x.shape)}, strides {x.stride()}")
+    if not _rows_fit(x) or x.shape[-1] % 2:
+        raise ValueError("RMSNorm takes (M, D) or (T, heads, D), D even and a token's heads side by side; "
+                         f"got {tuple(x.shape)}, strides {x.stride()}")
+
+
+def _rows_fit(x: Tensor) -> bool:
+    """Whether x is (M, D) or (T, heads, D), where each token's heads are side by side."""
+    return x.dim() in (2, 3) and x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])
 
 
 def _forward_by_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
@@ -189,17 +201,17 @@ def _backward_by_triton(x: Tensor, weight: Tensor, rope: Rope, dy: Tensor, dskip
 
 
 def _check_cpp(x: Tensor, weight: Tensor, *others: Tensor) -> None:
-    fits = (x.dim() in (2, 3) and x.shape[-1] % 32 == 0 and (x.dim() == 2 or x.stride(1) == x.shape[2])
-            and weight.shape == x.shape[-1:] and weight.is_contiguous() and all(other.is_contiguous() for other in others))
-    build.check("rows a multiple of 32 long, a token's heads side by side, the others contiguous", fits, x, *others)
+    fits = (_rows_fit(x) and x.shape[-1] % 32 == 0 and weight.shape == x.shape[-1:]
+            and all(other.is_contiguous() for other in (weight, *others)))
+    build.check("D a multiple of 32, a token's heads side by side, the others contiguous", fits, x, *others)
 
 
 def _forward_by_cpp(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None,
                     rope: Rope) -> tuple[Tensor, Tensor]:
     _check_cpp(x, weight, *(rope or ()), *(() if residual is None else (residual,)))
     y, r = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    build.call("norm_forward", x, weight.float(), residual, *(rope or (None, None)), y, r, float(eps), x.stride(0),
-               x.shape[1] if x.dim() == 3 else 1, r.numel(), x.shape[-1])
+    build.call("norm_forward", x, weight.float(), residual, *(rope or (None, None)), y, r, float(eps),
+               x.stride(0), x.shape[1] if x.dim() == 3 else 1, r.numel(), x.shape[-1])
     return y, r
 
 
@@ -243,8 +255,8 @@ def _write_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | Non
 
 
 @maybe_compile
-def _write_backward(x: Tensor, weight: Tensor, rope: list[Tensor] | None, dy: Tensor, dskip: Tensor | None, r: Tensor,
-                    dx: Tensor, dw: Tensor | None) -> None:
+def _write_backward(x: Tensor, weight: Tensor, rope: list[Tensor] | None, dy: Tensor, dskip: Tensor | None,
+                    r: Tensor, dx: Tensor, dw: Tensor | None) -> None:
     """Write dx and add to dw."""
     dn = dy.to(r.dtype) if rope is None else rotate(dy.to(r.dtype), rope[0], -rope[1])
     unit = x.to(r.dtype) * r
@@ -263,12 +275,13 @@ class Backend(NamedTuple):
 BACKENDS = {
     "triton": Backend(_forward_by_triton, _backward_by_triton),
     "cpp": Backend(_forward_by_cpp, _backward_by_cpp),
-    "compiled": Backend(partial(_forward_by_torch, compiled=True), partial(_backward_by_torch, compiled=True)),
+    "compiled": Backend(partial(_forward_by_torch, compiled=True),
+                        partial(_backward_by_torch, compiled=True)),
     "torch": Backend(_forward_by_torch, _backward_by_torch),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The autograd function
 
 
@@ -276,8 +289,8 @@ class _RMSNorm(torch.autograd.Function):
     """Saved are x, weight, r and the tables."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: Rope, return_input: bool,
-                backend: Backend) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, rope: Rope,
+                return_input: bool, backend: Backend) -> Tensor | tuple[Tensor, Tensor]:
         y, r = backend.forward(x, weight, eps, residual, rope)
         ctx.save_for_backward(x, weight, r, *(rope or ()))
         ctx.backend = backend
@@ -296,18 +309,20 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None, dy if need_residual else None, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The public function
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, rope: Rope = None,
              return_input: bool = False, backend: str = "torch") -> Tensor | tuple[Tensor, Tensor]:
-    """x r (1 + w) over the last axis; plus `residual`, or rotated by `rope`.  Gradients for x, weight and residual.
+    """x r (1 + w) over the last axis; plus `residual`, or rotated by `rope`.  Gradients for x, weight and
+    residual.
 
-    x (M, D), or (T, heads, D) with rope, where each token's heads are side by side and tokens may be further apart (a
-    part of a wider row); weight (D) of any floating dtype; residual (M, D) of x's dtype; rope: cosines and sines,
-    (T, 1, D) each. Returns x's shape and dtype; with return_input also x itself, for its other uses: the backward pass
-    then adds the gradients of both uses in fp32 and rounds once. backend: of `BACKENDS`.
+    x (M, D), or (T, heads, D) with rope, where each token's heads are side by side and tokens may be further
+    apart (a part of a wider row); weight (D) of any floating dtype; residual (M, D) of x's dtype; rope:
+    cosines and sines, (T, 1, D) each. Returns x's shape and dtype; with return_input also x itself, for its
+    other uses: the backward pass then adds the gradients of both uses in fp32 and rounds once. backend: of
+    `BACKENDS`.
 
     Raises ValueError for operands that do not fit together, or that the backend does not take.
     """
@@ -315,6 +330,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         raise ValueError(f"RMSNorm adds a residual of x's shape {tuple(x.shape)} or rotates, not both")
     if rope is not None and (x.dim() != 3 or x.shape[-1] % 2
                              or any(table.shape != (len(x), 1, x.shape[-1]) for table in rope)):
-        raise ValueError(f"a rotation takes x (T, heads, D), D even, and tables (T, 1, D); got {tuple(x.shape)} and "
-                         f"{tuple(rope[0].shape)}")
+        raise ValueError("a rotation takes x (T, heads, D), D even, and tables (T, 1, D); got "
+                         f"{tuple(x.shape)} and {tuple(rope[0].shape)}")
     return _RMSNorm.apply(x, weight, eps, residual, rope, return_input, pick(BACKENDS, backend))

@@ -1,7 +1,9 @@
-"""What every kernel file needs of Triton: an import that may fail, where kernels can run, and tuning that is remembered.
+"""What every kernel file needs of Triton: an import that may fail, where kernels can run, and tuning that is
+remembered.
 
-Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before the first import), which is how
-the tests check them anywhere, and are compiled for GPUs that are not there by `make check-kernels`.
+Without a GPU the kernels run under Triton's interpreter (TRITON_INTERPRET=1, set before the first import),
+which is how the tests check them anywhere, and are compiled for GPUs that are not there by `make
+check-kernels`.
 """
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def load_tile(pointers, inside, EVEN: tl.constexpr):
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes 10 µs of the host's time, and a step of many launches waits for the host."""
+    """a / b, rounded up. Triton's own takes 10 µs of the host's time, and a step of many launches waits for
+    the host."""
     return -(-a // b)
 
 
@@ -58,7 +61,8 @@ def tile_sizes(names: tuple[str, ...], *sizes: tuple[int, ...]) -> list[dict]:
     return [dict(zip(names[:len(size)], size, strict=True)) for size in sizes]
 
 
-def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) -> Callable[[Callable], Callable]:
+def tuned(tiles: Sequence[dict], key: Sequence[str],
+          fits: Callable[..., bool]) -> Callable[[Callable], Callable]:
     """Run a kernel with whichever of at most seven configurations is fastest on this device.
 
     tiles: as of `tile_sizes`. key: arguments for which the choice is made anew. fits: of a configuration's
@@ -67,22 +71,25 @@ def tuned(tiles: Sequence[dict], key: Sequence[str], fits: Callable[..., bool]) 
     """
     if triton is None:
         return lambda kernel: kernel
-    configs = [triton.Config({name: size for name, size in sizes.items() if name.isupper()}, num_warps=sizes["num_warps"],
-                             num_stages=sizes["num_stages"], maxnreg=sizes.get("maxnreg")) for sizes in tiles]
+    configs = [triton.Config({name: size for name, size in sizes.items() if name.isupper()},
+                             num_warps=sizes["num_warps"], num_stages=sizes["num_stages"],
+                             maxnreg=sizes.get("maxnreg")) for sizes in tiles]
 
     def prune(configs: list, named: dict, **arguments) -> list:
         return fitting(configs, fits, named | arguments, torch.cuda.get_device_capability())
 
     def decorate(kernel: Callable) -> Callable:
-        made = triton.autotune(configs[:1] if INTERPRETED else configs, key=list(key), cache_results=True, do_bench=_bench,
-                               prune_configs_by={"early_config_prune": prune})(kernel)
-        made.fits = fits
-        return made
+        autotune = triton.autotune(configs[:1] if INTERPRETED else configs, key=list(key), cache_results=True,
+                                   do_bench=_bench, prune_configs_by={"early_config_prune": prune})
+        autotuned = autotune(kernel)
+        autotuned.fits = fits
+        return autotuned
     return decorate
 
 
 def fitting(configs: list, fits: Callable[..., bool], arguments: dict, capability: tuple[int, int]) -> list:
-    """Those of a kernel's configurations that fit its arguments and the card; the last one, the smallest, where none does."""
+    """Those of a kernel's configurations that fit its arguments and the card; the last one, the smallest,
+    where none does."""
     known = arguments | {"CAPABILITY": 10 * capability[0] + capability[1]}
     return [config for config in configs if fits(**{**known, **config.all_kwargs()})] or configs[-1:]
 
@@ -98,5 +105,8 @@ def _bench(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether Triton kernels can run on tensors of `device`: they are launched on the current one (`torch.cuda.set_device`)."""
-    return triton is not None and (INTERPRETED or (device.type == "cuda" and device.index in (None, torch.cuda.current_device())))
+    """Whether Triton kernels can run on tensors of `device`: they are launched on the current one
+    (`torch.cuda.set_device`)."""
+    if triton is None or INTERPRETED:
+        return triton is not None
+    return device.type == "cuda" and device.index in (None, torch.cuda.current_device())

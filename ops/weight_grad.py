@@ -41,11 +41,12 @@ def _by_torch(dy: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
 BACKENDS = {"cpp": _by_cpp, "torch": _by_torch}
 
 
-def weight_grad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False, backend: str = "torch") -> Tensor:
+def weight_grad(dy: Tensor, x: Tensor, out: Tensor | None = None, add: bool = False,
+                backend: str = "torch") -> Tensor:
     """dYᵀ X (O, I) in fp32, of dY (M, O) and X (M, I).
 
-    out: where it is written, or with `add` added. backend: of `BACKENDS`. Raises ValueError for operands that the
-    backend does not take.
+    out: where it is written, or with `add` added. backend: of `BACKENDS`. Raises ValueError for operands that
+    the backend does not take.
     """
     if out is None:
         out = dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)

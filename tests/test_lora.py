@@ -78,7 +78,7 @@ def test_linears_that_share_their_input_lie_below_each_other_in_memory(demo):
     for module in wrapped(demo).modules():
         if isinstance(module, LoRAAttention | LoRAMLP):
             group = [module.q_proj, module.k_proj, module.v_proj] if isinstance(module, LoRAAttention) else [module.gate_proj, module.up_proj]
-            below = lora_kernels._below([linear.weight for linear in group])
+            below = lora_kernels._fused_weight([linear.weight for linear in group])
             assert below.data_ptr() == group[0].weight.data_ptr()
             assert torch.equal(below, torch.cat([linear.weight for linear in group]))
 
@@ -132,7 +132,7 @@ def test_a_cpu_multiplies_by_weights_in_blocks_unless_told_otherwise_or_to_save_
         model.checkpoint_activations = checkpoint_activations
         choose_kernels(model, kernels, 64)
         choices = block.self_attn.choice, block.self_attn.o_proj.choice, *block.mlp.choices
-        assert [choice.blocks is not None for choice in choices] == [wanted] * 4 and not any(choice.by_triton for choice in choices)
+        assert [choice.packed is not None for choice in choices] == [wanted] * 4 and not any(choice.by_triton for choice in choices)
 
 
 @pytest.mark.parametrize("device", [INTERPRETER, GPU])

@@ -10,13 +10,14 @@ import lora_kernels
 from lora_kernels import (
     BY_PYTORCH,
     BY_TRITON,
-    Blocks,
+    PackedWeight,
     lora_linear,
     lora_linear_reference,
     lora_linears,
     lora_mlp,
     lora_mlp_reference,
 )
+from ops import dropout as dropout_module
 from ops.dropout import Dropout
 from ops.onednn import pack_onednn_weight
 
@@ -25,7 +26,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 # Where, in what dtype, by what: bf16 products are garbage under the interpreter, so there the kernels take fp16.
 WAYS = [pytest.param("cpu", dtype, BY_PYTORCH, id=f"pytorch-{name}") for name, dtype in (("fp32", FP32), ("bf16", BF16))]
-WAYS += [pytest.param("cpu", BF16, "blocks", id="pytorch-in-blocks-bf16", marks=pytest.mark.skipif(
+WAYS += [pytest.param("cpu", BF16, "packed", id="pytorch-in-blocks-bf16", marks=pytest.mark.skipif(
     pack_onednn_weight(torch.zeros(1, 1, dtype=BF16)) is None, reason="this CPU or PyTorch has no products in oneDNN's blocks"))]
 WAYS += [pytest.param(*INTERPRETER.values, dtype, BY_TRITON, id=f"interpreted-{name}", marks=INTERPRETER.marks)
          for name, dtype in (("fp32", FP32), ("fp16", FP16))]
@@ -83,9 +84,9 @@ def reference_mlp(x, linears, dropouts=(None, None)):
 
 
 def by(choice, module=lora_kernels):
-    """(our linears, our MLP) with one choice for all; "blocks": by PyTorch, each group's weights in oneDNN's layout."""
+    """(our linears, our MLP) with one choice for all; "packed": by PyTorch, each group's weights in oneDNN's layout."""
     def chosen(linears):
-        return replace(BY_PYTORCH, blocks=Blocks.of([weight for weight, *_ in linears])) if choice == "blocks" else choice
+        return replace(BY_PYTORCH, packed=PackedWeight.of([weight for weight, *_ in linears])) if choice == "packed" else choice
 
     def mlp(x, linears, dropouts=(None, None)):
         return [module.lora_mlp(x, *linears, 1.5, dropouts, (chosen(linears[:2]), chosen(linears[2:])))]
@@ -184,22 +185,22 @@ def test_a_zeroed_halved_or_flipped_gradient_is_caught(broken, generator):
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
-    ("narrow = (narrow * scale).to(dtype)", "narrow = narrow.to(dtype)", {"y0", "db0"}),
-    ("narrow = (narrow * scale).to(dy.dtype.element_ty)", "narrow = narrow.to(dy.dtype.element_ty)", {"dx", "da0"}),
-    ("sums = tl.dot(narrow, b_tile, sums,", "sums = tl.dot(narrow * 0, b_tile, sums,", {"y0"}),
+    ("low_rank = (low_rank * scale).to(dtype)", "low_rank = low_rank.to(dtype)", {"y0", "db0"}),
+    ("low_rank = (low_rank * scale).to(dy.dtype.element_ty)", "low_rank = low_rank.to(dy.dtype.element_ty)", {"dx", "da0"}),
+    ("sums = tl.dot(low_rank, b_tile, sums,", "sums = tl.dot(low_rank * 0, b_tile, sums,", {"y0"}),
     ("a + (part * R + ranks)[None, :] * I", "a + ranks[None, :] * I", {"y1", "db1"}),
-    ("    if tile == 0:\n        _store_narrow(s, narrow", "    if tile == 1:\n        _store_narrow(s, narrow", {"db0"}),
+    ("    if tile == 0:\n        _store_low_rank(s, low_rank", "    if tile == 1:\n        _store_low_rank(s, low_rank", {"db0"}),
     ("for i in range(0, I, BLOCK_I):", "for i in range(0, I - BLOCK_I, BLOCK_I):", {"y0", "y1"}),
     ("for o in range(0, LAST - FIRST, BLOCK_O):", "for o in range(BLOCK_O, LAST - FIRST, BLOCK_O):", {"dx", "da0"}),
     ("    if P > 1:\n", "    if P > 2:\n", {"dx", "da1"}),
-    ("start * NARROW + rows", "rows", {"da0", "db0"}),
+    ("start * LOW_RANK + rows", "rows", {"da0", "db0"}),
     ("m + rows < count", "m + rows < count - 1", {"da0", "db0"}),
     ("rows[:, None] < count[None, :]", "rows[:, None] < count[None, :] - 1", {"da0", "db0"}),
     ("splits_a * A + places - A", "splits_a * A + places - A + 1", {"db0"}),
     ("(sums * gelu(gate))", "(sums * gate)", {"dx", "da1"}),
     ("sums * up * gelu_slope(gate)", "sums * up * gelu(gate)", {"dx", "da0"}),
     ("gelu(sums.to(tl.float32)) * up_sums", "gelu(up_sums.to(tl.float32)) * sums", {"y0"}),
-    ("up_narrow = tl.dot(seen, a_tile, up_narrow", "up_narrow = tl.dot(seen, a_tile, narrow", {"y0", "db1"}),
+    ("up_low_rank = tl.dot(dropped, a_tile, up_low_rank", "up_low_rank = tl.dot(dropped, a_tile, low_rank", {"y0", "db1"}),
 ])
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, mutant):
     broken_module = mutant(lora_kernels, sound, broken)
@@ -288,10 +289,9 @@ def test_with_dropout_the_mlp_is_as_accurate_as_the_reference(case, device, dtyp
 
 @INTERPRETED
 @pytest.mark.parametrize(("sound", "broken", "where"), [
-    ("feature_hashes[None, :] < threshold", "feature_hashes[None, :] > threshold", {"y0", "y1", "dx", "da0", "da1", "db0"}),
     ("load_tile(features + i + ins, inside, EVEN_I)", "load_tile(features + ins, ins < I, EVEN_I)", {"y0", "db1"}),
-    ("seen = apply_dropout(x_tile, token_hashes", "seen = apply_dropout(x_tile, 3 * token_hashes", {"y0", "y1", "db0"}),
-    ("apply_dropout(tl.dot(narrow, a_tile, input_precision=PRECISION), token_hashes,", "apply_dropout(tl.dot(narrow, a_tile), 3 * token_hashes,", {"dx"}),
+    ("dropped = apply_dropout(x_tile, token_hashes", "dropped = apply_dropout(x_tile, 3 * token_hashes", {"y0", "y1", "db0"}),
+    ("apply_dropout(adapter, token_hashes,", "apply_dropout(adapter, 3 * token_hashes,", {"dx"}),
     ("tl.load(tokens + start + m + rows", "tl.load(tokens + m + rows", {"da0", "da1"}),
 ])
 def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator, mutant):
@@ -299,6 +299,16 @@ def test_a_broken_dropout_of_a_kernel_is_caught(sound, broken, where, generator,
     broken_linears, _ = by(BY_TRITON, mutant(lora_kernels, sound, broken))
     assert where <= set(faults(partial(broken_linears, dropout=dropout), partial(reference_linears, dropout=dropout),
                                *linears_operands(530, 96, (30, 40), 5, generator, FP32, "cpu")))
+
+
+@INTERPRETED
+def test_a_broken_mask_of_the_kernels_is_caught(generator, mutant, monkeypatch):
+    broken = mutant(dropout_module, "feature_hashes[None, :] < threshold", "feature_hashes[None, :] > threshold")
+    monkeypatch.setattr(lora_kernels, "apply_dropout", broken.apply_dropout)
+    [dropout] = drawn(0.4, 530, (96,), generator)
+    found = faults(partial(by(BY_TRITON)[0], dropout=dropout), partial(reference_linears, dropout=dropout),
+                   *linears_operands(530, 96, (30, 40), 5, generator, FP32, "cpu"))
+    assert {"y0", "y1", "dx", "da0", "da1", "db0"} <= set(found)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -349,10 +359,10 @@ def test_calls_that_cannot_be_are_refused(monkeypatch):
 def test_weights_below_each_other_are_seen_as_one_and_others_are_copied():
     together = torch.randn(7, 4)
     parts = together.split((2, 4, 1))
-    seen = lora_kernels._below(parts)
+    seen = lora_kernels._fused_weight(parts)
     assert torch.equal(seen, together) and seen.data_ptr() == together.data_ptr()
     for parts in ([together[2:6], together[:2]], [together[:2], together[3:]], [torch.randn(2, 4), torch.randn(3, 4)]):
-        assert torch.equal(lora_kernels._below(parts), torch.cat(parts))
+        assert torch.equal(lora_kernels._fused_weight(parts), torch.cat(parts))
 
 
 # On a GPU

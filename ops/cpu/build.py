@@ -1,6 +1,6 @@
-"""Compiles kernels.cpp, for bf16 on CPUs with AVX512-BF16, at the first start, in some seconds; and calls its functions.
+"""Compiles kernels.cpp, for bf16 on CPUs with AVX512-BF16, and calls its functions.
 
-Shapes as in the files that call them.
+It is compiled at the first start, in some seconds. Shapes as in the files that call them.
 """
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ops.disk_cache import cache_folder
 
-FLAGS = "-O3 -std=c++17 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -fopenmp -shared -fPIC -w"
+FLAGS = ("-O3 -std=c++17 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -fopenmp -shared "
+         "-fPIC -w")
 
 
 def _has(feature: str) -> bool:
@@ -33,7 +34,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def is_preferred() -> bool:
-    """Whether the C++ is available and faster than PyTorch.  On CPUs with AMX oneDNN's products are faster."""
+    """Whether the C++ is available and faster than PyTorch: on CPUs with AMX oneDNN's products are."""
     return not _has("amx_tile") and library() is not None
 
 
@@ -45,7 +46,8 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     if not _has("avx512_bf16"):
         return None
     compiler = os.environ.get("CXX", "g++")
-    key = hashlib.sha256(json.dumps([compiler, FLAGS, source.read_text(encoding="utf-8")]).encode()).hexdigest()
+    built_from = json.dumps([compiler, FLAGS, source.read_text(encoding="utf-8")])
+    key = hashlib.sha256(built_from.encode()).hexdigest()
     try:
         library = cache_folder() / f"{source.stem}-{key[:16]}.so"
         if not _is_only_ours(library):
@@ -77,7 +79,8 @@ def _is_only_ours(file: Path) -> bool:
 
 
 def check(takes: str, shapes_fit: bool, *operands: Tensor) -> None:
-    """Raises ValueError where a function of the library cannot take these operands; takes: what it takes, in words.
+    """Raises ValueError where a function of the library cannot take these operands; takes: what it takes, in
+    words.
 
     Each operand must be bf16 on a CPU, the numbers of its last axis next to each other.
     """
@@ -96,12 +99,14 @@ def call(name: str, *operands: Tensor | ctypes.Structure | bool | int | float | 
 
     Tensors and structures go by their addresses, integers as int64_t, fractions as float.
     """
+    ctypes_of = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}
+
     def plain(x):
         if isinstance(x, Tensor):
             return ctypes.c_void_p(x.data_ptr())
         if isinstance(x, ctypes.Structure):
             return ctypes.byref(x)
-        return x if x is None else {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float}[type(x)](x)
+        return x if x is None else ctypes_of[type(x)](x)
 
     function = getattr(library(), name)
     function.restype = ctypes.c_int64

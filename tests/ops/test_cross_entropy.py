@@ -284,7 +284,7 @@ def test_operands_that_the_kernels_do_not_take_are_named(generator):
     ("torch.expm1(-losses)", "torch.exp(-losses)", {"dhidden", "dweight"}),
     ("matrix[word].float()).sum(1)", "matrix[word - 1].float()).sum(1)", {"loss", "dhidden"}),
     ("sums += tl.load(out, mask=mask, other=0.0)", "pass", {"dweight"}),
-    ("start > 0 or weight_grad_out is not None)", "weight_grad_out is not None)", {"dweight"}),
+    ("start > 0 or weight_grad_out is not None", "weight_grad_out is not None", {"dweight"}),
     ("for m in range(0, M, BLOCK_M):", "for m in range(BLOCK_M, M, BLOCK_M):", {"dweight"}),
     ("h_tiles += BLOCK_M * D", "h_tiles += 0", {"dweight"}),
     ("tl.program_id(0) % tiles * BLOCK_D", "0 * BLOCK_D", {"dweight"}),
