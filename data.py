@@ -28,8 +28,8 @@ from dataset.prefix_sharing import PrefixGroup, lexicographic_order
 from dataset.token_dataset import TokenDataset
 from ops.transfer import to_device_async
 
-# The length of the documents that fill up a batch. Attention's blocks have 16 to 64 tokens for Gemma 3 270M, so all
-# blocks but the last are full.
+# The length of the documents that fill up a batch. Attention's blocks have 16 to 64 tokens for Gemma 3 270M,
+# so all blocks but the last are full.
 FILLING_TOKENS = 64
 
 
@@ -95,7 +95,8 @@ class Batch:
         Positions and documents stay on the CPU, where the model reads the borders of documents. Nothing waits
         for the device.
         """
-        tokens, loss_rows, targets = (to_device_async(x, device) for x in (self.tokens, self.loss_rows, self.targets))
+        tokens, loss_rows, targets = (to_device_async(x, device) for x in (self.tokens, self.loss_rows,
+                                                                           self.targets))
         return tokens, self.positions, self.documents, loss_rows, targets
 
 

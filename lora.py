@@ -33,11 +33,16 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
-            raise ValueError(f"LoRA targets {', '.join(unknown) or '(none)'}: choose from {', '.join(TARGETS)}"
-                             " (the head is tied to the embedding and takes no adapter)")
+            raise ValueError(
+                f"LoRA targets {', '.join(unknown) or '(none)'}: choose from {', '.join(TARGETS)}"
+                " (the head is tied to the embedding and takes no adapter)"
+            )
         if self.rank < 1 or not 0 <= self.dropout < 1 or not math.isfinite(self.alpha):
-            raise ValueError(f"LoRA needs rank ≥ 1, 0 ≤ dropout < 1 and a finite alpha; got rank {self.rank}, dropout {self.dropout}, "
-                             f"alpha {self.alpha}")
+            raise ValueError(
+                f"LoRA needs rank ≥ 1, 0 ≤ dropout < 1 and a finite alpha; got rank {self.rank}, dropout "
+                f"{self.dropout}, "
+                f"alpha {self.alpha}"
+            )
 
     @property
     def scale(self) -> float:
@@ -45,11 +50,12 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear with an adapter: `weight` (O, I) as it was, `lora_a` (R, I) and `lora_b` (O, R) in fp32.
+    """A frozen linear with an adapter: `weight` (O, I) as it was, `lora_a` (R, I) and `lora_b` (O, R) in
+    fp32.
 
-    Dropout hashes the tokens of the coming forward pass, token_hashes (`set_dropout_masks`), and the features of the
-    input, of which input_number says which of the model's inputs it is. of_selected: whether the input is of the tokens
-    that the last layer continues with.
+    Dropout hashes the tokens of the coming forward pass, token_hashes (`set_dropout_masks`), and the features
+    of the input, of which input_number says which of the model's inputs it is. of_selected: whether the input
+    is of the tokens that the last layer continues with.
     """
 
     def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator | None, input_number: int,
@@ -57,7 +63,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         outputs, inputs = base.weight.shape
         self.weight, self.config = base.weight, config
-        # A as PEFT starts it (Kaiming uniform with a = √5 is ±1/√I), B zero: training begins at the base model.
+        # A as PEFT starts it (Kaiming uniform with a = √5 is ±1/√I), B zero: training begins at the base
+        # model.
         a = torch.empty(config.rank, inputs).uniform_(-inputs ** -0.5, inputs ** -0.5, generator=generator)
         self.lora_a = nn.Parameter(a.to(base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, device=base.weight.device))
@@ -81,8 +88,11 @@ class LoRALinear(nn.Module):
         hashes = self.token_hashes.selected if self.of_selected else self.token_hashes.all
         if hashes is None or len(hashes) != rows:
             given = "none" if hashes is None else len(hashes)
-            raise ValueError(f"LoRA dropout follows from the tokens' keys: an adapter got {rows} tokens, keys were given "
-                             f"for {given}; call lora.set_dropout_masks(model, batch.keys, seed) before each training pass")
+            raise ValueError(
+                f"LoRA dropout follows from the tokens' keys: an adapter got {rows} tokens, keys were given "
+                f"for {given}; call lora.set_dropout_masks(model, batch.keys, seed) before "
+                f"each training pass"
+            )
         return Dropout(self.config.dropout, hashes, self.features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +124,10 @@ class LoRAAttention(Attention):
 
 
 class LoRAMLP(MLP):
-    """The MLP as one function, where all three linears have adapters: GeGLU ends gate and up, its gradient ends down's."""
+    """The MLP as one function, where all three linears have adapters.
+
+    GeGLU ends gate and up, its gradient ends down's.
+    """
 
     def __init__(self, base: MLP) -> None:
         nn.Module.__init__(self)
@@ -143,7 +156,8 @@ class LoRAMLP(MLP):
 def _fuse_weights(*linears: LoRALinear) -> None:
     """Put the frozen weights one after another in memory, as one fused weight."""
     together = torch.cat([linear.weight for linear in linears])
-    for linear, weight in zip(linears, together.split([len(linear.weight) for linear in linears]), strict=True):
+    for linear, weight in zip(linears, together.split([len(linear.weight) for linear in linears]),
+                              strict=True):
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
@@ -294,21 +308,26 @@ def flat_adapters(model: nn.Module) -> FlatAdapters | None:
 
 
 def wrap(model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
-    """Freeze `model` and put an adapter around each of its target linears, in place.  `generator` draws the A's."""
+    """Freeze `model` and put an adapter around each of its target linears, in place.
+
+    `generator` draws the A's.
+    """
     model.requires_grad_(False)
     token_hashes = TokenHashes()
     last = model.model["layers"][-1]
     for number, parent in enumerate(list(model.modules())):
         for name, child in list(parent.named_children()):
             if name in config.targets and isinstance(child, Linear):
-                input_number = 2 * number + (name in ("o_proj", "down_proj"))   # the others of a parent share their input
+                # the others of a parent share their input
+                input_number = 2 * number + (name in ("o_proj", "down_proj"))
                 of_selected = parent is last.mlp or (parent is last.self_attn and name == "o_proj")
                 adapter = LoRALinear(child, config, generator, input_number, token_hashes, of_selected)
                 setattr(parent, name, adapter)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention | MLP):
-                setattr(parent, name, LoRAAttention(child) if isinstance(child, Attention) else LoRAMLP(child))
+                setattr(parent, name, LoRAAttention(child) if isinstance(child, Attention)
+                        else LoRAMLP(child))
     FlatAdapters([linears for _, linears, _ in _groups(model)])
     model.train(model.training)
 
@@ -329,18 +348,22 @@ def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, list[LoRALinear], str
             yield module, linears, ends
 
 
-def set_dropout_masks(model: nn.Module, keys: Callable[[], Tensor], seed: int, rows: Tensor | None = None) -> None:
+def set_dropout_masks(model: nn.Module, keys: Callable[[], Tensor], seed: int,
+                      rows: Tensor | None = None) -> None:
     """Decide what dropout takes from the coming forward pass, and from its backward pass.
 
-    It follows from the seed and each token's key alone: however rows are packed, share prefixes or are assigned to
-    ranks, a token loses the same. keys: as `data.Batch.keys`, (T) int32, called only where there is dropout; seed: 32
-    bits; rows: the tokens that the last layer continues with, where they are not all.
+    It follows from the seed and each token's key alone: however rows are packed, share prefixes or are
+    assigned to ranks, a token loses the same. keys: as `data.Batch.keys`, (T) int32, called only where there
+    is dropout; seed: 32 bits; rows: the tokens that the last layer continues with, where they are not all.
     """
     set_token_hashes(model, hash_tokens(model, keys, seed), rows)
 
 
 def hash_tokens(model: nn.Module, keys: Callable[[], Tensor], seed: int) -> Tensor | None:
-    """(T) int32 on the model's device, for dropout; None where there is none.  Arguments as for `set_dropout_masks`."""
+    """(T) int32 on the model's device, for dropout; None where there is none.
+
+    Arguments as for `set_dropout_masks`.
+    """
     adapter = next((adapter for _, adapter in adapters(model)), None)
     if adapter is None or not adapter.config.dropout:
         return None
@@ -354,24 +377,42 @@ def set_token_hashes(model: nn.Module, hashes: Tensor | None, rows: Tensor | Non
 
 
 def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
-    """Decide, once, which operations of the adapters run by Triton kernels; a line about each shape that was compared.
+    """Decide, once, which operations of the adapters run by Triton kernels; a line about each shape that was
+    compared.
 
-    kernels: "triton", "torch" or "auto", as for `lora_kernels.choose`; rows: tokens of a forward pass. With "auto" on a CPU the
-    frozen weights are laid out anew as well (`lora_kernels.PackedWeight`), which takes twice their memory, unless the model saves memory
-    (`checkpoint_activations`); they must not change after that.
+    kernels: "triton", "torch" or "auto", as for `lora_kernels.choose`; rows: tokens of a forward pass. With
+    "auto" on a CPU the frozen weights are laid out anew as well (`lora_kernels.PackedWeight`), which takes
+    twice their memory, unless the model saves memory (`checkpoint_activations`); they must not change after
+    that.
     """
     pack = kernels == "auto" and not getattr(model, "checkpoint_activations", False)
     chosen: dict[tuple, tuple[Choice, dict]] = {}
 
     def pick(linears: Sequence[LoRALinear], ends: str) -> Choice:
-        outputs, inputs, rank = tuple(len(linear.weight) for linear in linears), linears[0].weight.shape[1], linears[0].config.rank
+        outputs, inputs, rank = (
+            tuple(len(linear.weight) for linear in linears),
+            linears[0].weight.shape[1],
+            linears[0].config.rank,
+        )
         key = inputs, outputs, ends
         if key not in chosen:
             weight, config = linears[0].weight, linears[0].config
-            chosen[key] = choose(kernels, rows, inputs, outputs, rank, weight.dtype, weight.device, ends, config.dropout,
-                                 model.backends.geglu)
+            chosen[key] = choose(
+                kernels,
+                rows,
+                inputs,
+                outputs,
+                rank,
+                weight.dtype,
+                weight.device,
+                ends,
+                config.dropout,
+                model.backends.geglu,
+            )
         choice = chosen[key][0]
-        packed = PackedWeight.of([linear.weight for linear in linears]) if pack and not choice.by_triton else None
+        packed = (
+            PackedWeight.of([linear.weight for linear in linears]) if pack and not choice.by_triton else None
+        )
         return replace(choice, packed=packed)
 
     picked: dict[nn.Module, list[Choice]] = {}
@@ -382,10 +423,15 @@ def choose_kernels(model: nn.Module, kernels: str, rows: int) -> list[str]:
             module.choices = tuple(choices)
         else:
             [module.choice] = choices
-    return [f"{inputs} → {' + '.join(map(str, outputs))}{f' ({ends})' if ends else ''}, {rows} rows: " + ", ".join(
-                f"{name} {'triton' if ours < theirs else 'torch'} ({ours:.3f} against {theirs:.3f} ms)"
-                for name, (ours, theirs) in times.items())
-            for (inputs, outputs, ends), (_, times) in chosen.items() if times]
+    return [
+        f"{inputs} → {' + '.join(map(str, outputs))}{f' ({ends})' if ends else ''}, {rows} rows: "
+        + ", ".join(
+            f"{name} {'triton' if ours < theirs else 'torch'} ({ours:.3f} against {theirs:.3f} ms)"
+            for name, (ours, theirs) in times.items()
+        )
+        for (inputs, outputs, ends), (_, times) in chosen.items()
+        if times
+    ]
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -404,5 +450,7 @@ def merge(model: nn.Module) -> None:
         outputs, inputs = adapter.weight.shape
         parent, _, leaf = name.rpartition(".")
         merged = Linear(inputs, outputs)
-        merged.weight = nn.Parameter((adapter.weight.float() + delta).to(adapter.weight.dtype), requires_grad=False)
+        merged.weight = nn.Parameter(
+            (adapter.weight.float() + delta).to(adapter.weight.dtype), requires_grad=False
+        )
         setattr(model.get_submodule(parent), leaf, merged)

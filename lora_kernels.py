@@ -35,13 +35,24 @@ from ops.disk_cache import remembered
 from ops.dropout import Dropout, apply_dropout
 from ops.geglu import geglu, geglu_gradient, geglu_reference, gelu, gelu_slope
 from ops.onednn import pack_onednn_weight
-from ops.triton_utils import can_run, cdiv, jit, load_tile, milliseconds, next_power_of_2, precision, tile_sizes, tl, tuned
+from ops.triton_utils import (
+    can_run,
+    cdiv,
+    jit,
+    load_tile,
+    milliseconds,
+    next_power_of_2,
+    precision,
+    tile_sizes,
+    tl,
+    tuned,
+)
 
 # A frozen weight (O, I) and its adapter's lora_a (R, I) and lora_b (O, R).
 Adapted = tuple[Tensor, Tensor, Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The definitions
 
 
@@ -62,7 +73,7 @@ def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, sca
     return lora_linear_reference(h, *down, scale, dropouts[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The kernels.  Products are of x's dtype and add up in fp32; S and T are rounded to x's dtype once.
 #
 # O0, O1, O2 are the parts' outputs, 0 for those that are not there. BLOCK_R is R rounded up to what the
@@ -70,7 +81,8 @@ def lora_mlp_reference(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, sca
 
 
 @jit
-def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
+             N2: tl.constexpr):
     """Of a tile that is numbered through all parts: its part, that part's first column and how many it has,
     the tile's number there."""
     part = (tile >= TILES0).to(tl.int32) + (tile >= TILES0 + TILES1).to(tl.int32)
@@ -82,7 +94,11 @@ def _part_of(tile, TILES0: tl.constexpr, TILES1: tl.constexpr, N0: tl.constexpr,
 @jit
 def _store_low_rank(out, tile, rows, ranks, part, M, R: tl.constexpr, P: tl.constexpr):
     """A tile of S or T to the columns of its part."""
-    tl.store(out + rows[:, None] * (P * R) + part * R + ranks[None, :], tile, mask=(rows[:, None] < M) & (ranks[None, :] < R))
+    tl.store(
+        out + rows[:, None] * (P * R) + part * R + ranks[None, :],
+        tile,
+        mask=(rows[:, None] < M) & (ranks[None, :] < R),
+    )
 
 
 def _room(numbers: int, num_warps: int, PRECISION: str, CAPABILITY: int, **_) -> bool:
@@ -120,9 +136,11 @@ def _input_gradient_fits(BLOCK_M: int, BLOCK_I: int, BLOCK_R: int, GEGLU: bool, 
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"), fits=_forward_fits)
 @jit
 def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, M_BUCKET,
-                    I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
-                    GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+                    I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr,
+                    P: tl.constexpr,
+                    GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+                    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+                    BLOCK_I: tl.constexpr):
     """y = x Wᵀ + S Bᵀ, S = s x Aᵀ;  with GEGLU y is [gate | up], and h = gelu(gate) · up.
 
     x (M, I), w (O, I), a (P·R, I), b (O, R), y (M, O), s (M, P·R), h (M, O0); all row-major, x's dtype. A
@@ -135,7 +153,7 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
     TILES2: tl.constexpr = (O2 + BLOCK_O - 1) // BLOCK_O
     EVEN_I: tl.constexpr = I % BLOCK_I == 0
     EVEN_O: tl.constexpr = O0 % BLOCK_O == 0 and O1 % BLOCK_O == 0 and O2 % BLOCK_O == 0
-    O: tl.constexpr = O0 + O1 + O2  # noqa: E741
+    O: tl.constexpr = O0 + O1 + O2
     dtype = x.dtype.element_ty
     tile = tl.program_id(0) % (TILES0 + TILES1 + TILES2)
     rows = (tl.program_id(0) // (TILES0 + TILES1 + TILES2)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -168,8 +186,10 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
         low_rank = tl.dot(dropped, a_tile, low_rank, input_precision=PRECISION)
         if GEGLU:
-            w_tile = load_tile(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I and EVEN_O)
-            a_tile = load_tile(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I and R == BLOCK_R)
+            w_tile = load_tile(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I
+                               and EVEN_O)
+            a_tile = load_tile(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I
+                               and R == BLOCK_R)
             up_sums = tl.dot(x_tile, w_tile, up_sums, input_precision=PRECISION)
             up_low_rank = tl.dot(dropped, a_tile, up_low_rank, input_precision=PRECISION)
 
@@ -183,7 +203,8 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
     tl.store(y + rows[:, None] * O + outs[None, :], sums, mask=mask)
     if GEGLU:
         up_low_rank = (up_low_rank * scale).to(dtype)
-        b_tile = load_tile(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R and EVEN_O)
+        b_tile = load_tile(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R
+                           and EVEN_O)
         up_sums = tl.dot(up_low_rank, b_tile, up_sums, input_precision=PRECISION).to(dtype)
         if tile == 0:
             _store_low_rank(s, up_low_rank, rows, ranks, 1, M, R, P)
@@ -194,9 +215,10 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
 
 @jit
 def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M,
-              PART: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, O: tl.constexpr, I: tl.constexpr, R: tl.constexpr,  # noqa: E741
-              P: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+              PART: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, O: tl.constexpr, I: tl.constexpr,
+              R: tl.constexpr,
+              P: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
     """sums + dYp Wp + Tp Ap of one part, the outputs FIRST to LAST.
 
     The tile of the first inputs writes Tp = s dYp Bp.
@@ -235,9 +257,11 @@ def _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshol
        key=("M_BUCKET", "I", "O0", "O1", "O2", "R", "GEGLU", "DROPOUT"), fits=_input_gradient_fits)
 @jit
 def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features, threshold, M, M_BUCKET,
-                           I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, R: tl.constexpr, P: tl.constexpr,  # noqa: E741
-                           GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):
+                           I: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
+                           R: tl.constexpr, P: tl.constexpr,
+                           GEGLU: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+                           BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
+                           BLOCK_I: tl.constexpr):
     """dX = Σ over parts of dYp Wp + Tp Ap, Tp = s dYp Bp;  with GEGLU dx is [dgate | dup], of dh = dX.
 
     dy (M, O), w (O, I), a (P·R, I), b (O, R), t (M, P·R), dx (M, I), with GEGLU dx and gate_up (M, 2I); all
@@ -245,18 +269,18 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
     accumulator.
     """
     TILES: tl.constexpr = (I + BLOCK_I - 1) // BLOCK_I
-    O: tl.constexpr = O0 + O1 + O2  # noqa: E741
+    O: tl.constexpr = O0 + O1 + O2
     rows = (tl.program_id(0) // TILES).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ins = tl.program_id(0) % TILES * BLOCK_I + tl.arange(0, BLOCK_I)
     sums = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 0, 0, O0, O, I, R, P, DROPOUT,
-                     PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+    sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 0, 0, O0, O, I,
+                     R, P, DROPOUT, PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     if P > 1:
-        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 1, O0, O0 + O1, O, I, R, P, DROPOUT,
-                         PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 1, O0,
+                         O0 + O1, O, I, R, P, DROPOUT, PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     if P > 2:
-        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 2, O0 + O1, O, O, I, R, P, DROPOUT,
-                         PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
+        sums = _add_part(sums, dy, w, a, b, t, rows, ins, scale, tokens, features, threshold, M, 2, O0 + O1,
+                         O, O, I, R, P, DROPOUT, PRECISION, BLOCK_R, BLOCK_M, BLOCK_O, BLOCK_I)
     mask = (rows < M)[:, None] & (ins < I)[None, :]
     if GEGLU:
         places = rows[:, None] * (2 * I) + ins[None, :]
@@ -276,8 +300,9 @@ def _input_gradient_kernel(dy, w, a, b, dx, t, gate_up, scale, tokens, features,
 @jit
 def _token_sum_kernel(wide, low_rank, partial, tokens, features, threshold, M, M_BUCKET, rows_a_split,
                       N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, LOW_RANK: tl.constexpr,
-                      C: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                      C: tl.constexpr, TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr,
+                      PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr):
     """Over the tokens of a split, Σ wide[m, n] low_rank[m, c]: dB = dYᵀ S, and dA = Tᵀ x (TRANSPOSED).
 
     wide (M, N): its columns are parts of N0, N1 and N2; with DROPOUT what adapters see of it counts. low_rank
@@ -308,7 +333,8 @@ def _token_sum_kernel(wide, low_rank, partial, tokens, features, threshold, M, M
         wide_tile = tl.load(wide_tiles, mask=inside[:, None] & (columns < size)[None, :], other=0.0)
         low_rank_tile = tl.load(low_rank_tiles, mask=inside[:, None] & (places < C)[None, :], other=0.0)
         if DROPOUT:
-            wide_tile = apply_dropout(wide_tile, tl.load(tokens + start + m + rows, mask=inside, other=0), feature_hashes, threshold)
+            wide_tile = apply_dropout(wide_tile, tl.load(tokens + start + m + rows, mask=inside, other=0),
+                                      feature_hashes, threshold)
         sums = tl.dot(tl.trans(wide_tile), low_rank_tile, sums, input_precision=PRECISION)
         wide_tiles += BLOCK_M * N
         low_rank_tiles += BLOCK_M * LOW_RANK
@@ -316,7 +342,11 @@ def _token_sum_kernel(wide, low_rank, partial, tokens, features, threshold, M, M
         out = partial + places[None, :] * N + columns[:, None]
     else:
         out = partial + (first + columns)[:, None] * C + places[None, :]
-    tl.store(out + tl.program_id(1).to(tl.int64) * (N * C), sums, mask=(columns < size)[:, None] & (places < C)[None, :])
+    tl.store(
+        out + tl.program_id(1).to(tl.int64) * (N * C),
+        sums,
+        mask=(columns < size)[:, None] & (places < C)[None, :],
+    )
 
 
 @jit
@@ -344,7 +374,7 @@ def _add_splits_kernel(partial, gradient, splits_a, splits_b, A: tl.constexpr, B
     tl.store(gradient + places, sums, mask=places < A + B)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The operations, each by kernel or by PyTorch
 
 
@@ -396,15 +426,24 @@ class _Group:
     def constants(self, x: Tensor) -> dict:
         """The kernels' constants."""
         O0, O1, O2 = (*self.outputs, 0, 0)[:3]
-        return {"O0": O0, "O1": O1, "O2": O2, "R": self.rank, "P": len(self.outputs), "BLOCK_R": max(16, next_power_of_2(self.rank)),
-                "DROPOUT": self.dropout is not None, "PRECISION": precision(x.dtype)}
+        return {
+            "O0": O0,
+            "O1": O1,
+            "O2": O2,
+            "R": self.rank,
+            "P": len(self.outputs),
+            "BLOCK_R": max(16, next_power_of_2(self.rank)),
+            "DROPOUT": self.dropout is not None,
+            "PRECISION": precision(x.dtype),
+        }
 
     def numbers(self, M: int) -> dict:
         """The kernels' other arguments; timings are compared anew only where the rows double."""
         tokens, features, threshold = None, None, 0
         if self.dropout:
             tokens, features, threshold = self.dropout.tokens, self.dropout.features, self.dropout.threshold
-        return {"tokens": tokens, "features": features, "threshold": threshold, "M": M, "M_BUCKET": next_power_of_2(M)}
+        return {"tokens": tokens, "features": features, "threshold": threshold, "M": M,
+                "M_BUCKET": next_power_of_2(M)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,15 +467,17 @@ def _forward(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Group, by_
 
     geglu_backend: of the gate, where the linear is computed by PyTorch.
     """
-    (M, I), O = x.shape, len(weight)  # noqa: E741
+    (M, I), O = x.shape, len(weight)
     if by_triton:
         y, s, h = x.new_empty(M, O), x.new_empty(M, len(a)), x.new_empty(M, O // 2) if gated else None
         if M:
             parts = group.outputs[:1] if gated else group.outputs
-            _forward_kernel[lambda sizes: (cdiv(M, sizes["BLOCK_M"]) * sum(cdiv(part, sizes["BLOCK_O"]) for part in parts),)](
-                x, weight, a, b, y, s, h, group.scale, **group.numbers(M), I=I, GEGLU=gated, **group.constants(x))
+            _forward_kernel[lambda sizes: (cdiv(M, sizes["BLOCK_M"]) * sum(cdiv(part, sizes["BLOCK_O"])
+                                                                           for part in parts),)](
+                x, weight, a, b, y, s, h, group.scale, **group.numbers(M), I=I, GEGLU=gated,
+                **group.constants(x))
         return y, s, h
-    diagonal = torch.block_diag(*b.split(group.outputs))                                # (O, P·R): each part's B at its place
+    diagonal = torch.block_diag(*b.split(group.outputs))  # (O, P·R): each part's B at its place
     s = torch.addmm(x.new_empty(()), group.apply_dropout(x), a.T, beta=0, alpha=group.scale)
     # Base and adapter in one product, [x | S] [W | B]ᵀ, where copying x (and W) costs less than another pass
     # over y.
@@ -451,12 +492,14 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
                     gate_up: Tensor | None = None, packed: PackedWeight | None = None,
                     geglu_backend: str = "torch") -> tuple[Tensor, Tensor]:
     """dX (M, I), or [dgate | dup] (M, 2I) where the linear's input was gated, and T (M, P·R)."""
-    M, (O, I) = len(dy), weight.shape  # noqa: E741
+    M, (O, I) = len(dy), weight.shape
     if by_triton:
-        dx, t = torch.empty_like(gate_up) if gate_up is not None else dy.new_empty(M, I), dy.new_empty(M, len(a))
+        dx, t = torch.empty_like(gate_up) if gate_up is not None else dy.new_empty(M, I), dy.new_empty(M,
+                                                                                                       len(a))
         if M:
             _input_gradient_kernel[lambda sizes: (cdiv(M, sizes["BLOCK_M"]) * cdiv(I, sizes["BLOCK_I"]),)](
-                dy, weight, a, b, dx, t, gate_up, group.scale, **group.numbers(M), I=I, GEGLU=gate_up is not None, **group.constants(dy))
+                dy, weight, a, b, dx, t, gate_up, group.scale, **group.numbers(M), I=I,
+                GEGLU=gate_up is not None, **group.constants(dy))
         return dx, t
     t = _low_rank_gradient(dy, b, group)
     if O < I < M and not packed and not group.dropout:
@@ -469,7 +512,8 @@ def _input_gradient(dy: Tensor, weight: Tensor, a: Tensor, b: Tensor, group: _Gr
 
 def _low_rank_gradient(dy: Tensor, b: Tensor, group: _Group) -> Tensor:
     """T = s dY B (M, P·R)."""
-    return torch.addmm(dy.new_empty(()), dy, torch.block_diag(*b.split(group.outputs)), beta=0, alpha=group.scale)
+    return torch.addmm(dy.new_empty(()), dy, torch.block_diag(*b.split(group.outputs)), beta=0,
+                       alpha=group.scale)
 
 
 def _token_sums(wide: Tensor, low_rank: Tensor, parts: tuple[int, ...], splits: int, partial: Tensor,
@@ -481,7 +525,8 @@ def _token_sums(wide: Tensor, low_rank: Tensor, parts: tuple[int, ...], splits: 
     M, columns = len(wide), low_rank.shape[1] // len(parts)
     N0, N1, N2 = (*parts, 0, 0)[:3]
     BLOCK_C = min(64, max(16, next_power_of_2(columns)))
-    _token_sum_kernel[lambda sizes: (sum(cdiv(part, sizes["BLOCK_N"]) for part in parts), splits, cdiv(columns, BLOCK_C))](
+    _token_sum_kernel[lambda sizes: (sum(cdiv(part, sizes["BLOCK_N"]) for part in parts), splits,
+                                     cdiv(columns, BLOCK_C))](
         wide, low_rank, partial, **group.numbers(M), rows_a_split=cdiv(M, splits), N0=N0, N1=N1, N2=N2,
         LOW_RANK=low_rank.shape[1], C=columns, TRANSPOSED=of_x, DROPOUT=of_x and group.dropout is not None,
         BLOCK_C=BLOCK_C,
@@ -500,16 +545,18 @@ def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Grou
 
     gradient_out: `Flat.gradient`, which they are added to; then none are returned.
     """
-    (M, I), parts, R = x.shape, group.outputs, group.rank  # noqa: E741
+    (M, I), parts, R = x.shape, group.outputs, group.rank
     A, B = t.shape[1] * I, sum(parts) * R
     if by_triton and M:
         splits_a, splits_b = _splits(M, (I,), t.shape[1]), _splits(M, parts, R)
         partial = torch.empty(splits_a * A + splits_b * B, dtype=torch.float32, device=x.device)
         _token_sums(x, t, (I,), splits_a, partial, group, of_x=True)
         _token_sums(dy, s, parts, splits_b, partial[splits_a * A:], group, of_x=False)
-        gradient = torch.empty(A + B, dtype=torch.float32, device=x.device) if gradient_out is None else gradient_out
+        gradient = torch.empty(A + B, dtype=torch.float32,
+                               device=x.device) if gradient_out is None else gradient_out
         _add_splits_kernel[(cdiv(A + B, 256),)](
-            partial, gradient, splits_a, splits_b, A=A, B=B, ADD=gradient_out is not None, BLOCK_S=16, BLOCK=256)
+            partial, gradient, splits_a, splits_b, A=A, B=B, ADD=gradient_out is not None, BLOCK_S=16,
+            BLOCK=256)
         if gradient_out is not None:
             return []
         da, db = gradient[:A].view(-1, I), gradient[A:].view(-1, R).split(parts)
@@ -524,7 +571,7 @@ def _adapter_gradients(x: Tensor, dy: Tensor, s: Tensor, t: Tensor, group: _Grou
     return list(itertools.chain(*zip(da.split(R), db, strict=True)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The autograd functions
 
 
@@ -561,7 +608,8 @@ class _LoRALinears(torch.autograd.Function):
         x, weight, a, b, s = ctx.saved_tensors
         dy = dy.contiguous()
         if ctx.needs_input_grad[0]:
-            dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient, packed=ctx.choice.packed)
+            dx, t = _input_gradient(dy, weight, a, b, ctx.group, ctx.choice.input_gradient,
+                                    packed=ctx.choice.packed)
         else:
             dx, t = None, _low_rank_gradient(dy, b, ctx.group)
         gradients = _adapter_gradients(x, dy, s, t, ctx.group, ctx.choice.sums, ctx.gradient_out)
@@ -582,7 +630,8 @@ class _LoRAMLP(torch.autograd.Function):
         low_rank = (*_low_rank(leaves[:4], flat, x.dtype), *_low_rank(leaves[4:], flat_down, x.dtype))
         gate_up, s, h = _forward(x, weight, *low_rank[:2], groups[0], choices[0].forward, gated=True,
                                  packed=choices[0].packed, geglu_backend=geglu_backend)
-        y, s_down, _ = _forward(h, down, *low_rank[2:], groups[1], choices[1].forward, packed=choices[1].packed)
+        y, s_down, _ = _forward(h, down, *low_rank[2:], groups[1], choices[1].forward,
+                                packed=choices[1].packed)
         ctx.save_for_backward(x, weight, down, *low_rank, gate_up, s, h, s_down)
         ctx.groups, ctx.choices, ctx.master_dtype, ctx.leaves = groups, choices, leaves[0].dtype, len(leaves)
         ctx.geglu_backend = geglu_backend
@@ -592,25 +641,30 @@ class _LoRAMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, a, b, a_down, b_down, gate_up, s, h, s_down = ctx.saved_tensors
-        (group, group_down), (choice, choice_down), (gradient_out, gradient_out_down) = ctx.groups, ctx.choices, ctx.gradient_out
+        (group, group_down), (choice, choice_down), (gradient_out, gradient_out_down) = (
+            ctx.groups,
+            ctx.choices,
+            ctx.gradient_out,
+        )
         dy = dy.contiguous()
-        dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient, gate_up,
-                                           choice_down.packed, ctx.geglu_backend)
+        dgate_up, t_down = _input_gradient(dy, down, a_down, b_down, group_down, choice_down.input_gradient,
+                                           gate_up, choice_down.packed, ctx.geglu_backend)
         of_down = _adapter_gradients(h, dy, s_down, t_down, group_down, choice_down.sums, gradient_out_down)
         if ctx.needs_input_grad[0]:
-            dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient, packed=choice.packed)
+            dx, t = _input_gradient(dgate_up, weight, a, b, group, choice.input_gradient,
+                                    packed=choice.packed)
         else:
             dx, t = None, _low_rank_gradient(dgate_up, b, group)
         gradients = _adapter_gradients(x, dgate_up, s, t, group, choice.sums, gradient_out) + of_down
         return dx, None, None, None, None, None, None, *_returned(gradients, ctx.leaves, ctx.master_dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The public functions
 
 
-def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: Dropout | None = None,
-                choice: Choice = BY_PYTORCH) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float,
+                dropout: Dropout | None = None, choice: Choice = BY_PYTORCH) -> Tensor:
     """y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ (M, O); as `lora_linears` with one linear."""
     return lora_linears(x, [(weight, lora_a, lora_b)], scale, dropout, choice)[0]
 
@@ -644,11 +698,14 @@ def lora_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted, scale: float,
     """
     _check(x, (gate, up), choices[0])
     if len(gate[0]) != len(up[0]):
-        raise ValueError(f"LoRA MLP: gate and up must give equally many outputs; got {len(gate[0])} and {len(up[0])}")
+        raise ValueError(
+            f"LoRA MLP: gate and up must give equally many outputs; got {len(gate[0])} and {len(up[0])}"
+        )
     _check(x.new_empty(0, len(gate[0])), (down,), choices[1])
     groups = _group((gate, up), scale, dropouts[0], len(x)), _group((down,), scale, dropouts[1], len(x))
     leaves = _leaves((gate, up, down), flats and flats[0])
-    return _LoRAMLP.apply(x, _fused_weight((gate[0], up[0])), down[0], groups, choices, geglu_backend, flats, *leaves)
+    return _LoRAMLP.apply(x, _fused_weight((gate[0], up[0])), down[0], groups, choices, geglu_backend, flats,
+                          *leaves)
 
 
 def _leaves(linears: Sequence[Adapted], flat: Flat | None) -> list[Tensor]:
@@ -665,11 +722,15 @@ def _group(linears: Sequence[Adapted], scale: float, dropout: Dropout | None, M:
     if dropout:
         if not 0 <= dropout.p < 1:
             raise ValueError(f"LoRA dropout needs 0 ≤ p < 1; got {dropout.p}")
-        for name, numbers, length in (("tokens", dropout.tokens, M), ("features", dropout.features, weight.shape[1])):
+        for name, numbers, length in (("tokens", dropout.tokens, M), ("features", dropout.features,
+                                                                      weight.shape[1])):
             got = tuple(numbers.shape), numbers.stride(), numbers.dtype, numbers.device
             if got != ((length,), (1,), torch.int32, weight.device):
-                raise ValueError(f"LoRA dropout: {name} must be ({length},) int32 on {weight.device}, contiguous; got shape {got[0]}, "
-                                 f"strides {got[1]}, {got[2]} on {got[3]}")
+                raise ValueError(
+                    f"LoRA dropout: {name} must be ({length},) int32 on {weight.device}, contiguous; got "
+                    f"shape {got[0]}, "
+                    f"strides {got[1]}, {got[2]} on {got[3]}"
+                )
         scale /= 1 - dropout.p
     return _Group(tuple(len(weight) for weight, *_ in linears), len(lora_a), scale, dropout)
 
@@ -680,7 +741,8 @@ def _fused_weight(weights: Sequence[Tensor]) -> Tensor:
     first, places = weights[0], [weight.data_ptr() for weight in weights]
     steps = [weight.numel() * weight.element_size() for weight in weights[:-1]]
     if len(weights) > 1 and places[1:] == [place + step for place, step in zip(places, steps, strict=False)] \
-            and all(weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for weight in weights):
+            and all(weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+                    for weight in weights):
         return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
     return torch.cat(list(weights)) if len(weights) > 1 else first
 
@@ -694,10 +756,12 @@ def _check(x: Tensor, linears: Sequence[Adapted], choice: Choice) -> None:
     if not 1 <= len(linears) <= 3:
         fail(f"one to three linears share x; got {len(linears)}")
     for weight, lora_a, lora_b in linears:
-        O, I, R = len(weight), x.shape[1], len(linears[0][1])  # noqa: E741
-        for name, tensor, shape in (("weight", weight, (O, I)), ("lora_a", lora_a, (R, I)), ("lora_b", lora_b, (O, R))):
+        O, I, R = len(weight), x.shape[1], len(linears[0][1])
+        for name, tensor, shape in (("weight", weight, (O, I)), ("lora_a", lora_a, (R, I)), ("lora_b", lora_b,
+                                                                                             (O, R))):
             if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-                fail(f"{name} must be {shape} for {I} inputs, and contiguous; got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+                fail(f"{name} must be {shape} for {I} inputs, and contiguous; got shape "
+                     f"{tuple(tensor.shape)}, strides {tensor.stride()}")
             if tensor.device != x.device:
                 fail(f"{name} is on {tensor.device}, x on {x.device}")
         if weight.dtype != x.dtype:
@@ -706,16 +770,19 @@ def _check(x: Tensor, linears: Sequence[Adapted], choice: Choice) -> None:
             fail("weight is frozen here; to train it, use a plain linear")
     if choice.by_triton:
         if not 1 <= R <= 128 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            fail(f"the kernels take ranks 1 to 128 and fp32, bf16, fp16; got rank {R}, {x.dtype}; use PyTorch's way (--kernels torch)")
+            fail(f"the kernels take ranks 1 to 128 and fp32, bf16, fp16; got rank {R}, {x.dtype}; use "
+                 f"PyTorch's way (--kernels torch)")
         if not can_run(x.device):
-            fail(f"the Triton kernels run on a CUDA device, x is on {x.device}; use PyTorch's way (--kernels torch)")
+            fail(f"the Triton kernels run on a CUDA device, x is on {x.device}; use PyTorch's way "
+                 f"(--kernels torch)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The choice, once at the start
 
 
-def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
+def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype,
+           device: torch.device,
            ends: str = "", dropout: float = 0.0,
            geglu_backend: str = "torch") -> tuple[Choice, dict[str, tuple[float, float]]]:
     """Kernel or PyTorch for each operation of a group of linears, and the milliseconds of both where they
@@ -728,32 +795,40 @@ def choose(kernels: str, M: int, I: int, outputs: tuple[int, ...], rank: int, dt
     if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and can_run(device))):
         return BY_PYTORCH, {}
     if not can_run(device):
-        raise ValueError(f"--kernels triton: Triton's kernels need a CUDA device and the triton package; this is {device}; "
-                         "use --kernels auto")
+        raise ValueError(
+            f"--kernels triton: Triton's kernels need a CUDA device and the triton package; this is "
+            f"{device}; "
+            "use --kernels auto"
+        )
     if not 1 <= rank <= 128:
         if kernels == "auto":
             return BY_PYTORCH, {}
-        raise ValueError(f"--kernels triton: the kernels take ranks 1 to 128, this is {rank}; use --kernels auto")
+        raise ValueError(
+            f"--kernels triton: the kernels take ranks 1 to 128, this is {rank}; use --kernels auto"
+        )
     if kernels == "triton":
         if device.type == "cuda":
             for run in operations(M, I, outputs, rank, dtype, device, ends, dropout, geglu_backend).values():
                 run(True)                       # compiles and tunes now, not in the first step
         return BY_TRITON, {}
 
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()                   # other kernels, other times
-    times = remembered("lora", device, [source, str(dtype), M, I, outputs, rank, ends, dropout, geglu_backend], lambda: {
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # other kernels, other times
+    times = remembered("lora", device, [source, str(dtype), M, I, outputs, rank, ends, dropout,
+                                        geglu_backend], lambda: {
         name: [milliseconds(lambda: run(True)), milliseconds(lambda: run(False))]              # noqa: B023
-        for name, run in operations(M, I, outputs, rank, dtype, device, ends, dropout, geglu_backend).items()})
+        for name, run in operations(M, I, outputs, rank, dtype, device, ends, dropout,
+                                    geglu_backend).items()})
     return Choice(**{name: kernel < pytorch for name, (kernel, pytorch) in times.items()}), times
 
 
-def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,  # noqa: E741
+def operations(M: int, I: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device,
                ends: str = "", dropout: float = 0.0,
                geglu_backend: str = "torch") -> dict[str, Callable[[bool], object]]:
     """Each operation of a group of linears on random operands, to be timed: by its name in `Choice`,
     by_triton → result."""
     numbers = [torch.randint(2**31, (length,), dtype=torch.int32, device=device) | 1 for length in (M, I)]
-    group, O = _Group(outputs, rank, 1.0, Dropout(dropout, *numbers) if dropout else None), sum(outputs)  # noqa: E741
+    group, O = _Group(outputs, rank, 1.0, Dropout(dropout, *numbers) if dropout
+                      else None), sum(outputs)
     draw = lambda *shape: torch.randn(shape, dtype=dtype, device=device)  # noqa: E731
     x, dy, weight, a, b = draw(M, I), draw(M, O), draw(O, I), draw(len(outputs) * rank, I), draw(O, rank)
     s, t, gate_up = draw(M, len(a)), draw(M, len(a)), draw(M, 2 * I) if ends == "gate" else None

@@ -34,7 +34,9 @@ class Clock:
             self.other = torch.empty(2**28, dtype=torch.int8, device=device)        # more than any L2 holds
             self.pause = self(lambda _: self.other.zero_())["ms"]
 
-    def __call__(self, call: Callable[[object], object], before: Callable[[], object] | None = None) -> dict[str, float]:
+    def __call__(
+        self, call: Callable[[object], object], before: Callable[[], object] | None = None
+    ) -> dict[str, float]:
         """`before` makes what the call takes and is not timed."""
         hosts, times = [], []
         for _ in range(4 if self.cuda else 3):
@@ -50,7 +52,8 @@ class Clock:
             events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(10)]
             for started, ended in events:
                 state = before() if before else None
-                for _ in range(1 + int(1.5 * min(hosts) / self.pause)):         # here the device waits while the call is queued
+                # here the device waits while the call is queued
+                for _ in range(1 + int(1.5 * min(hosts) / self.pause)):
                     self.other.zero_()
                 started.record()
                 call(state)
@@ -68,7 +71,9 @@ class Clock:
         side, numbers = (8192, 2**28) if self.cuda else (256, 2**22)
         left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         source, target = (torch.randn(numbers, device=device) for _ in range(2))
-        return 2 * side**3 / self(lambda _: left @ right)["ms"], 8 * numbers / self(lambda _: target.copy_(source))["ms"]
+        return 2 * side**3 / self(lambda _: left @ right)["ms"], 8 * numbers / self(
+            lambda _: target.copy_(source)
+        )["ms"]
 
 
 def conditions(device: torch.device) -> dict:

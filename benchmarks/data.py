@@ -1,15 +1,17 @@
-"""From a file of rows to packed batches: ours against `datasets` with transformers' chat template and tokenizer.
+"""From a file of rows to packed batches: ours against `datasets` with transformers' chat template and
+tokenizer.
 
     python benchmarks/data.py --model FOLDER --data a.jsonl,b.jsonl [--rows 20000] [--alone 60000,1000000] [--save]
     pip install datasets            # the peer's; it is in no list of requirements
 
-The rows as they are come first, then repeated up to `--rows`, each time with another number in the query and in every text
-among the arguments. Both sides use as many processes as there are cores. What is timed begins with the file and the loaded
-tokenizer and ends with the last batch of an epoch in steps of 16,896 tokens, tensors of whole rows side by side: "cold" with
-an empty cache, "warm" with what the cold run left. The peer renders with a Jinja template that does the same as the published
-one on rows in xLAM's columns, written for this benchmark as that one is not part of this project: before anything is timed
-both must give the same ids on all rows. It works out no mask of trained tokens and no held-out split, which ours does.
-Ours alone then goes through files of `--alone` rows.
+The rows as they are come first, then repeated up to `--rows`, each time with another number in the query and
+in every text among the arguments. Both sides use as many processes as there are cores. What is timed begins
+with the file and the loaded tokenizer and ends with the last batch of an epoch in steps of 16,896 tokens,
+tensors of whole rows side by side: "cold" with an empty cache, "warm" with what the cold run left. The peer
+renders with a Jinja template that does the same as the published one on rows in xLAM's columns, written for
+this benchmark as that one is not part of this project: before anything is timed both must give the same ids
+on all rows. It works out no mask of trained tokens and no held-out split, which ours does. Ours alone then
+goes through files of `--alone` rows.
 """
 import argparse
 import itertools
@@ -105,9 +107,15 @@ TEMPLATE = r"""
 
 
 def main(args: argparse.Namespace) -> None:
-    result = {"data": [Path(name).name for name in args.data.split(",")], "batch_tokens": BATCH_TOKENS, "cores": CORES,
-              "machine": f"{platform.machine()}, {CORES} cores", "python": platform.python_version(),
-              "versions": {name: version(name) for name in ("datasets", "transformers", "tokenizers", "numpy")}, "files": {}}
+    result = {
+        "data": [Path(name).name for name in args.data.split(",")],
+        "batch_tokens": BATCH_TOKENS,
+        "cores": CORES,
+        "machine": f"{platform.machine()}, {CORES} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("datasets", "transformers", "tokenizers", "numpy")},
+        "files": {},
+    }
     plan = [("real", None, ("peer", "ours")), ("repeated", args.rows, ("peer", "ours"))]
     plan += [(f"alone {rows}", int(rows), ("ours",)) for rows in args.alone.split(",") if rows]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -121,14 +129,18 @@ def main(args: argparse.Namespace) -> None:
             for run in ("cold", "warm") if "peer" in sides else ():
                 made[f"times_peer_{run}"] = made[f"peer, {run}"]["seconds"] / made[f"ours, {run}"]["seconds"]
                 print(f"{name:9} {run}: {made[f'times_peer_{run}']:.1f} times as fast", flush=True)
-            made["load"] = os.getloadavg()[1]                           # programs that wanted a core, over five minutes
+            made["load"] = os.getloadavg()[1]  # programs that wanted a core, over five minutes
             if args.save:
-                (ROOT / "benchmarks" / "results" / "data.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                (ROOT / "benchmarks" / "results" / "data.json").write_text(json.dumps(result,
+                                                                                      indent=2) + "\n",
+                                                                                      encoding="utf-8")
 
 
 def in_a_process(model: str, file: Path, side: str) -> dict:
-    command = [sys.executable, __file__, "--model", model, "--data", str(file), "--folder", f"{file}-{side}", "--side", side]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    command = [sys.executable, __file__, "--model", model, "--data", str(file), "--folder", f"{file}-{side}",
+               "--side", side]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -149,7 +161,8 @@ def write_rows(files: list[str], rows: int | None, path: Path) -> Path:
                 for call in answers:
                     call["arguments"] = {key: f"{value} {turn}" if isinstance(value, str) else value
                                          for key, value in call["arguments"].items()}
-                file.write(json.dumps(row | {"query": f"{row['query']} ({turn})", "answers": json.dumps(answers)}) + "\n")
+                file.write(json.dumps(row | {"query": f"{row['query']} ({turn})",
+                                             "answers": json.dumps(answers)}) + "\n")
                 written += 1
     return path
 
@@ -174,7 +187,8 @@ def anonymous_mib(process: int) -> float:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:                                                     # it has just ended
         return 0.0
-    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0.0)
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon")),
+                0.0)
 
 
 def ours(file: str, model: Path, cache: Path) -> dict:
@@ -190,11 +204,13 @@ def ours(file: str, model: Path, cache: Path) -> dict:
     plan = [rows for rows, _ in sampler.steps(tokens.lengths, 0, batch_tokens=BATCH_TOKENS, epochs=1)]
     planned = time.perf_counter()
     slots = len(plan) * BATCH_TOKENS
-    real = sum(len(batch.tokens) for rows in plan for batch in data.pack([tokens[row] for row in rows], BATCH_TOKENS, share_prefixes=False))
+    real = sum(len(batch.tokens) for rows in plan for batch in data.pack([tokens[row] for row in rows],
+                                                                         BATCH_TOKENS, share_prefixes=False))
     ended = time.perf_counter()
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    return {"rows": len(tokens), "tokens": real, "seconds": ended - began, "ready_seconds": ready - began, "plan_seconds": planned - ready,
-            "filled": real / slots, "peak_mib": memory.own, "worker_peak_mib": memory.child, "cache_megabytes": size / 1e6,
+    return {"rows": len(tokens), "tokens": real, "seconds": ended - began, "ready_seconds": ready - began,
+            "plan_seconds": planned - ready, "filled": real / slots, "peak_mib": memory.own,
+            "worker_peak_mib": memory.child, "cache_megabytes": size / 1e6,
             "resident_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
@@ -208,16 +224,19 @@ def peer(file: str, model: Path, cache: Path) -> dict:
 
     def tokenized(row: dict) -> dict:
         calls = [{"type": "function", "function": call} for call in json.loads(row["answers"])]
-        messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user", "content": row["query"]},
+        messages = [{"role": "developer", "content": DEVELOPER_TEXT}, {"role": "user",
+                                                                       "content": row["query"]},
                     {"role": "assistant", "content": None, "tool_calls": calls}]
-        ids = tokenizer.apply_chat_template(messages, tools=parse_tools(row["tools"]), tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(messages, tools=parse_tools(row["tools"]), tokenize=True,
+                                            return_dict=False)
         return {"ids": ids, "length": len(ids) - 1}
 
     memory = Memory()
     memory.start()
     began = time.perf_counter()
     rows = datasets.load_dataset("json", data_files=file, split="train", cache_dir=str(cache))
-    rows = rows.map(tokenized, num_proc=CORES, remove_columns=rows.column_names, new_fingerprint=f"tokenized{Path(file).stat().st_size}")
+    rows = rows.map(tokenized, num_proc=CORES, remove_columns=rows.column_names,
+                    new_fingerprint=f"tokenized{Path(file).stat().st_size}")
     ready = time.perf_counter()
     rows.set_format("numpy")
     plan = [step for step, _ in sampler.steps(rows["length"][:], 0, batch_tokens=BATCH_TOKENS, epochs=1)]
@@ -228,8 +247,8 @@ def peer(file: str, model: Path, cache: Path) -> dict:
         positions = torch.cat([torch.arange(len(row) - 1) for row in ids])
         real += min(len(tokens), len(positions))
     ended = time.perf_counter()
-    return {"rows": len(rows), "tokens": real, "seconds": ended - began, "ready_seconds": ready - began, "peak_mib": memory.own,
-            "worker_peak_mib": memory.child}
+    return {"rows": len(rows), "tokens": real, "seconds": ended - began, "ready_seconds": ready - began,
+            "peak_mib": memory.own, "worker_peak_mib": memory.child}
 
 
 def check_same_ids(files: list[str], model: Path) -> None:
@@ -243,18 +262,26 @@ def check_same_ids(files: list[str], model: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder with tokenizer.model, tokenizer.json and tokenizer_config.json")
-    parser.add_argument("--data", required=True, help="JSONL files in xLAM's columns as texts, separated by commas")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True,
+                        help="folder with tokenizer.model, tokenizer.json and tokenizer_config.json")
+    parser.add_argument("--data", required=True,
+                        help="JSONL files in xLAM's columns as texts, separated by commas")
     parser.add_argument("--rows", type=int, default=20_000, help="rows to repeat them to (default 20000)")
-    parser.add_argument("--alone", default="60000", help="rows of files that ours alone goes through (default 60000)")
-    parser.add_argument("--folder", help="where to put files and caches meanwhile (default: the system's folder for temporary files)")
+    parser.add_argument("--alone", default="60000",
+                        help="rows of files that ours alone goes through (default 60000)")
+    parser.add_argument(
+        "--folder",
+        help="where to put files and caches meanwhile (default: the system's folder for temporary files)",
+    )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/data.json")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.side:
         figures = (ours if flags.side == "ours" else peer)(flags.data, Path(flags.model), Path(flags.folder))
-        figures["cpu_seconds"] = sum(os.times()[:4])            # of all its processes, imports and the tokenizer's loading with them
+        # of all its processes, imports and the tokenizer's loading with them
+        figures["cpu_seconds"] = sum(os.times()[:4])
         for unit in ("rows", "tokens"):
             figures[f"{unit}_per_second"] = figures[unit] / figures["seconds"]
         print(json.dumps(figures))

@@ -3,10 +3,10 @@
     python benchmarks/decode.py --model MODEL --adapter RUN --data rows.jsonl --save
     python benchmarks/decode.py --save              # random weights of full size and the demo's rows
 
-Both sides answer the same real queries greedily with the same merged weights in bf16. Reading the prompt is timed apart
-(an answer of one token), so that "decoding" counts the tokens after it. On a GPU each call is made once
-before it is timed, as the first of its size records a CUDA graph. Random weights answer nonsense as fast,
-and in bf16 the two sides soon write different nonsense.
+Both sides answer the same real queries greedily with the same merged weights in bf16. Reading the prompt is
+timed apart (an answer of one token), so that "decoding" counts the tokens after it. On a GPU each call is
+made once before it is timed, as the first of its size records a CUDA graph. Random weights answer nonsense as
+fast, and in bf16 the two sides soon write different nonsense.
 """
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def measure(args: argparse.Namespace, weights: str = "trained") -> None:
 
     def peer(prompt: list[int], tokens: int) -> list[int]:
         ids = torch.tensor([prompt], device=args.device)
-        return theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)[0, len(prompt):].tolist()
+        return theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
+                               do_sample=False)[0, len(prompt):].tolist()
 
     def ours(which: list[list[int]], tokens: int, **options) -> list[list[int]]:
         return generate(model, which, tokens, phrases=phrases, recorded=recorded, **options)
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace, weights: str = "trained") -> None:
                 whole[side].append(len(answers[side]) / taken)
         equal += answers["transformers"] == answers["ours"]
     singles, batches = [], []
-    short = [prompt[-40:] for prompt in prompts]                                   # little to read, much to write: what batching is for
+    short = [prompt[-40:] for prompt in prompts]  # little to read, much to write: what batching is for
     warm_up(lambda: ours(short[:1], args.tokens), lambda: ours(short, args.tokens))
     for _ in range(args.repeats):
         one, seconds_one = timed(lambda: [ours([prompt], args.tokens)[0] for prompt in short])
@@ -110,8 +111,9 @@ def measure(args: argparse.Namespace, weights: str = "trained") -> None:
         "times_transformers": statistics.median(rates["ours"]) / statistics.median(rates["transformers"]),
         "same_answers": equal, "single_tokens_per_second": singles, "batch_of_16_tokens_per_second": batches,
         "times_single": statistics.median(b / a for a, b in zip(singles, batches, strict=True)),
-        "data": Path(args.data).name, "device": device_name(torch.device(args.device)), "machine": platform.machine(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        "data": Path(args.data).name, "device": device_name(torch.device(args.device)),
+        "machine": platform.machine(), "versions": {"torch": torch.__version__,
+                                                    "transformers": transformers.__version__}}
     print(json.dumps(result, indent=2))
     keep_result(result, "decode", torch.device(args.device), args)
 

@@ -86,7 +86,7 @@ def timed_cases(draw: Draw, s: Sizes) -> dict[str, tuple[Callable[[], Case], dic
     }
 
 
-def lora_work(s: Sizes, group: str, I: int, O: int) -> dict[str, Work]:  # noqa: E741
+def lora_work(s: Sizes, group: str, I: int, O: int) -> dict[str, Work]:
     """Of each operation of a group; the first layer needs no gradient of its input.
 
     GeGLU writes h beside gate and up. Its gradient is a part of down's input gradient, which reads gate

@@ -119,7 +119,7 @@ def gate(draw: Draw, s: Sizes) -> Case:
                 lambda wide: geglu_reference(*wide.chunk(2, 1)), {"wide": draw(s.T, 2 * s.F)}, ["wide"])
 
 
-def adapted(draw: Draw, name: str, O: int, I: int, R: int) -> dict[str, Tensor]:  # noqa: E741
+def adapted(draw: Draw, name: str, O: int, I: int, R: int) -> dict[str, Tensor]:
     """A linear's weight, A and B by name; adapters are kept in fp32."""
     return {f"{name} weight": draw(O, I, size=I**-0.5),
             f"{name} A": draw(R, I, size=I**-0.5, dtype=torch.float32),
@@ -129,7 +129,7 @@ def adapted(draw: Draw, name: str, O: int, I: int, R: int) -> dict[str, Tensor]:
 def linears(draw: Draw, s: Sizes, inputs: int, outputs: Sequence[int], choice: Choice) -> Case:
     """Adapted linears that share x."""
     tensors = {"x": draw(s.T, inputs)}
-    for i, O in enumerate(outputs):  # noqa: E741
+    for i, O in enumerate(outputs):
         tensors |= adapted(draw, str(i), O, inputs, s.R)
 
     def triples(of: Sequence[Tensor]) -> list[Sequence[Tensor]]:

@@ -1,13 +1,15 @@
-"""Steps on 1, 2, … processes of this machine: seconds, communication, how much of it is hidden; and how evenly rows are dealt.
+"""Steps on 1, 2, … processes of this machine: seconds, communication, how much of it is hidden; and how
+evenly rows are dealt.
 
     python benchmarks/scaling.py --data rows.jsonl --model DIR --save       # without --model a model of 33 M parameters alone
     python benchmarks/scaling.py --tiny
 
-Strong scaling keeps the step's tokens, weak scaling keeps those of a process. On a CPU every process, a lone one too, has one core
-and one thread and speaks gloo; GPUs have a process each and speak NCCL. Full fine-tuning is also measured with all gradients sent
-after the backward pass, by which it shows what sending them during it hides. Communication is the time that the process which comes
-last spends in it, so that waiting for others is not counted; a process is busy for the seconds of CPU that it uses. With --data the
-rows are also dealt to up to 1,024 processes, on paper.
+Strong scaling keeps the step's tokens, weak scaling keeps those of a process. On a CPU every process, a lone
+one too, has one core and one thread and speaks gloo; GPUs have a process each and speak NCCL. Full
+fine-tuning is also measured with all gradients sent after the backward pass, by which it shows what sending
+them during it hides. Communication is the time that the process which comes last spends in it, so that
+waiting for others is not counted; a process is busy for the seconds of CPU that it uses. With --data the rows
+are also dealt to up to 1,024 processes, on paper.
 """
 from __future__ import annotations
 
@@ -47,12 +49,15 @@ from train import loss_sum  # noqa: E402
 from training.distributed import AllReduceGradients, FSDPGradients, all_reduce_max  # noqa: E402
 from training.host import device_name, peak_gib  # noqa: E402
 
-SHAPES = {"small": GemmaConfig(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, head_dim=128),
-          "tiny": GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32)}
+SHAPES = {"small": GemmaConfig(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
+                               head_dim=128),
+          "tiny": GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                              head_dim=32)}
 WAYS = ("lora", "full", "full, sent at the end", "full --shard")
 MICRO_TOKENS = 16_896                                                   # in one forward pass
 # How often every byte of the whole tensor passes a ring; the last two names are those of earlier PyTorch.
-RING = {"all_reduce": 2, "all_gather_single": 1, "reduce_scatter_single": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+RING = {"all_reduce": 2, "all_gather_single": 1, "reduce_scatter_single": 1, "all_gather_into_tensor": 1,
+        "reduce_scatter_tensor": 1}
 
 
 def build(model: str, way: str, device: torch.device) -> Gemma3:
@@ -85,7 +90,9 @@ def count_bytes(world: int) -> list[float]:
 
 
 def process(rank: int, world: int, args: argparse.Namespace, runs: list[tuple], folder: str) -> None:
-    """One of `world` processes: measures each of the runs (model, way, rows) and writes what it saw to FOLDER/RANK.json."""
+    """One of `world` processes: measures each of the runs (model, way, rows) and writes what it saw to
+    FOLDER/RANK.json.
+    """
     device = torch.device(args.device, rank if args.device == "cuda" else None)
     if args.device == "cuda":
         torch.cuda.set_device(device)
@@ -102,13 +109,17 @@ def process(rank: int, world: int, args: argparse.Namespace, runs: list[tuple], 
     dist.destroy_process_group()
 
 
-def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.device, sent: list[float], model_name: str, way: str,
-               examples: list[Example]) -> dict:
-    """What this process sees of steps over the examples: seconds of each, its tokens, the bytes that it sends."""
+def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.device, sent: list[float],
+               model_name: str, way: str, examples: list[Example]) -> dict:
+    """What this process sees of steps over the examples.
+
+    Seconds of each, its tokens, the bytes that it sends.
+    """
     model = build(model_name, way, device)
     examples = [Example(row.ids % model.config.vocab_size, row.loss_mask, row.source) for row in examples]
     batches = data.pack_groups(sampler.assign_to_ranks(examples, world)[rank], MICRO_TOKENS)
-    tokens, trained = sum(len(batch.tokens) for batch in batches), sum(example.loss_tokens for example in examples)
+    tokens, trained = sum(len(batch.tokens) for batch in batches), sum(example.loss_tokens
+                                                                       for example in examples)
     if way == "full --shard":
         batches += [data.IDLE] * (all_reduce_max(len(batches), device) - len(batches))
     gradients = FSDPGradients(model) if way == "full --shard" else AllReduceGradients(model, world)
@@ -116,7 +127,7 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
 
     def now() -> float:
         if args.device == "cuda":
-            torch.cuda.current_stream().synchronize()                   # what is being sent has a stream of its own
+            torch.cuda.current_stream().synchronize()  # what is being sent has a stream of its own
         return time.perf_counter()
 
     seconds, sending, busy = [], [], []
@@ -135,14 +146,17 @@ def take_steps(rank: int, world: int, args: argparse.Namespace, device: torch.de
         gradients.zero()
         seconds.append(now() - began)
         busy.append(time.process_time() - began_busy)
-    return {"seconds": seconds, "sending": sending, "busy": busy, "tokens": tokens, "bytes": sum(sent), "peak_gib": peak_gib(device)}
+    return {"seconds": seconds, "sending": sending, "busy": busy, "tokens": tokens, "bytes": sum(sent),
+            "peak_gib": peak_gib(device)}
 
 
 def measure(model: str, world: int, args: argparse.Namespace, examples: list[Example]) -> list[dict]:
     """The figures of each way and scaling on so many processes."""
     lengths, runs = [len(example) for example in examples], []
-    for way, scaling in itertools.product(WAYS, ("strong", "weak")) if world > 1 else (("lora", "strong"), ("full", "strong")):
-        rows, _ = next(sampler.steps(lengths, 0, batch_tokens=args.tokens * (world if scaling == "weak" else 1)))
+    for way, scaling in itertools.product(WAYS, ("strong", "weak")) if world > 1 else (("lora", "strong"),
+                                                                                       ("full", "strong")):
+        rows, _ = next(sampler.steps(lengths, 0, batch_tokens=args.tokens * (world if scaling == "weak"
+                                                                             else 1)))
         runs.append((model, way, [examples[row] for row in rows], scaling))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(process, (world, args, [run[:3] for run in runs], folder), nprocs=world)
@@ -153,23 +167,30 @@ def measure(model: str, world: int, args: argparse.Namespace, examples: list[Exa
 def figures(model: str, way: str, examples: list[Example], scaling: str, seen: list[dict]) -> dict:
     """One run's figures out of what its processes saw; of seconds the median over all steps but the first."""
     def median(key: str, of_processes) -> float:
-        return statistics.median([of_processes(step) for step in zip(*(one[key] for one in seen), strict=True)][1:])
+        return statistics.median([of_processes(step) for step in zip(*(one[key] for one in seen),
+                                                                     strict=True)][1:])
 
     seconds, loads, tokens = median("seconds", max), [one["tokens"] for one in seen], sum(map(len, examples))
-    return {"model": model if model in SHAPES else "270M", "way": way, "processes": len(seen), "scaling": scaling, "rows": len(examples),
-            "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "busy_seconds": median("busy", max),
-            "communication_seconds": None if way == "full --shard" else median("sending", min), "bytes": seen[0]["bytes"],
-            "largest_over_mean": max(loads) * len(seen) / sum(loads), "peak_gib": max(one["peak_gib"] for one in seen)}
+    return {"model": model if model in SHAPES else "270M", "way": way, "processes": len(seen),
+            "scaling": scaling, "rows": len(examples), "tokens": tokens, "seconds": seconds,
+            "tokens_per_second": tokens / seconds, "busy_seconds": median("busy", max),
+            "communication_seconds": None if way == "full --shard" else median("sending", min),
+            "bytes": seen[0]["bytes"], "largest_over_mean": max(loads) * len(seen) / sum(loads),
+            "peak_gib": max(one["peak_gib"] for one in seen)}
 
 
 def dealt(examples: list[Example], processes: int) -> dict:
-    """How evenly so many processes share a step of `MICRO_TOKENS` each, or of all rows, and the seconds of CPU for which one packs it."""
+    """How evenly so many processes share a step of `MICRO_TOKENS` each, or of all rows, and the seconds of
+    CPU for which one packs it.
+    """
     lengths, places = [len(example) for example in examples], np.argsort(lexicographic_order(examples))
     rows, _ = next(sampler.steps(lengths, 0, batch_tokens=min(processes * MICRO_TOKENS, sum(lengths))))
     teams, loads, seconds = sampler.rank_group(0, processes).groups, [], []
-    for team in range(teams):                                           # the first `teams` ranks are of one team each
+    for team in range(teams):  # the first `teams` ranks are of one team each
         began = time.process_time()
-        groups = sampler.assign_to_ranks([examples[row] for row in sampler.rank_group_rows(rows, lengths, places, team, processes)],
+        groups = sampler.assign_to_ranks([examples[row] for row in sampler.rank_group_rows(rows, lengths,
+                                                                                           places, team,
+                                                                                           processes)],
                            sampler.rank_group(team, processes).size)
         data.pack_groups(groups[0], MICRO_TOKENS)
         seconds.append(time.process_time() - began)
@@ -178,18 +199,26 @@ def dealt(examples: list[Example], processes: int) -> dict:
     assignment = sampler.assign_to_ranks([examples[row] for row in rows], processes)
     together = sum(group.computed_tokens for some in assignment for group in some)
     tokens = sum(lengths[row] for row in rows)
-    return {"processes": processes, "rows": len(rows), "tokens": tokens, "largest_over_mean": max(loads) / (sum(loads) / processes),
-            "computed": sum(loads) / tokens, "seconds": statistics.median(seconds), "without_teams": {
+    return {"processes": processes, "rows": len(rows), "tokens": tokens,
+            "largest_over_mean": max(loads) / (sum(loads) / processes), "computed": sum(loads) / tokens,
+            "seconds": statistics.median(seconds), "without_teams": {
                 "computed": together / tokens, "seconds": time.process_time() - began}}
 
 
 def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     counts = [int(count) for count in args.processes.split(",")]
-    result = {"device": "a core and a thread each, " + platform.machine() if args.device == "cpu" else device_name(device),
-              "versions": {"torch": torch.__version__, "python": platform.python_version()}, "steps": args.steps,
-              "load_average": os.getloadavg()[0], "data": [Path(source).name for source in (args.data or "random rows").split(",")],
-              "measured": [], "dealt": []}
+    result = {
+        "device": "a core and a thread each, " + platform.machine()
+        if args.device == "cpu"
+        else device_name(device),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "steps": args.steps,
+        "load_average": os.getloadavg()[0],
+        "data": [Path(source).name for source in (args.data or "random rows").split(",")],
+        "measured": [],
+        "dealt": [],
+    }
     if args.data:
         tokenizer = Tokenizer.load(args.model or args.tokenizer)
         examples = [tokenize(row, tokenizer) for row in read_sources(args.data.split(","))]
@@ -203,13 +232,30 @@ def main(args: argparse.Namespace) -> None:
 
     for processes in (2, 8, 16, 32, 64, 128, 256, 1024) if args.data else ():
         made = dealt(examples, processes)
-        keep("dealt", made, f"{processes:4} processes: {made['rows']} rows, largest share {made['largest_over_mean']:.3f} of the mean, "
-             f"{made['seconds'] * 1e3:.0f} ms (all together {made['without_teams']['seconds'] * 1e3:.0f} ms)")
+        keep(
+            "dealt",
+            made,
+            f"{processes:4} processes: {made['rows']} rows, largest share {made['largest_over_mean']:.3f} "
+            f"of the mean, "
+            f"{made['seconds'] * 1e3:.0f} ms (all together {made['without_teams']['seconds'] * 1e3:.0f} ms)",
+        )
     models = ["tiny"] if args.tiny else ["small", *([args.model] if args.model else [])]
-    for made in itertools.chain.from_iterable(measure(model, world, args, examples) for model in models for world in counts):
-        sending = "" if made["communication_seconds"] is None else f", communication {made['communication_seconds'] * 1e3:.1f} ms"
-        keep("measured", made, f"{made['model']:5} {made['way']:22} {made['processes']} {made['scaling']:6} {made['tokens']:6} tokens "
-             f"{made['seconds'] * 1e3:8.1f} ms, busy {made['busy_seconds'] * 1e3:.1f} ms{sending}, {made['bytes'] / 1e6:.1f} MB")
+    for made in itertools.chain.from_iterable(
+        measure(model, world, args, examples) for model in models for world in counts
+    ):
+        sending = (
+            ""
+            if made["communication_seconds"] is None
+            else f", communication {made['communication_seconds'] * 1e3:.1f} ms"
+        )
+        keep(
+            "measured",
+            made,
+            f"{made['model']:5} {made['way']:22} {made['processes']} {made['scaling']:6} {made['tokens']:6} "
+            f"tokens "
+            f"{made['seconds'] * 1e3:8.1f} ms, busy {made['busy_seconds'] * 1e3:.1f} ms{sending}, "
+            f"{made['bytes'] / 1e6:.1f} MB",
+        )
 
 
 if __name__ == "__main__":

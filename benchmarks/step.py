@@ -1,12 +1,13 @@
-"""A whole training step, technique by technique and beside the peers: real tokens a second, memory, share of the card's peak.
+"""A whole training step, technique by technique and beside the peers: real tokens a second, memory, share of
+the card's peak.
 
     python benchmarks/step.py --save                                  # on a CUDA device; random weights of full size
     python benchmarks/step.py --device cpu --tiny --tokens 300 --steps 2
 
-The ladder starts with PyTorch for everything and exchanges one technique a rung; every rung takes the same rows and must
-reach the same losses. So must the peers: transformers with PEFT or alone on the same rows, weights and adapters, from the
-usual recipe to the strongest mixture of packages; what is not installed is named. Rows are as long as xLAM's (400 tokens
-on average); a tenth is trained.
+The ladder starts with PyTorch for everything and exchanges one technique a rung; every rung takes the same
+rows and must reach the same losses. So must the peers: transformers with PEFT or alone on the same rows,
+weights and adapters, from the usual recipe to the strongest mixture of packages; what is not installed is
+named. Rows are as long as xLAM's (400 tokens on average); a tenth is trained.
 
 The first step of each is compared with fp32, token by token where the way is not ours (`fault`): a way that
 computes something else is kept, marked as wrong, and gets no figure in any table. MFU counts the operations
@@ -50,11 +51,15 @@ from training.distributed import AllReduceGradients  # noqa: E402
 from training.host import peak_gib  # noqa: E402
 from training.metrics import flops, utilization  # noqa: E402
 
-# A rung of the ladder: the operations that use the device's fastest backend, the others PyTorch; and who computes the adapters.
+# A rung of the ladder: the operations that use the device's fastest backend, the others PyTorch; and who
+# computes the adapters.
 SIMPLE = ("rms_norm", "geglu")
 EVERY = (*SIMPLE, "attention", "cross_entropy", "weight_grad")
-LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE, "attention"), "torch"),
-          "+ loss": (EVERY, "torch"), "+ LoRA, whichever is faster": (EVERY, "auto"), "LoRA by Triton alone": (EVERY, "triton")}
+LADDER = {"PyTorch": ((), "torch"), "+ norms, GeGLU": (SIMPLE, "torch"), "+ attention": ((*SIMPLE,
+                                                                                          "attention"),
+                                                                                          "torch"),
+          "+ loss": (EVERY, "torch"), "+ LoRA, whichever is faster": (EVERY, "auto"),
+          "LoRA by Triton alone": (EVERY, "triton")}
 TINY = GemmaConfig(vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=32)
 SIZES = (1_024, 4_096, 8_192, 33_792, 65_536)          # tokens of a step
 
@@ -70,7 +75,8 @@ def rows(tokens: int, vocabulary: int, seed: int) -> list[Example]:
     return made
 
 
-def timed(step: Callable[[int], tuple[Tensor, Tensor]], steps: int, device: torch.device, reserved: bool = False) -> dict:
+def timed(step: Callable[[int], tuple[Tensor, Tensor]], steps: int, device: torch.device,
+          reserved: bool = False) -> dict:
     """Losses and gradients' norms of all steps, and seconds and memory of those after the warm-up.
 
     reserved: count all the memory that PyTorch holds, as what is recorded asks for none when it is replayed.
@@ -87,7 +93,8 @@ def timed(step: Callable[[int], tuple[Tensor, Tensor]], steps: int, device: torc
         norms.append(norm.item())
         seconds.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_reserved(device) / 2**30 if reserved else peak_gib(device)
-    return {"losses": losses, "grad_norms": norms, "seconds": statistics.median(seconds[-steps:]), "peak_gib": peak}
+    return {"losses": losses, "grad_norms": norms, "seconds": statistics.median(seconds[-steps:]),
+            "peak_gib": peak}
 
 
 @cache
@@ -107,12 +114,16 @@ def start(config: GemmaConfig, device: torch.device, full: bool, fastest: tuple[
     with torch.device("meta"):
         model = Gemma3(config, torch.bfloat16, Backends(**{name: getattr(chosen, name) for name in fastest}))
     dtype = torch.float32 if full else torch.bfloat16
-    model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name, tensor in weights(config).items()}, assign=True)
+    model.load_state_dict({name: tensor.to(device, dtype, copy=True) for name,
+                           tensor in weights(config).items()}, assign=True)
     return model.train()
 
 
 def training_step(config: GemmaConfig, device: torch.device, tokens: int, full: bool, lora: str,
-                  recorded: bool = False, fastest: tuple[str, ...] = EVERY) -> tuple[Callable[[int], tuple[Tensor, Tensor]], float]:
+                  recorded: bool = False, fastest: tuple[str, ...] = EVERY) -> tuple[Callable[[int],
+                                                                                              tuple[Tensor,
+                                                                                                    Tensor]],
+                                                                                                    float]:
     """A function that takes the step of a number and returns loss and gradient norm; and a step's FLOPs."""
     model = start(config, device, full, fastest)
     if not full:
@@ -215,8 +226,8 @@ class Peer:
     """A way to train with transformers."""
 
     attention: str = "sdpa"
-    rows: int = 4                           # of a padded batch; 0: all rows of the step side by side, without padding
-    loss: str = "logits"                    # of all tokens in fp32; "trained": of trained ones alone; or a package's fused loss
+    rows: int = 4  # of a padded batch; 0: all rows of the step side by side, without padding
+    loss: str = "logits"  # of all tokens in fp32; "trained": of trained ones alone; or a package's fused loss
     compiled: bool = False
     liger: bool = False                     # norms, GeGLU and rotation by Liger's kernels
     bf16_adapters: bool = False             # PEFT keeps them in fp32 unless asked
@@ -232,19 +243,26 @@ PEERS = {
     "transformers + PEFT, 16 rows, compiled": Peer(rows=16, compiled=True),
     "transformers + PEFT, 16 rows, logits of trained tokens": Peer(rows=16, loss="trained"),
     "Liger + PEFT, 16 rows": Peer(rows=16, loss="liger_kernel", liger=True),
-    "packed, FlexAttention, logits of trained tokens, compiled": Peer("flex_attention", 0, "trained", compiled=True, bf16_adapters=True),
-    "packed, FlexAttention, Liger, CCE, compiled": Peer("flex_attention", 0, "cut_cross_entropy", True, liger=True, bf16_adapters=True),
+    "packed, FlexAttention, logits of trained tokens, compiled": Peer("flex_attention", 0, "trained",
+                                                                      compiled=True, bf16_adapters=True),
+    "packed, FlexAttention, Liger, CCE, compiled": Peer("flex_attention", 0, "cut_cross_entropy", True,
+                                                        liger=True, bf16_adapters=True),
     "every parameter: transformers, 4 rows": Peer(full=True),
-    "every parameter: packed, FlexAttention, logits of trained tokens, compiled": Peer("flex_attention", 0, "trained", True, full=True),
+    "every parameter: packed, FlexAttention, logits of trained tokens, compiled": Peer("flex_attention", 0,
+                                                                                       "trained", True,
+                                                                                       full=True),
 }
 FEW_PEERS = ("transformers + PEFT, 4 rows", "transformers + PEFT, 16 rows, logits of trained tokens",
              "packed, FlexAttention, logits of trained tokens, compiled",
              "transformers + PEFT, eager, 4 rows, as NeMo's recipe")    # in this order, where time is short
-SMALL_PEERS = {"padded": Peer("eager"), "packed": Peer(rows=0, loss="trained"), "full": Peer(loss="trained", full=True)}     # run anywhere
+# run anywhere
+SMALL_PEERS = {"padded": Peer("eager"), "packed": Peer(rows=0, loss="trained"), "full": Peer(loss="trained",
+                                                                                             full=True)}
 
 
 def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) -> dict:
-    """transformers, with PEFT unless every parameter is trained, from the same weights and adapters as ours."""
+    """transformers, with PEFT unless every parameter is trained, from the same weights and adapters as ours.
+    """
     from peft import PeftModel
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     from transformers.models.gemma3 import modeling_gemma3
@@ -252,11 +270,12 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
     torch.compiler.reset()          # compiled peers share code, of which torch.compile keeps eight variants
     gc.collect()
     shape = {key: value for key, value in asdict(config).items() if not key.startswith("rope")}
-    shape |= {"layer_types": list(config.layer_types), "query_pre_attn_scalar": int(config.query_pre_attn_scalar)}
-    with device:                                                                        # its own random weights take long on a CPU
+    shape |= {"layer_types": list(config.layer_types),
+              "query_pre_attn_scalar": int(config.query_pre_attn_scalar)}
+    with device:  # its own random weights take long on a CPU
         base = Gemma3ForCausalLM(Gemma3TextConfig(**shape, attn_implementation=way.attention))
     mine = start(config, torch.device("cpu"), full=True)
-    base.load_state_dict(mine.state_dict(), strict=False)                               # but for lm_head, which is tied
+    base.load_state_dict(mine.state_dict(), strict=False)  # but for lm_head, which is tied
     base = base.to(device, torch.bfloat16).train()
     try:
         if way.liger:
@@ -266,19 +285,23 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
             wrap(mine, LoRAConfig(), torch.Generator().manual_seed(0))
             with tempfile.TemporaryDirectory() as folder:
                 save_adapter(mine, "base", Path(folder))
-                PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=not way.bf16_adapters)   # changes base
+                # changes base
+                PeftModel.from_pretrained(base, folder, is_trainable=True,
+                                          autocast_adapter_dtype=not way.bf16_adapters)
         parameters = [p for p in base.parameters() if p.requires_grad]
         run = torch.compile(base.model) if way.compiled else base.model
         optimizer = torch.optim.AdamW(parameters, lr=1e-5 if way.full else 1e-3, fused=True)
         examples = [rows(tokens, config.vocab_size, seed) for seed in range(4)]
         steps = [[padded(some[first:first + way.rows], device) if way.rows else packed(some, device)
-                  for first in range(0, len(some), way.rows or len(some))] for some in examples]          # there before time counts
+                  # there before time counts
+                  for first in range(0, len(some), way.rows or len(some))] for some in examples]
 
         work = flops(mine, pack(examples[0], tokens)[0])
         first = []                                                      # losses of the first step's tokens
 
         def step(i: int) -> tuple[Tensor, Tensor]:
-            total, trained = torch.zeros((), device=device), sum(row.loss_tokens for row in examples[i % len(examples)])
+            total, trained = torch.zeros((), device=device), sum(row.loss_tokens
+                                                                 for row in examples[i % len(examples)])
             for one in steps[i % len(steps)]:
                 batch = dict(one)
                 labels = batch.pop("labels")[:, 1:]
@@ -296,13 +319,16 @@ def peer(config: GemmaConfig, args: argparse.Namespace, tokens: int, way: Peer) 
 
         made = timed(step, max(2, args.steps // 4), device)
     finally:
-        modeling_gemma3.apply_rotary_pos_emb = usual_rotation                           # Liger puts its own there for all models
+        modeling_gemma3.apply_rotary_pos_emb = usual_rotation  # Liger puts its own there for all models
     wrong = fault(config, device, tokens, made["losses"][0], torch.cat(first))
     return made | rates(tokens, work, made["seconds"], device) | wrong
 
 
 def packed(some: list[Example], device: torch.device) -> dict[str, Tensor]:
-    """Rows as transformers takes them without padding: (1, all their tokens); a row's first token is not to be foreseen."""
+    """Rows as transformers takes them without padding.
+
+    (1, all their tokens); a row's first token is not to be foreseen.
+    """
     each = [padded([row], device) for row in some]
     batch = {name: torch.cat([one[name] for one in each], dim=1) for name in ("input_ids", "labels")}
     batch["position_ids"] = torch.cat([one["attention_mask"].cumsum(1) - 1 for one in each], dim=1)
@@ -327,7 +353,7 @@ def attempt(call: Callable[[], dict], device: torch.device) -> dict:
     """What a measurement gave, or why it gave nothing."""
     try:
         return call()
-    except Exception as error:                                       # what cannot run here is recorded, and the others go on
+    except Exception as error:  # what cannot run here is recorded, and the others go on
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:
         if device.type == "cuda":
@@ -358,7 +384,8 @@ def main(args: argparse.Namespace) -> None:
     names = FEW_PEERS if args.few_peers and not args.tiny else peers
     for name, way in ((name, peers[name]) for name in names) if "peers" in parts else ():
         measure("peers", name, peer, args.tokens, way)
-    if device.type == "cuda" and "ladder" in parts:                         # last: what a failed recording leaves would touch the others
+    # last: what a failed recording leaves would touch the others
+    if device.type == "cuda" and "ladder" in parts:
         for name, full in (("+ CUDA graph", False), ("every parameter, CUDA graph", True)):
             measure("ladder", name, ours, args.tokens, full, EVERY, "auto", True)
 
@@ -388,9 +415,11 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=16_896, help="of a step")
     parser.add_argument("--steps", type=int, default=20, help="measured ones, after up to ten that warm up")
-    parser.add_argument("--parts", default="ladder,sizes,peers", help="which of the three to measure, for where time is short")
+    parser.add_argument("--parts", default="ladder,sizes,peers",
+                        help="which of the three to measure, for where time is short")
     parser.add_argument("--few-peers", action="store_true", help="four that stand for all")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="what the result file lacks")
-    parser.add_argument("--tiny", action="store_true", help="a small model and few peers, to see that everything runs")
+    parser.add_argument("--tiny", action="store_true",
+                        help="a small model and few peers, to see that everything runs")
     add_result_flags(parser)
     main(parser.parse_args())

@@ -1,4 +1,5 @@
-"""Write the tables of README.md and docs/faults.md from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Write the tables of README.md and docs/faults.md from benchmarks/results/*.json, so that no figure is typed
+by hand.
 
     python benchmarks/tables.py                     # rewrite what stands between their table marks
     python benchmarks/tables.py --run NAME=FOLDER   # first store a run's summary in benchmarks/results/NAME.json
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("usage", "benchmarks", "faults", "scaling"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("usage", "benchmarks", "faults",
+                                                                         "scaling"))]
 RESULTS = ROOT / "benchmarks" / "results"
 GPU_RESULTS = RESULTS / "gpu"                   # where `make gpu` writes
 
@@ -44,20 +46,33 @@ def keep_result(result: dict, name: str, device: torch.device, args: argparse.Na
 
 
 def summarise(run: Path) -> dict:
-    """What a run's log.jsonl says: accuracy and held-out loss before and after, time, memory, machine, flags."""
-    header, *records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    """What a run's log.jsonl says: accuracy and held-out loss before and after, time, memory, machine, flags.
+    """
+    header, *records = [json.loads(line)
+                        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     taken = [record for record in records if "loss" in record]
     calls = []
     for path in sorted((run / "calls").glob("step-*.json")):
-        evaluation = json.loads(path.read_text(encoding="utf-8")) | {"step": int(path.stem.removeprefix("step-"))}
-        calls.append({key: value for key, value in evaluation.items() if key not in ("answers", "model", "adapter", "data")})
+        evaluation = json.loads(path.read_text(encoding="utf-8")) | {
+            "step": int(path.stem.removeprefix("step-"))
+        }
+        calls.append({key: value for key, value in evaluation.items() if key not in ("answers", "model",
+                                                                                     "adapter", "data")})
     held_out = [record["eval_loss"] for record in records if "eval_loss" in record]
-    return {"steps": taken[-1]["step"], "tokens": sum(r["tokens"] for r in taken), "minutes": sum(r["seconds"] for r in taken) / 60,
-            "tokens_per_second": sum(r["tokens"] for r in taken) / sum(r["seconds"] for r in taken),
-            "peak_gib": max(r["peak_gib"] for r in taken), "held_out_loss": [held_out[0], held_out[-1]],
-            "calls": calls, "data": [Path(source).name for source in header["flags"]["data"].split(",")],
-            "device": header["device"], "commit": header["commit"], "torch": header["torch"],
-            "flags": {k: v for k, v in header["flags"].items() if k not in ("model", "data", "eval_data")}}
+    return {
+        "steps": taken[-1]["step"],
+        "tokens": sum(r["tokens"] for r in taken),
+        "minutes": sum(r["seconds"] for r in taken) / 60,
+        "tokens_per_second": sum(r["tokens"] for r in taken) / sum(r["seconds"] for r in taken),
+        "peak_gib": max(r["peak_gib"] for r in taken),
+        "held_out_loss": [held_out[0], held_out[-1]],
+        "calls": calls,
+        "data": [Path(source).name for source in header["flags"]["data"].split(",")],
+        "device": header["device"],
+        "commit": header["commit"],
+        "torch": header["torch"],
+        "flags": {k: v for k, v in header["flags"].items() if k not in ("model", "data", "eval_data")},
+    }
 
 
 def tables() -> dict[str, str]:
@@ -72,7 +87,9 @@ def tables() -> dict[str, str]:
         on_gpu = gpu.get("decode", {})
         made["decode"] = decode_table(on_gpu if on_gpu.get("weights") == "trained" else decode)
     if "cpu_vs_peft" in found and "cpu_parity" in found:
-        made["peft"] = peft_table(found["cpu_vs_peft"], found.get("cpu_full"), found.get("cpu_vs_peft_fp32"), found["cpu_parity"])
+        made["peft"] = peft_table(
+            found["cpu_vs_peft"], found.get("cpu_full"), found.get("cpu_vs_peft_fp32"), found["cpu_parity"]
+        )
     if "cpu_one_set" in found:
         made["one_set"] = one_set_table(found["cpu_one_set"])
     made["gpu"] = gpu_table(gpu)
@@ -111,7 +128,8 @@ def files_table() -> str:
     for name, what in READING_ORDER.items():
         path = ROOT / name
         if path.exists():
-            lines.append(f"| [{name}{'/' if path.is_dir() else ''}]({name}) | {count_lines(path):,} | {what} |")
+            lines.append(f"| [{name}{'/' if path.is_dir() else ''}]({name}) | {count_lines(path):,} | "
+                         f"{what} |")
     return "\n".join(lines)
 
 
@@ -130,7 +148,11 @@ def modules_table() -> str:
 
 def count_lines(path: Path) -> int:
     """Lines of a source file, or of all in a folder, rounded to tens."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in (".py", ".cpp", ".css")]
+    files = (
+        [path]
+        if path.is_file()
+        else [file for file in path.rglob("*") if file.suffix in (".py", ".cpp", ".css")]
+    )
     return round(sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files), -1)
 
 
@@ -147,31 +169,51 @@ def summary_table(found: dict[str, dict]) -> str:
     rows_per_second = {side: statistics.median(one_set[side]["rows_per_second"]) for side in ("peft", "ours")}
     file = next(iter(data["files"].values()))
     memory = f"{lora['peft']['peak_gib']:.1f} | **{lora['ours']['peak_gib']:.1f}** GiB | {lora['memory_ratio']:.0%} of it"
-    return "\n".join([
-        "| Gemma 3 270M, two CPU cores | transformers + PEFT | this project | ratio |", "|---|---|---|---|",
-        row("LoRA, rank 16", speed(lora, "peft"), speed(lora, "ours"), "tokens/s"),
-        f"| … peak memory | {memory} |",
-        row("full fine-tuning", speed(full, "peft"), speed(full, "ours"), "tokens/s"),
-        row("LoRA, rows that share their tools", rows_per_second["peft"], rows_per_second["ours"], "rows/s", 2),
-        row("rows tokenized and packed (peer: Hugging Face datasets)", file["peer, cold"]["rows_per_second"],
-            file["ours, cold"]["rows_per_second"], "rows/s"), "",
-        f"{lora['machine']}, bf16; conditions and all other figures: [docs/benchmarks.md](docs/benchmarks.md). "
-        + NO_GPU])
+    return "\n".join(
+        [
+            "| Gemma 3 270M, two CPU cores | transformers + PEFT | this project | ratio |",
+            "|---|---|---|---|",
+            row("LoRA, rank 16", speed(lora, "peft"), speed(lora, "ours"), "tokens/s"),
+            f"| … peak memory | {memory} |",
+            row("full fine-tuning", speed(full, "peft"), speed(full, "ours"), "tokens/s"),
+            row(
+                "LoRA, rows that share their tools",
+                rows_per_second["peft"],
+                rows_per_second["ours"],
+                "rows/s",
+                2,
+            ),
+            row(
+                "rows tokenized and packed (peer: Hugging Face datasets)",
+                file["peer, cold"]["rows_per_second"],
+                file["ours, cold"]["rows_per_second"],
+                "rows/s",
+            ),
+            "",
+            f"{lora['machine']}, bf16; conditions and all other figures: "
+            f"[docs/benchmarks.md](docs/benchmarks.md). " + NO_GPU,
+        ]
+    )
 
 
 def demo_table(r: dict) -> str:
     before, after = r["calls"][0], r["calls"][-1]
     return "\n".join([
         "| `make finetune` | before | after |", "|---|---|---|",
-        f"| exact match of {after['rows']} held-out queries | {before['exact_match']:.1%} | **{after['exact_match']:.1%}** |",
+        f"| exact match of {after['rows']} held-out queries | {before['exact_match']:.1%} | "
+        f"**{after['exact_match']:.1%}** |",
         f"| held-out loss, nats per token | {r['held_out_loss'][0]:.2f} | {r['held_out_loss'][1]:.3f} |", "",
-        f"{r['steps']} steps in {r['minutes']:.1f} minutes, {r['tokens_per_second'] / 1e3:.1f}k tokens/s, {r['peak_gib']:.1f} GiB; "
+        f"{r['steps']} steps in {r['minutes']:.1f} minutes, {r['tokens_per_second'] / 1e3:.1f}k tokens/s, "
+        f"{r['peak_gib']:.1f} GiB; "
         f"{r['device']}, torch {r['torch']}, commit {r['commit']}"])
 
 
 def calls_table(runs: list[dict]) -> str:
     """Accuracy before and after of each run, and by file."""
-    lines = ["| Gemma 3 270M, real weights | held-out rows | exact match | AST match | right functions |", "|---|---|---|---|---|"]
+    lines = [
+        "| Gemma 3 270M, real weights | held-out rows | exact match | AST match | right functions |",
+        "|---|---|---|---|---|",
+    ]
     notes = []
 
     def cells(before: dict, after: dict) -> str:
@@ -183,53 +225,102 @@ def calls_table(runs: list[dict]) -> str:
         files = after.get("files", {})
         name = " + ".join(Path(file).stem for file in r["data"])
         lines.append(f"| {name}, {r['steps']} steps, {r['minutes']:.0f} minutes | {cells(before, after)} |")
-        lines += [f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |" for file, of_file in files.items()
-                  if of_file["rows"] >= 10]
+        lines += [
+            f"| … {Path(file).stem} | {cells(before['files'][file], of_file)} |"
+            for file, of_file in files.items()
+            if of_file["rows"] >= 10
+        ]
         between = [c for c in r["calls"] if c["step"] > 0]
         if len(between) > 1:
-            notes.append("Exact match after " + ", ".join(f"{c['step'] * flags['batch_rows']}" for c in between) + " rows: "
-                         + ", ".join(f"{c['exact_match']:.1%}" for c in between))
+            notes.append(
+                "Exact match after "
+                + ", ".join(f"{c['step'] * flags['batch_rows']}" for c in between)
+                + " rows: "
+                + ", ".join(f"{c['exact_match']:.1%}" for c in between)
+            )
         way = "every parameter" if flags["full"] else f"LoRA rank {flags['lora_rank']}"
-        notes.append(f"{r['steps']} steps of {flags['batch_rows']} rows, {way}, lr {flags['lr']:g}: {r['tokens'] / 1e3:.0f}k tokens at "
-                     f"{r['tokens_per_second']:.0f} tokens/s, {r['peak_gib']:.1f} GiB, held-out loss {r['held_out_loss'][0]:.2f} → "
+        notes.append(f"{r['steps']} steps of {flags['batch_rows']} rows, {way}, lr {flags['lr']:g}: "
+                     f"{r['tokens'] / 1e3:.0f}k tokens at "
+                     f"{r['tokens_per_second']:.0f} tokens/s, {r['peak_gib']:.1f} GiB, held-out loss "
+                     f"{r['held_out_loss'][0]:.2f} → "
                      f"{r['held_out_loss'][1]:.3f}; {r['device']}, torch {r['torch']}, commit {r['commit']}")
     return "\n".join([*lines, "", "  \n".join(notes)])
 
 
 def decode_table(r: dict) -> str:
     rate, whole = r["decoding_tokens_per_second"], r["with_reading_tokens_per_second"]
-    lines = [f"| {side} | {rate[side]:.1f} | {rate[side] / rate['transformers']:.1f} × | {whole[side]:.1f} |" for side in rate]
-    one, many = (statistics.median(r[key]) for key in ("single_tokens_per_second", "batch_of_16_tokens_per_second"))
-    return "\n".join([
-        f"| answering one prompt of {r['prompt_tokens']} tokens | tokens/s | | with reading the prompt |", "|---|---|---|---|", *lines, "",
-        f"Sixteen prompts of 40 tokens at once: {many:.0f} tokens/s, {r['times_single']:.1f} × one by one ({one:.0f}). "
-        f"{r['same_answers']} of {r['prompts']} answers are the same; {r['device']}, bf16, torch {r['versions']['torch']}, transformers "
-        f"{r['versions']['transformers']}; `python benchmarks/decode.py`"])
+    lines = [
+        f"| {side} | {rate[side]:.1f} | {rate[side] / rate['transformers']:.1f} × | {whole[side]:.1f} |"
+        for side in rate
+    ]
+    one, many = (
+        statistics.median(r[key]) for key in ("single_tokens_per_second", "batch_of_16_tokens_per_second")
+    )
+    return "\n".join(
+        [
+            f"| answering one prompt of {r['prompt_tokens']} tokens | tokens/s | | with reading the prompt |",
+            "|---|---|---|---|",
+            *lines,
+            "",
+            f"Sixteen prompts of 40 tokens at once: {many:.0f} tokens/s, {r['times_single']:.1f} × one by "
+            f"one "
+            f"({one:.0f}). "
+            f"{r['same_answers']} of {r['prompts']} answers are the same; {r['device']}, bf16, torch "
+            f"{r['versions']['torch']}, transformers "
+            f"{r['versions']['transformers']}; `python benchmarks/decode.py`",
+        ]
+    )
 
 
 def peft_table(s: dict, full: dict | None, fp32: dict | None, p: dict) -> str:
     def rows(s: dict, what: str, padded: str = "fours") -> list[str]:
         peft = f"{statistics.median(s['peft']['tokens_per_second']):.0f}"
-        made, names = [], {"ours": f"{what}: real tokens/s (theirs: padded {padded}, all logits)", "ours, --compile": "… with `--compile`",
-                           "ours, a process a core": "… a process a core", "ours, a process a core, --compile": "… both"}
+        made, names = (
+            [],
+            {
+                "ours": f"{what}: real tokens/s (theirs: padded {padded}, all logits)",
+                "ours, --compile": "… with `--compile`",
+                "ours, a process a core": "… a process a core",
+                "ours, a process a core, --compile": "… both",
+            },
+        )
         for side, name in names.items():
             if side in s:
                 times = f"{statistics.median(s[side]['times_peft']):.1f} × |"
-                made.append(f"| {name} | {peft} | **{statistics.median(s[side]['tokens_per_second']):.0f}** | {times}")
-        made.append(f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | {s['memory_ratio']:.0%} |")
+                made.append(f"| {name} | {peft} | **{statistics.median(s[side]['tokens_per_second']):.0f}** "
+                            f"| {times}")
+        made.append(f"| peak memory, GiB | {s['peft']['peak_gib']:.1f} | **{s['ours']['peak_gib']:.1f}** | "
+                    f"{s['memory_ratio']:.0%} |")
         if many := s.get("ours, a process a core"):
             made.append(f"| … of all processes | {s['peft']['peak_gib']:.1f} | {many['peak_gib']:.1f} | "
                         f"{many['peak_gib'] / s['peft']['peak_gib']:.0%} |")
         return made
 
     loss = f"held-out loss after {p['steps']} steps on the same rows (before: {p['ours']['held_out_before']:.2f})"
-    return "\n".join([
-        "| Gemma 3 270M, bf16, 8 rows a step | transformers + PEFT | ours | |", "|---|---|---|---|",
-        *rows(s, "LoRA rank 16"), *(rows(full, "every parameter (theirs in bf16 alone)") if full else []),
-        *(rows(fp32, "LoRA rank 16 in fp32, on a CPU that cannot multiply bf16", "twos, as fours do not fit into 24 GiB") if fp32 else []),
-        f"| LoRA, {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | {p['held_out_ratio'] - 1:+.1%} |", "",
-        f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers {s['versions']['transformers']}, "
-        f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` for the loss"])
+    return "\n".join(
+        [
+            "| Gemma 3 270M, bf16, 8 rows a step | transformers + PEFT | ours | |",
+            "|---|---|---|---|",
+            *rows(s, "LoRA rank 16"),
+            *(rows(full, "every parameter (theirs in bf16 alone)") if full else []),
+            *(
+                rows(
+                    fp32,
+                    "LoRA rank 16 in fp32, on a CPU that cannot multiply bf16",
+                    "twos, as fours do not fit into 24 GiB",
+                )
+                if fp32
+                else []
+            ),
+            f"| LoRA, {loss} | {p['peft']['held_out']:.4f} | {p['ours']['held_out']:.4f} | "
+            f"{p['held_out_ratio'] - 1:+.1%} |",
+            "",
+            f"{' + '.join(s['data'])}; {s['machine']}; torch {s['versions']['torch']}, transformers "
+            f"{s['versions']['transformers']}, "
+            f"peft {s['versions']['peft']}; `python benchmarks/cpu_vs_peft.py`, with `--parity {p['steps']}` "
+            f"for the loss",
+        ]
+    )
 
 
 def one_set_table(r: dict) -> str:
@@ -245,7 +336,8 @@ def one_set_table(r: dict) -> str:
         lines.append(f"| {name} | {rows:.2f} | {rows / slowest:.1f} × | {r[side]['peak_gib']:.1f} |")
     return "\n".join([
         "| rows that all have the same tools | rows/s | | GiB |", "|---|---|---|---|", *lines, "",
-        f"LoRA rank 16, bf16, Gemma 3 270M; {' + '.join(r['data'])} with all of its tools in every row; {r['machine']}, torch "
+        f"LoRA rank 16, bf16, Gemma 3 270M; {' + '.join(r['data'])} with all of its tools in every row; "
+        f"{r['machine']}, torch "
         f"{r['versions']['torch']}; `python benchmarks/cpu_vs_peft.py --one-set`"])
 
 
@@ -354,25 +446,47 @@ def lora_table(r: dict) -> str:
         return f"{times} ({made['both']['ms'] / floor['both']['ms']:.2f} ×)" if "both" in floor else times
 
     ways = list(dict.fromkeys(way for of in groups.values() for way in of))
-    lines = [f"| {f'**{way}**' if way == 'ours' else way} | " + " | ".join(cell(group, way) for group in groups) + " |" for way in ways]
-    return "\n".join([
-        f"| forward + backward of {M} tokens, ms (× frozen) | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups), *lines, "",
-        f"Rank {r['rank']}, {r['dtype']}; {r['device']}: {r['peak_tflops']:.0f} TFLOP/s and {r['peak_gb_a_second']:.0f} GB/s measured; "
-        f"torch {r['versions']['torch']}, triton {r['versions']['triton']}; `python benchmarks/lora.py --save`"])
+    lines = [
+        f"| {f'**{way}**' if way == 'ours' else way} | "
+        + " | ".join(cell(group, way) for group in groups)
+        + " |"
+        for way in ways
+    ]
+    return "\n".join(
+        [
+            f"| forward + backward of {M} tokens, ms (× frozen) | " + " | ".join(groups) + " |",
+            "|---|" + "---|" * len(groups),
+            *lines,
+            "",
+            f"Rank {r['rank']}, {r['dtype']}; {r['device']}: {r['peak_tflops']:.0f} TFLOP/s and "
+            f"{r['peak_gb_a_second']:.0f} GB/s measured; "
+            f"torch {r['versions']['torch']}, triton {r['versions']['triton']}; `python benchmarks/lora.py "
+            f"--save`",
+        ]
+    )
 
 
 def attention_table(r: dict) -> str:
     """Milliseconds forward and backward of each way, with each window."""
     def cell(made: dict) -> str:
-        return f"{made['forward']['ms']:.3f} + {made['backward']['ms']:.3f}" if "both" in made else next(iter(made))    # wrong, or failed
+        # wrong, or failed
+        return (
+            f"{made['forward']['ms']:.3f} + {made['backward']['ms']:.3f}"
+            if "both" in made
+            else next(iter(made))
+        )
 
     windows = list(r["windows"].values())
     head = " | ".join(["| forward + backward, ms", *(f"window {window}" for window in r["windows"])]) + " |"
     names = {way: f"**{way}**" if way == "ours" else way for way in windows[0]}
-    lines = [" | ".join([f"| {name}", *(cell(made[way]) for made in windows)]) + " |" for way, name in names.items()]
+    lines = [
+        " | ".join([f"| {name}", *(cell(made[way]) for made in windows)]) + " |"
+        for way, name in names.items()
+    ]
     return "\n".join([
         head, "|---|" + "---|" * len(windows), *lines, "",
-        f"{r['tokens']} tokens in {r['documents']} documents, {r['dtype']}; {r['device']}, torch {r['versions']['torch']}, "
+        f"{r['tokens']} tokens in {r['documents']} documents, {r['dtype']}; {r['device']}, torch "
+        f"{r['versions']['torch']}, "
         f"triton {r['versions']['triton']}; `python benchmarks/attention.py --save`"])
 
 
@@ -381,17 +495,24 @@ def data_table(r: dict) -> str:
     lines = []
     for made in r["files"].values():
         cold, warm, peer = made["ours, cold"], made["ours, warm"], made.get("peer, cold")
-        theirs, times = (f"{peer['rows_per_second']:,.0f}", f" ({made['times_peer_cold']:.1f} ×)") if peer else ("–", "")
-        lines.append(f"| {made['rows']:,} rows, {made['megabytes']:,.0f} MB | {theirs} | {cold['rows_per_second']:,.0f}{times} | "
+        theirs, times = (
+            (f"{peer['rows_per_second']:,.0f}", f" ({made['times_peer_cold']:.1f} ×)") if peer else ("–", "")
+        )
+        lines.append(f"| {made['rows']:,} rows, {made['megabytes']:,.0f} MB | {theirs} | "
+                     f"{cold['rows_per_second']:,.0f}{times} | "
                      f"{warm['ready_seconds']:.1f} s | {warm['rows_per_second']:,.0f} | "
-                     f"{cold['peak_mib']:.0f} + {r['cores']} × {cold['worker_peak_mib']:.0f} | {cold['cache_megabytes']:,.0f} MB |")
+                     f"{cold['peak_mib']:.0f} + {r['cores']} × {cold['worker_peak_mib']:.0f} | "
+                     f"{cold['cache_megabytes']:,.0f} MB |")
     filled = min(made["ours, cold"]["filled"] for made in r["files"].values())
     return "\n".join([
-        "| JSONL to packed batches | datasets + template, rows/s | ours, rows/s | second start | then, rows/s | memory, MiB | on disk |",
+        "| JSONL to packed batches | datasets + template, rows/s | ours, rows/s | second start | then, "
+        "rows/s | memory, MiB | on disk |",
         "|---|---|---|---|---|---|---|", *lines, "",
-        f"Real rows, and the same repeated with other values; steps of {r['batch_tokens']:,} tokens are {filled:.1%} full; memory: of the "
+        f"Real rows, and the same repeated with other values; steps of {r['batch_tokens']:,} tokens are "
+        f"{filled:.1%} full; memory: of the "
         f"program and of each process that tokenizes, no file behind it; {r['machine']} (load up to "
-        f"{max(made['load'] for made in r['files'].values()):.0f}), Python {r['python']}, datasets {r['versions']['datasets']}, "
+        f"{max(made['load'] for made in r['files'].values()):.0f}), Python {r['python']}, datasets "
+        f"{r['versions']['datasets']}, "
         f"transformers {r['versions']['transformers']}; `python benchmarks/data.py`"])
 
 
@@ -402,43 +523,62 @@ def scaling_table(r: dict) -> str:
     for (model, way, processes, scaling), one in by.items():
         alone = by[model, way.partition(" ")[0].strip(","), 1, "strong"]
         speed, alone_speed = one["tokens"] / one["busy_seconds"], alone["tokens"] / alone["busy_seconds"]
-        waiting = "" if one["communication_seconds"] is None else f"{one['communication_seconds'] / one['seconds']:.0%}"
-        lines.append(f"| {model}, {way} | {processes} | {'' if processes == 1 else scaling} | {one['tokens']} | {speed:.0f} | "
-                     f"{speed / alone_speed / processes:.0%} | {waiting if processes > 1 else ''} | {one['bytes'] / 1e6:.0f} | "
+        waiting = (
+            ""
+            if one["communication_seconds"] is None
+            else f"{one['communication_seconds'] / one['seconds']:.0%}"
+        )
+        lines.append(f"| {model}, {way} | {processes} | {'' if processes == 1 else scaling} | "
+                     f"{one['tokens']} | {speed:.0f} | "
+                     f"{speed / alone_speed / processes:.0%} | {waiting if processes > 1 else ''} | "
+                     f"{one['bytes'] / 1e6:.0f} | "
                      f"{one['largest_over_mean']:.2f} |")
         if way == "full" and processes > 1:
             late = by[model, "full, sent at the end", processes, scaling]["communication_seconds"]
-            hidden.append(f"{1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms ({model}, {processes}, {scaling})")
+            hidden.append(f"{1 - one['communication_seconds'] / late:.0%} of {late * 1e3:.0f} ms ({model}, "
+                          f"{processes}, {scaling})")
     return "\n".join([
-        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication | MB sent | "
+        "| model, way | processes | scaling | tokens a step | tokens/s of CPU | efficiency | communication "
+        "| MB sent | "
         "most loaded rank / mean |",
         "|---|---|---|---|---|---|---|---|---|", *lines, "",
-        "small: 33 M parameters. So few rows cannot be divided evenly, and efficiency is at most mean / most loaded rank.  \n"
+        "small: 33 M parameters. So few rows cannot be divided evenly, and efficiency is at most mean / "
+        "most loaded rank.  \n"
         f"Communication that overlaps with the backward pass: {'; '.join(hidden)}.  \n"
-        f"Speed and efficiency are by seconds of CPU, because {r['load_average']:.0f} other programs ran at the same time; "
+        f"Speed and efficiency are by seconds of CPU, because {r['load_average']:.0f} other programs ran at "
+        f"the same time; "
         "communication is a fraction of the step by the clock. "
         f"{r['device']}, torch {r['versions']['torch']}, median of {r['steps']} steps; "
         "`python benchmarks/scaling.py`"])
 
 
 def dealt_table(r: dict) -> str:
-    lines = [f"| {one['processes']} | {one['rows']} | {one['largest_over_mean']:.3f} | {one['computed']:.0%} | "
-             f"{one['without_teams']['computed']:.0%} | {one['seconds'] * 1e3:.0f} | {one['without_teams']['seconds'] * 1e3:.0f} |"
-             for one in r["dealt"]]
+    lines = [
+        f"| {one['processes']} | {one['rows']} | {one['largest_over_mean']:.3f} | {one['computed']:.0%} | "
+        f"{one['without_teams']['computed']:.0%} | {one['seconds'] * 1e3:.0f} | "
+        f"{one['without_teams']['seconds'] * 1e3:.0f} |"
+        for one in r["dealt"]
+    ]
     return "\n".join([
-        "| ranks | rows a step | most loaded rank / mean | tokens computed | … without groups | packing, ms | … without groups |",
+        "| ranks | rows a step | most loaded rank / mean | tokens computed | … without groups | packing, ms "
+        "| … without groups |",
         "|---|---|---|---|---|---|---|", *lines, "",
-        f"{' + '.join(r['data'])}, 16,896 tokens a rank, or all rows where that is less; tokens computed are a "
+        f"{' + '.join(r['data'])}, 16,896 tokens a rank, or all rows where that is less; tokens computed "
+        f"are a "
         "fraction of the rows' tokens; milliseconds are of CPU; `python benchmarks/scaling.py`"])
 
 
 def tokenizer_table(r: dict) -> str:
     sides = {"sentencepiece": "sentencepiece, text by text", "ours, cold": "ours, nothing remembered yet",
              "ours, warm": "ours, words remembered"}
-    lines = [f"| {label} | {r['sides'][side]['mb_a_second']:.1f} | {r['sides'][side].get('times_sentencepiece', 1):.1f} × |"
-             for side, label in sides.items()]
+    lines = [
+        f"| {label} | {r['sides'][side]['mb_a_second']:.1f} | "
+        f"{r['sides'][side].get('times_sentencepiece', 1):.1f} × |"
+        for side, label in sides.items()
+    ]
     return "\n".join(["| tokenizer | MB/s | |", "|---|---|---|", *lines, "",
-                      f"{r['texts']} texts, {r['megabytes']:.1f} MB; {r['machine']}, Python {r['python']}, sentencepiece "
+                      f"{r['texts']} texts, {r['megabytes']:.1f} MB; {r['machine']}, Python {r['python']}, "
+                      f"sentencepiece "
                       f"{r['sentencepiece']}; `python benchmarks/tokenizer.py`"])
 
 
@@ -455,31 +595,67 @@ def faults_table(r: dict) -> str:
         said = result.get("message") or ""
         stop = "" if seconds is None else f"{seconds:.1f}"
         said = text(said if len(said) < 240 else said[:240] + " …")
-        return " | ".join([text(result.get("how", "")), loss, str(result.get("recomputed", "")), stop, str(result["exit"]), said]) + " |"
+        return (
+            " | ".join(
+                [
+                    text(result.get("how", "")),
+                    loss,
+                    str(result.get("recomputed", "")),
+                    stop,
+                    str(result["exit"]),
+                    said,
+                ]
+            )
+            + " |"
+        )
 
-    at_random = [result for result in r["results"] if result["fault"].startswith("killed by -9 at random") and "failed" not in result]
-    kills, ends = [result for result in at_random if result["exit"] == -9], [result for result in at_random if "losses" in result]
+    at_random = [
+        result
+        for result in r["results"]
+        if result["fault"].startswith("killed by -9 at random") and "failed" not in result
+    ]
+    kills, ends = (
+        [result for result in at_random if result["exit"] == -9],
+        [result for result in at_random if "losses" in result],
+    )
     lines, last = [], None
     if kills:
         torn = sum(result["how"].endswith("torn") for result in kills)
-        lines.append("| killed by -9 at random | " + cells({
-            "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times during a save", "exit": -9,
-            "losses": max(result["losses"] for result in ends), "recomputed": f"{max(result['recomputed'] for result in kills)} at most"}))
+        lines.append(
+            "| killed by -9 at random | "
+            + cells(
+                {
+                    "how": f"{len(kills)} times in {len(ends)} runs (LoRA, dropout, full), {torn} times during a save",
+                    "exit": -9,
+                    "losses": max(result["losses"] for result in ends),
+                    "recomputed": f"{max(result['recomputed'] for result in kills)} at most",
+                }
+            )
+        )
     for result in r["results"]:
         if result not in at_random:
             lines.append(f"| {'…' if result['fault'] == last else result['fault']} | {cells(result)}")
             last = result["fault"]
     commits = sorted({result["commit"] for result in r["results"]})
-    return "\n".join([
-        "| fault | how | losses | steps repeated | s to stop | exit | message |", "|---|---|---|---|---|---|---|", *lines, "",
-        f"{r['machine']}, load average {r['load']:.0f}, torch {r['torch']}, commit {', '.join(commits)}; `make faults`"])
+    return "\n".join(
+        [
+            "| fault | how | losses | steps repeated | s to stop | exit | message |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            f"{r['machine']}, load average {r['load']:.0f}, torch {r['torch']}, commit {', '.join(commits)}; "
+            f"`make faults`",
+        ]
+    )
 
 
 def rewrite(readme: str, made: dict[str, str]) -> str:
     """`readme` with the text between <!-- table NAME --> and <!-- end --> replaced."""
     for name, table in made.items():
         marks = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        readme = re.sub(marks, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme, flags=re.DOTALL)
+        readme = re.sub(
+            marks, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", readme, flags=re.DOTALL
+        )
     return readme
 
 
@@ -487,7 +663,9 @@ if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--run":
         name, _, folder = sys.argv[2].partition("=")
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(summarise(Path(folder)), indent=2) + "\n", encoding="utf-8")
+        (RESULTS / f"{name}.json").write_text(
+            json.dumps(summarise(Path(folder)), indent=2) + "\n", encoding="utf-8"
+        )
     elif len(sys.argv) > 1:
         sys.exit(__doc__)
     for path in PAGES:

@@ -2,10 +2,11 @@
 
     python benchmarks/tokenizer.py --model FOLDER --data a.jsonl,b.jsonl [--rows 500] [--repeats 5] [--json OUT]
 
-Each column of each row is one text. Before anything is timed both must give the same ids. "Cold" is a tokenizer that
-remembers no word yet, "warm" one that has just seen all the texts; sentencepiece remembers nothing. MB are 10^6 bytes
-of UTF-8; figures are medians over the repeats, with the slowest and the fastest in brackets. "Rendered" is what
-training does: `encode_segments` on these rows as whole conversations, control tokens included, cold.
+Each column of each row is one text. Before anything is timed both must give the same ids. "Cold" is a
+tokenizer that remembers no word yet, "warm" one that has just seen all the texts; sentencepiece remembers
+nothing. MB are 10^6 bytes of UTF-8; figures are medians over the repeats, with the slowest and the fastest in
+brackets. "Rendered" is what training does: `encode_segments` on these rows as whole conversations, control
+tokens included, cold.
 """
 import argparse
 import json
@@ -20,15 +21,18 @@ from pathlib import Path
 
 import sentencepiece
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])      # not this folder: `tokenizer` is the package, not this file
+# not this folder: `tokenizer` is the package, not this file
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from dataset.rows import read_rows  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder with tokenizer.model and tokenizer_config.json")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True,
+                        help="folder with tokenizer.model and tokenizer_config.json")
     parser.add_argument("--data", required=True, help="JSONL files, separated by commas")
     parser.add_argument("--rows", type=int, default=500, help="rows of each file (default 500)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each side runs (default 5)")
@@ -42,7 +46,8 @@ def main() -> None:
     for name in flags.data.split(","):
         with Path(name).open(encoding="utf-8") as lines:
             for line in islice(lines, flags.rows):
-                texts += [text if isinstance(text, str) else json.dumps(text) for text in json.loads(line).values()]
+                texts += [text if isinstance(text, str) else json.dumps(text)
+                          for text in json.loads(line).values()]
         conversations += [row.segments() for row in islice(read_rows([name]), flags.rows)]
     for text in texts:
         if ours.encode(text) != theirs.encode(text):
@@ -59,7 +64,8 @@ def main() -> None:
         sides["ours, cold"].append(seconds(lambda: [ours.encode(text) for text in texts]))
         sides["ours, warm"].append(seconds(lambda: [ours.encode(text) for text in texts]))
         forget()
-        sides["rendered"].append(seconds(lambda: [ours.encode_segments(segments) for segments in conversations]))
+        sides["rendered"].append(seconds(lambda: [ours.encode_segments(segments)
+                                                  for segments in conversations]))
 
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokens = sum(len(ours.encode(text)) for text in texts)
@@ -68,7 +74,8 @@ def main() -> None:
     result = {"texts": len(texts), "megabytes": megabytes, "tokens": tokens, "repeats": flags.repeats,
               "load_seconds": load_seconds, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
               "python": platform.python_version(), "sentencepiece": sentencepiece.__version__, "sides": {}}
-    print(f"{len(texts)} texts, {megabytes:.1f} MB, {tokens} tokens; {result['machine']}, Python {result['python']}, "
+    print(f"{len(texts)} texts, {megabytes:.1f} MB, {tokens} tokens; {result['machine']}, Python "
+          f"{result['python']}, "
           f"sentencepiece {sentencepiece.__version__}; loading takes {load_seconds:.2f} s")
     for side, times in sides.items():
         side_megabytes, side_tokens = rendered if side == "rendered" else (megabytes, tokens)

@@ -81,8 +81,8 @@ The rows and the model are the built-in demo's: the same lines, vocabulary and r
 {parameters / 1e6:.2f} M parameters.
 
 {table("symbol | meaning | here | Gemma 3 270M", [
-    ("T", "tokens computed in a micro-batch", "see step 5", "at most 16,896 on a GPU, 4,096 on a CPU"), *letters,
-    ("R", "LoRA rank", LoRAConfig().rank, LoRAConfig().rank)])}
+    ("T", "tokens computed in a micro-batch", "see step 5", "at most 16,896 on a GPU, 4,096 on a CPU"),
+    *letters, ("R", "LoRA rank", LoRAConfig().rank, LoRAConfig().rank)])}
 """
 
 
@@ -230,8 +230,8 @@ def linear_with_adapter(model: Gemma3, batch: Batch) -> str:
             ("x Aᵀ", "(T, R)", tuple((x @ A.T).shape), ""), ("y", "(T, N·H)", tuple(y.shape), "")]
     return f"""## 7. A linear with its adapter
 
-{where(wrap)} freezes the model and gives each linear an adapter. Each adapted linear layer computes y = x Wᵀ + s (x Aᵀ) Bᵀ
-with s = alpha / R = {adapter.config.scale:g}: {where(lora_linear_reference)} is the definition, and
+{where(wrap)} freezes the model and gives each linear an adapter. Each adapted layer computes
+y = x Wᵀ + s (x Aᵀ) Bᵀ with s = alpha / R = {adapter.config.scale:g}: {where(lora_linear_reference)} is the definition, and
 {where(lora_linears)} computes the same faster, q, k and v together. The shapes of
 `{LINEAR}`:
 

@@ -87,7 +87,7 @@ def launches() -> list[tuple[str, object, dict]]:
             table = attention_tables.tables([100, 156], window, torch.device("cpu"), None, 0, rows * K // N, keys)
             attention.attention(q, k, v, 0.0625, table, "triton").sum().backward()
         for dtype, rank, dropout in ((torch.bfloat16, 16, 0.0), (torch.bfloat16, 128, 0.0), (torch.bfloat16, 16, 0.1), (torch.float32, 16, 0.0)):
-            for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),  # noqa: E741
+            for name, I, outputs, ends in (("qkv", 640, (1024, 256, 256), ""), ("o", 1024, (640,), ""),
                                            ("gate_up", 640, (2048, 2048), "gated"), ("down", 2048, (640,), "gate")):
                 what = f"{name} {str(dtype).removeprefix('torch.')} R={rank}{' dropout' if dropout else ''}"
                 for run in lora_kernels.operations(256, I, outputs, rank, dtype, torch.device("cpu"), ends, dropout).values():

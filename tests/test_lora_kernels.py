@@ -43,10 +43,10 @@ def error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def linears_operands(M, I, outputs, R, generator, dtype, device):  # noqa: E741
+def linears_operands(M, I, outputs, R, generator, dtype, device):
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
-    x, linears = draw(M, I).to(dtype), [((draw(O, I) / I**0.5).to(dtype), draw(R, I) / I**0.5, draw(O, R) / R**0.5) for O in outputs]  # noqa: E741
-    return x, linears, [draw(M, O).to(dtype) for O in outputs]  # noqa: E741
+    x, linears = draw(M, I).to(dtype), [((draw(O, I) / I**0.5).to(dtype), draw(R, I) / I**0.5, draw(O, R) / R**0.5) for O in outputs]
+    return x, linears, [draw(M, O).to(dtype) for O in outputs]
 
 
 def mlp_operands(M, D, F, R, generator, dtype, device):
@@ -260,7 +260,7 @@ def test_the_kernels_gradients_are_the_differences_of_their_outputs():
 @pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
 def test_an_element_is_dropped_where_the_product_of_its_numbers_is_among_the_lowest(device, dtype, choice, share, generator):
     """By Python's own integers; what an adapter saw is read off one that copies x."""
-    M, I = 40, 16  # noqa: E741
+    M, I = 40, 16
     [dropout], eye = drawn(share, M, (I,), generator, device), torch.eye(I, device=device)
     kept = [[(t * f + 2**31) % 2**32 >= round(share * 2**32) for f in dropout.features.tolist()] for t in dropout.tokens.tolist()]
     copy = torch.zeros(I, I, dtype=dtype, device=device), eye, eye * (1 - share) / 1.5
@@ -272,7 +272,7 @@ def test_an_element_is_dropped_where_the_product_of_its_numbers_is_among_the_low
 @pytest.mark.parametrize(("device", "dtype", "choice"), WAYS)
 @pytest.mark.parametrize("case", ["ragged", "odd", "splits"])
 def test_with_dropout_the_linears_are_as_accurate_as_the_reference(case, device, dtype, choice, generator):
-    M, I, outputs, R = LINEARS[case]  # noqa: E741
+    M, I, outputs, R = LINEARS[case]
     [dropout] = drawn(0.3, M, (I,), generator, device)
     assert faults(partial(by(choice)[0], dropout=dropout), partial(reference_linears, dropout=dropout),
                   *linears_operands(M, I, outputs, R, generator, dtype, device)) == []
@@ -379,7 +379,7 @@ def test_the_models_own_shapes_in_bf16(M, device, generator):
 
 @pytest.mark.parametrize("device", [GPU])
 def test_outputs_of_more_than_two_to_the_31_numbers(device):
-    M, I, O, R = 2**21 + 5, 16, 1024, 4  # noqa: E741
+    M, I, O, R = 2**21 + 5, 16, 1024, 4
     x = torch.randn(M, I, dtype=BF16, device=device, requires_grad=True)
     weight, a, b = torch.randn(O, I, device=device).to(BF16), torch.randn(R, I, device=device), torch.randn(O, R, device=device)
     y = lora_linear(x, weight, a.requires_grad_(), b.requires_grad_(), 1.0, choice=BY_TRITON)

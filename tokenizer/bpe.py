@@ -33,8 +33,8 @@ from tokenizer.chat import Control, Segment
 from tokenizer.model_file import BYTE, BYTE_PIECES, NORMAL, USER_DEFINED, ModelFile, read_model_file
 
 HTML_TAGS = frozenset(f"<{slash}{name}>" for slash in ("", "/") for name in (
-    "table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote",
-    "strong", "em", "b", "i", "u", "s", "sub", "sup", "code",
+    "table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "h1", "h2", "h3", "h4", "h5", "h6",
+    "blockquote", "strong", "em", "b", "i", "u", "s", "sub", "sup", "code",
     "a", "html", "body", "img", "span", "bbox", "ul", "li", "div", "iframe", "footer"))
 CONTROL_NAME = re.compile(r"<\w+>")     # two matches never overlap, and none is the beginning of another
 
@@ -86,8 +86,10 @@ class Tokenizer:
             if is_text(name):
                 continue
             if not CONTROL_NAME.fullmatch(name) or name in self.control or not 0 <= i <= len(self.pieces):
-                raise ValueError(f"control token {name!r:.60} has id {i}: expected a name like <name> that no other id "
-                                 f"has, and an id from 0 to {len(self.pieces)}")
+                raise ValueError(
+                    f"control token {name!r:.60} has id {i}: expected a name like <name> that no other id "
+                    f"has, and an id from 0 to {len(self.pieces)}"
+                )
             self.pieces[i : i + 1] = [name]     # or append it, after the last
             self.control[name] = i
 
@@ -95,17 +97,22 @@ class Tokenizer:
         self.frozen = {piece for i, piece in enumerate(model.pieces)
                        if model.types[i] == USER_DEFINED and i not in reserved}
         if len(self.frozen) > 1000 or any(len(piece) > 256 for piece in self.frozen):
-            raise ValueError(f"{len(self.frozen)} user-defined pieces, of up to {max(map(len, self.frozen))} characters: expected 1000 "
-                             "at most, of 256 characters at most")
+            raise ValueError(
+                f"{len(self.frozen)} user-defined pieces, of up to {max(map(len, self.frozen))} characters: "
+                f"expected 1000 "
+                "at most, of 256 characters at most"
+            )
         self.ids = {piece: i for i, piece in enumerate(model.pieces)
                     if (model.types[i] == NORMAL and i not in reserved) or piece in self.frozen}
-        self.costs = {piece: -model.scores[i] for piece, i in self.ids.items()}     # the cheapest merge goes first
+        # the cheapest merge goes first
+        self.costs = {piece: -model.scores[i] for piece, i in self.ids.items()}
         byte_ids = {piece: i for i, piece in enumerate(model.pieces) if model.types[i] == BYTE}
         self.byte_ids = [byte_ids[piece] for piece in BYTE_PIECES]
         self.bytes_of = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
 
         # In groups with the same first character, so that `re` rejects a whole group by one character or two.
-        groups = groupby(sorted(self.frozen, key=lambda piece: (piece[0], -len(piece))), key=lambda piece: piece[0])
+        groups = groupby(sorted(self.frozen, key=lambda piece: (piece[0], -len(piece))),
+                         key=lambda piece: piece[0])
         group = {first: "|".join(map(re.escape, group)) for first, group in groups}
         frozen = "|".join(f"(?:{alternatives})" for alternatives in group.values()) or "(?!)"
         self.typed_spaces = re.compile(f"({group.get('▁', '(?!)')})")
@@ -143,8 +150,11 @@ class Tokenizer:
             added = json.loads(config.read_bytes()).get("added_tokens_decoder", {}) if config.exists() else {}
             return cls(model, {int(i): token["content"] for i, token in added.items()})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{config}: {type(error).__name__}: {error}; expected JSON with added_tokens_decoder: "
-                             "{id: {\"content\": name}} that fits tokenizer.model; download both again") from None
+            raise ValueError(
+                f"{config}: {type(error).__name__}: {error}; expected JSON with added_tokens_decoder: "
+                '{id: {"content": name}} that fits tokenizer.model; download both '
+                "again"
+            ) from None
 
     def encode(self, text: str, control: bool = False) -> list[int]:
         """The ids of a text, without a <bos> in front.
@@ -163,8 +173,10 @@ class Tokenizer:
             return ids + self._plain(text[start:])
         except UnicodeEncodeError:
             at = re.search("[\ud800-\udfff]", text).start()
-            raise ValueError(f"character {at} of the text is {text[at]!r}, half a surrogate pair: UTF-8 cannot "
-                             "hold it; repair the text where it was read") from None
+            raise ValueError(
+                f"character {at} of the text is {text[at]!r}, half a surrogate pair: UTF-8 cannot "
+                "hold it; repair the text where it was read"
+            ) from None
 
     def encode_segments(self, segments: Iterable[Segment | tuple[str, bool]]) -> tuple[list[int], list[bool]]:
         """(ids, loss mask) of a rendered conversation: the mask is True for the ids that carry loss.
@@ -206,7 +218,8 @@ class Tokenizer:
 
     def _plain(self, text: str) -> list[int]:
         """The ids of a text in which nothing is a control token."""
-        if "▁▁" in text:      # Hugging Face keeps typed "▁▁" apart from spaces beside it; SentencePiece alone does not
+        # Hugging Face keeps typed "▁▁" apart from spaces beside it; SentencePiece alone does not
+        if "▁▁" in text:
             return [i for part in self.typed_spaces.split(text) for i in self._spaced(part.replace(" ", "▁"))]
         return self._spaced(text.replace(" ", "▁"))
 

@@ -100,7 +100,7 @@ def render_around_tools(messages: list[dict], tools: bool,
     for i, message in enumerate(messages[1:] if system else messages, start=1 if system else 0):
         role = "model" if message.get("role") == "assistant" else message.get("role")
         if not isinstance(role, str):
-            raise ValueError(f"message {i}: role is {role!r}; give it a string such as \"user\" or \"assistant\"")
+            raise ValueError(f'message {i}: role is {role!r}; give it a string such as "user" or "assistant"')
         if role == "tool":
             for response in _responses(message, i):
                 emit([RESPONSE], awaits_response)   # the model itself writes the first one after its calls
@@ -134,7 +134,9 @@ def _content(message: dict, i: int = 0) -> list[str]:
         return [content.strip()]
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         return ["".join(str(part.get("text", "")).strip() for part in content if part.get("type") == "text")]
-    raise ValueError(f"message {i}: content is {type(content).__name__}; give it a string or a list of text parts")
+    raise ValueError(
+        f"message {i}: content is {type(content).__name__}; give it a string or a list of text parts"
+    )
 
 
 def _call(call: dict, i: int) -> list[str]:
@@ -172,7 +174,9 @@ def _declaration(tool: dict) -> list[str]:
     out = [f"declaration:{function['name']}{{description:", *_escaped(function.get("description", ""))]
     if parameters := function.get("parameters"):
         if not isinstance(parameters, dict):
-            raise ValueError(f"tool {function['name']!r}: parameters is {type(parameters).__name__}, not an object")
+            raise ValueError(
+                f"tool {function['name']!r}: parameters is {type(parameters).__name__}, not an object"
+            )
         out.append(",parameters:{")
         if parameters.get("properties"):
             out.append("properties:{")
@@ -279,7 +283,7 @@ def _sorted(mapping: dict) -> list[tuple[Any, Any]]:
     return sorted(mapping.items(), key=lambda item: str(item[0]).lower())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The inverse
 
 
@@ -317,7 +321,8 @@ def parse_calls(text: str) -> Calls:
             if brace < 0:
                 raise _Unreadable(f"no \"{{\" after the name at character {at}")
             name = text[at + len("call:"):brace]
-            if not name or ("<" in name and any(token in name for token in (CALL, END_CALL, ESCAPE, END_TURN))):
+            if not name or ("<" in name and any(token in name for token in (CALL, END_CALL, ESCAPE,
+                                                                            END_TURN))):
                 raise _Unreadable(f"no function name at character {at + len('call:')}")
             arguments, end = _read_object(text, brace)
             if not text.startswith(END_CALL, end):
@@ -359,7 +364,7 @@ def _read_object(text: str, at: int) -> tuple[dict, int]:
     if text.startswith("}", at):
         return values, at + 1
     while True:
-        if text.startswith(ESCAPE, at):                     # keys are escaped in declarations; accept it here as well
+        if text.startswith(ESCAPE, at):  # keys are escaped in declarations; accept it here as well
             key, at = _read_value(text, at)
             if not text.startswith(":", at):
                 raise _Unreadable(f"expected \":\" at character {at}")
@@ -368,8 +373,10 @@ def _read_object(text: str, at: int) -> tuple[dict, int]:
             if colon < 0:
                 raise _Unreadable(f"no \":\" after the key at character {at}")
             key, at = text[at:colon], colon
-            if CALL in key or ESCAPE in key:    # it runs into the next call; no text is read more than twice
-                raise _Unreadable(f"a key may not hold {CALL} or {ESCAPE}; one begins at character {at - len(key)}")
+            if CALL in key or ESCAPE in key:  # it runs into the next call; no text is read more than twice
+                raise _Unreadable(
+                    f"a key may not hold {CALL} or {ESCAPE}; one begins at character {at - len(key)}"
+                )
         values[key], at = _read_value(text, at + 1)
         if text.startswith("}", at):
             return values, at + 1
@@ -378,7 +385,9 @@ def _read_object(text: str, at: int) -> tuple[dict, int]:
 
 def _read_comma(text: str, at: int) -> int:
     if not text.startswith(",", at):
-        raise _Unreadable(f"expected \",\" or a closing bracket at character {at}, found {text[at:at + 20]!r}")
+        raise _Unreadable(
+            f'expected "," or a closing bracket at character {at}, found {text[at : at + 20]!r}'
+        )
     return at + 1
 
 

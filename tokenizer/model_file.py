@@ -31,7 +31,9 @@ FLOAT32 = struct.Struct("<f")
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 DAMAGED = "the file is damaged or is no tokenizer.model; download it again"
-UNSUPPORTED = "this tokenizer reads Gemma's kind of model only: BPE with byte fallback on text that is left as it is"
+UNSUPPORTED = (
+    "this tokenizer reads Gemma's kind of model only: BPE with byte fallback on text that is left as it is"
+)
 
 
 class ModelFile(NamedTuple):
@@ -69,7 +71,7 @@ def _parse(data: bytes) -> ModelFile:
         # Nearly all of the file is pieces as shown above, below 128 bytes. This branch only saves time.
         if end - pos > 256:
             tag, size, piece_tag, length = data[pos : pos + 4]
-            stop, rest = pos + 4 + length, size - length - 7        # the piece's end; 2 bytes if there is a type
+            stop, rest = pos + 4 + length, size - length - 7  # the piece's end; 2 bytes if there is a type
             if (tag == piece_tag == 0x0A and size < 128 and rest in (0, 2) and data[stop] == 0x15
                     and (rest == 0 or (data[stop + 5] == 0x18 and data[stop + 6] < 128))):
                 pieces.append(_text(data, pos + 4, stop))
@@ -81,13 +83,16 @@ def _parse(data: bytes) -> ModelFile:
         if wire == BYTES and number == 1:
             fields = _message(data, *value)
             pieces.append(_text(data, *fields.get((1, BYTES), (at, at))))
-            scores.append(FLOAT32.unpack_from(data, fields[2, FIXED32][0])[0] if (2, FIXED32) in fields else 0.0)
+            scores.append(FLOAT32.unpack_from(data, fields[2, FIXED32][0])[0] if (2, FIXED32) in fields
+                          else 0.0)
             types.append(fields.get((3, VARINT), NORMAL))
         elif wire == BYTES and number in specs:
             specs[number] |= _message(data, *value)
     _check_specs(*specs.values(), end)
-    ids = [specs[2].get((number, VARINT), default) for number, default in ((40, 0), (41, 1), (42, 2), (43, -1))]
-    model = ModelFile(pieces, scores, types, *((i + 2**31) % 2**32 - 2**31 for i in ids))     # from uint64 to int32
+    ids = [specs[2].get((number, VARINT), default) for number, default in ((40, 0), (41, 1), (42, 2), (43,
+                                                                                                       -1))]
+    # from uint64 to int32
+    model = ModelFile(pieces, scores, types, *((i + 2**31) % 2**32 - 2**31 for i in ids))
     _check_pieces(model, end)
     return model
 
@@ -173,7 +178,8 @@ def _check_pieces(model: ModelFile, end: int) -> None:
     unknown = [i for i, type in enumerate(types) if type == UNKNOWN]
     if unknown != [model.unk_id]:
         raise _Invalid(end, f"unk_id is {model.unk_id}, but the unknown pieces are {unknown[:4]}", DAMAGED)
-    if sorted(piece for piece, type in zip(pieces, types, strict=True) if type == BYTE) != sorted(BYTE_PIECES):
+    if sorted(piece for piece, type in zip(pieces, types, strict=True)
+              if type == BYTE) != sorted(BYTE_PIECES):
         raise _Invalid(end, "the byte pieces are not <0x00> to <0xFF>", DAMAGED)
 
 
@@ -182,8 +188,8 @@ def control_names() -> list[str]:
     unused = (f"<unused{i}>" for i in count())
     functions = [f"<{side}_function_{part}>" for part in ("declaration", "call", "response")
                  for side in ("start", "end")]
-    return ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", *islice(unused, 40), *functions, "<escape>",
-            *islice(unused, 47), "<start_receiver>", "<end_receiver>", *islice(unused, 3),
+    return ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", *islice(unused, 40), *functions,
+            "<escape>", *islice(unused, 47), "<start_receiver>", "<end_receiver>", *islice(unused, 3),
             "<start_of_turn>", "<end_of_turn>"]
 
 
@@ -200,20 +206,24 @@ def train_model_file(texts: Iterable[str], folder: str | Path, vocab_size: int) 
 
     names, model = control_names(), io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
-        unk_piece="<unk>", control_symbols=names[4:], user_defined_symbols=["\n"], character_coverage=1.0,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+        byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
+        bos_piece="<bos>", unk_piece="<unk>", control_symbols=names[4:], user_defined_symbols=["\n"],
+        character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, split_digits=True,
         split_by_unicode_script=False,      # so that ":{description:" can be one piece
         allow_whitespace_only_pieces=True, max_sentence_length=1 << 20, num_threads=1, minloglevel=2)
-    special = {"<pad>", "<eos>", "<bos>", "<unk>", "<start_function_response>", "<start_of_turn>", "<end_of_turn>"}
-    added = {str(i): {"content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                      "special": name in special} for i, name in enumerate([*names, "\n"])}
-    config = {"add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": added, "bos_token": "<bos>",
-              "clean_up_tokenization_spaces": False, "eos_token": "<eos>", "pad_token": "<pad>",
-              "spaces_between_special_tokens": False, "tokenizer_class": "GemmaTokenizer", "unk_token": "<unk>"}
+    special = {"<pad>", "<eos>", "<bos>", "<unk>", "<start_function_response>", "<start_of_turn>",
+               "<end_of_turn>"}
+    added = {str(i): {"content": name, "lstrip": False, "normalized": False, "rstrip": False,
+                      "single_word": False, "special": name in special} for i, name in enumerate([*names,
+                                                                                                  "\n"])}
+    config = {"add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": added,
+              "bos_token": "<bos>", "clean_up_tokenization_spaces": False, "eos_token": "<eos>",
+              "pad_token": "<pad>", "spaces_between_special_tokens": False,
+              "tokenizer_class": "GemmaTokenizer", "unk_token": "<unk>"}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False),
+                                                  encoding="utf-8")

@@ -6,7 +6,13 @@ import torch
 from conftest import GPU, INTERPRETED, INTERPRETER
 
 from ops import cross_entropy as cross_entropy_module
-from ops.cross_entropy import BACKENDS, CHUNK_ROWS, IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from ops.cross_entropy import (
+    BACKENDS,
+    CHUNK_ROWS,
+    IGNORE,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
