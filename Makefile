@@ -14,7 +14,7 @@ DEMO_FLAGS := --full --dtype fp32 --device cpu --lr 4e-3 --beta2 0.98 --batch-ro
               --eval-rows 200 --eval-calls 200 --eval-every 550 --save-every 550 --log-every 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev test test-gpu check-kernels faults lint finetune report bench gpu clean
+.PHONY: help setup setup-dev test test-all test-slow test-gpu check-kernels faults lint finetune report bench gpu clean
 
 help:                    ## this list
 	@awk -F '##' '/^[a-z-]+:.*##/ { split($$0, name, ":"); printf "  make %-13s %s\n", name[1], $$2 }' Makefile
@@ -40,8 +40,16 @@ finetune: setup          ## train: the embedded demo, or MODEL=name-or-folder DA
 report: setup            ## a run's report.html: make report OUT=runs/mine; or rows': make report DATA=rows.jsonl MODEL=… → OUT/data.html
 	$(PYTHON) $(if $(filter file,$(origin DATA)),evaluate.py --report $(OUT),train.py --model $(MODEL) --data $(DATA) --survey --out $(OUT) $(FLAGS))
 
-test: setup-dev real-model lint check-kernels     ## all tests that this machine can run
-	$(PYTHON) -m pytest
+# Tests run in a process per core where pytest-xdist is there, each with one thread.
+PARALLEL = $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n auto --dist worksteal')
+
+test: setup-dev real-model lint      ## the tests, but for the slow ones
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" $(PARALLEL)
+
+test-all: test test-slow             ## every test, and the compile gate
+
+test-slow: setup-dev real-model check-kernels
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow $(PARALLEL)
 
 test-gpu: setup-dev      ## the tests that need a CUDA device; most of the time goes into compiling, by 12 processes where pytest-xdist is there
 	$(PYTHON) -m pytest -m gpu $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 12 --dist worksteal')

@@ -143,7 +143,7 @@ def progress_line(answered: dict[int, AnsweredRow], total: int, seconds: float) 
 
 
 def summarize_files(answered: Sequence[AnsweredRow]) -> dict[str, dict]:
-    """The figures of each file of rows, by its name."""
+    """The summary of each file of rows, by its name."""
     scores: dict[str, list[Score]] = {}
     for row in answered:
         file = row.record["source"].rpartition(":")[0]
@@ -175,7 +175,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-rows", type=int, default=16, metavar="N",
         help="rows answered at a time (default: %(default)s)")
     add = parser.add_argument_group("what to write").add_argument
-    add("--json", default=None, metavar="OUT", help="write the figures and every answer to this file")
+    add("--json", default=None, metavar="OUT", help="write the results and every answer to this file")
     add("--report", nargs="?", const="", default=None, metavar="RUN",
         help="write report.html into this run's folder, from what the run itself left there (default: the "
              "--adapter's, or runs/last)")
@@ -226,7 +226,7 @@ def check_writable(path: Path) -> None:
 
 
 def evaluate_files(args: argparse.Namespace, processes: tuple[int, int], device: torch.device) -> dict:
-    """Evaluate on `--data`, a share of the rows in each process, and print the figures; returns them."""
+    """Evaluate on `--data`, a share of the rows in each process, and print the result; returns it."""
     if args.system is None:
         system = system_prompt_of(args.model, args.adapter)
     else:

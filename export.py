@@ -1,11 +1,11 @@
 """Write a tuned model for other tools: a merged model's folder, or an adapter's.
 
-    python export.py --model BASE --adapter runs/mine --out DIR --format merged     # transformers, llama.cpp, Ollama
-    python export.py --model BASE --adapter runs/mine --out DIR --format peft       # PEFT, or whatever loads its adapters
+    python export.py --adapter runs/mine --out DIR --format merged     # for transformers, llama.cpp, Ollama
+    python export.py --adapter runs/mine --out DIR --format peft       # for PEFT, or what loads its adapters
 
-`merged` adds the adapter to the weights in fp32 and rounds each once, to bf16. The folder has the base's layout: config,
-safetensors under the published names with the head tied to the embedding, the tokenizer's files and the chat template.
-docs/export.md goes on from there, to llama.cpp and Ollama.
+`merged` adds the adapter to the weights in fp32 and rounds each once, to bf16. The folder has the base's
+layout: config, safetensors under the published names with the head tied to the embedding, the tokenizer's
+files and the chat template. docs/export.md continues from there, to llama.cpp and Ollama.
 """
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a tuned model for other tools.")
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the folder to write; it must not exist yet, or be empty")
-    add("--format", choices=("merged", "peft"), default="merged", help="a whole model, or the adapter alone (default: %(default)s)")
+    add("--format", choices=("merged", "peft"), default="merged",
+        help="a whole model, or the adapter alone (default: %(default)s)")
     add_model_flags(parser)
     args = parser.parse_args(argv)
     if args.format == "peft" and args.adapter is None:
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     out = Path(args.out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already; remove it, or choose another --out")
+        raise ValueError(f"{out} already exists; remove it, or choose another --out")
     base = base_of(args.model, args.adapter)
     folder = fetch_model(base)
     model = load_model(folder, torch.float32)
@@ -50,8 +51,8 @@ def main(args: argparse.Namespace) -> int:
             merge(model)
             save_model(model, folder, temporary)
         save_system_prompt(temporary, system_prompt_of(args.model, args.adapter))
-    print(f"{args.format} {'adapter' if args.format == 'peft' else 'model'} in {out}: "
-          + ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.iterdir())))
+    files = (f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in sorted(out.iterdir()))
+    print(f"{args.format} {'adapter' if args.format == 'peft' else 'model'} in {out}: {', '.join(files)}")
     return 0
 
 

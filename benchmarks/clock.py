@@ -73,7 +73,7 @@ class Clock:
 
 def conditions(device: torch.device) -> dict:
     """What a figure depends on beside the code it measures: device, versions, commit."""
-    from checkpoint import device_name
+    from training.host import device_name
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

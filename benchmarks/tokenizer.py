@@ -49,8 +49,8 @@ def main() -> None:
             sys.exit(f"different ids for {text!r}")
 
     def forget() -> None:
-        for memory in (ours.starts, ours.words, ours.chunks, ours.runs):
-            memory.clear()
+        for cache in (ours.starts, ours.words, ours.chunks, ours.runs):
+            cache.clear()
 
     sides: dict[str, list[float]] = {"sentencepiece": [], "ours, cold": [], "ours, warm": [], "rendered": []}
     for _ in range(flags.repeats):

@@ -17,8 +17,8 @@ def golden_cases(shared):
     return json.loads((shared / "golden" / "template.json").read_text())
 
 
-def trained_text(messages, tools=None):
-    return "".join(segment.text for segment in render_segments(messages, tools) if segment.trained)
+def text_with_loss(messages, tools=None):
+    return "".join(segment.text for segment in render_segments(messages, tools) if segment.carries_loss)
 
 
 def test_render_equals_the_official_template_on_every_golden_case(shared):
@@ -34,36 +34,36 @@ def test_render_equals_the_official_template_on_every_golden_case(shared):
             assert "".join(text for text, _ in render_segments(*arguments)) == case["expected"], case["name"]
 
 
-def test_trained_is_the_call_up_to_the_response_token():
-    assert trained_text([USER, CALL], [TOOL]) == (
+def test_a_call_carries_loss_up_to_the_response_token():
+    assert text_with_loss([USER, CALL], [TOOL]) == (
         "<start_function_call>call:f{city:<escape>Rome<escape>}<end_function_call><start_function_response>")
 
 
-def test_trained_is_the_text_up_to_the_end_of_turn():
-    assert trained_text([USER, {"role": "assistant", "content": " yes "}]) == "yes<end_of_turn>\n"
+def test_a_text_carries_loss_up_to_the_end_of_turn():
+    assert text_with_loss([USER, {"role": "assistant", "content": " yes "}]) == "yes<end_of_turn>\n"
 
 
-def test_a_tool_response_is_not_trained_but_the_token_that_asks_for_it_is():
+def test_a_tool_response_carries_no_loss_but_the_token_that_asks_for_it_does():
     messages = [USER, CALL, {"role": "tool", "name": "f", "content": "12"}, {"role": "assistant", "content": "12 degrees"}]
     rendered = render(messages, [TOOL])
     assert "<start_function_response>response:f{value:<escape>12<escape>}<end_function_response>12 degrees" in rendered
-    assert trained_text(messages, [TOOL]) == (
+    assert text_with_loss(messages, [TOOL]) == (
         "<start_function_call>call:f{city:<escape>Rome<escape>}<end_function_call><start_function_response>"
         "12 degrees<end_of_turn>\n")
 
 
 def test_only_the_first_of_two_responses_is_asked_for_by_the_model():
     two = {"role": "tool", "content": [{"name": "f", "response": {"x": 1}}, {"name": "f", "response": {"x": 2}}]}
-    assert trained_text([USER, CALL, two], [TOOL]).count("<start_function_response>") == 1
+    assert text_with_loss([USER, CALL, two], [TOOL]).count("<start_function_response>") == 1
 
 
-def test_every_assistant_turn_is_trained_and_no_other():
+def test_every_assistant_turn_carries_loss_and_no_other():
     messages = [USER, {"role": "assistant", "content": "one"}, USER, {"role": "assistant", "content": "two"}]
-    assert trained_text(messages) == "one<end_of_turn>\ntwo<end_of_turn>\n"
+    assert text_with_loss(messages) == "one<end_of_turn>\ntwo<end_of_turn>\n"
 
 
-def test_an_assistant_that_says_nothing_is_trained_to_end_its_turn():
-    assert trained_text([USER, {"role": "assistant", "content": ""}]) == "<end_of_turn>\n"
+def test_an_empty_assistant_turn_carries_loss_at_its_end():
+    assert text_with_loss([USER, {"role": "assistant", "content": ""}]) == "<end_of_turn>\n"
 
 
 def test_text_from_a_row_is_never_a_control_segment():

@@ -126,7 +126,7 @@ def test_a_model_trained_in_full_is_exported_by_its_run_s_folder(base, tmp_path)
 def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(ValueError, match="is there already; remove it, or choose another --out"):
+    with pytest.raises(ValueError, match="already exists; remove it, or choose another --out"):
         run("--model", base, "--out", tmp_path / "out")
     random_adapter(base, tmp_path / "adapter", rank=2)
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")

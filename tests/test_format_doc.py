@@ -26,10 +26,10 @@ SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", DOC, re.DOTALL | re.M
 
 
 def marked(messages, tools=None):
-    """The rendered text, with « before and » after what is trained."""
-    runs = groupby(render_segments(messages, tools), key=lambda segment: segment.trained)
-    texts = ((trained, "".join(segment.text for segment in run)) for trained, run in runs)
-    return "".join(f"«{text}»" if trained else text for trained, text in texts)
+    """The rendered text, with « before and » after what carries loss."""
+    runs = groupby(render_segments(messages, tools), key=lambda segment: segment.carries_loss)
+    texts = ((carries_loss, "".join(segment.text for segment in run)) for carries_loss, run in runs)
+    return "".join(f"«{text}»" if carries_loss else text for carries_loss, text in texts)
 
 
 def table(section, header):
@@ -55,7 +55,7 @@ def declaration(parameters):
 # The examples
 
 
-def test_the_worked_example_is_what_render_prints_and_its_marks_are_what_is_trained():
+def test_the_worked_example_is_what_render_prints_and_its_marks_are_what_carries_loss():
     assert marked(MESSAGES, TOOLS) == RENDERED[0]
     assert render(MESSAGES, TOOLS) == re.sub("[«»]", "", RENDERED[0])
 
@@ -92,13 +92,13 @@ def test_the_xlam_row_may_be_json_texts():
     assert parse_row(texts, "x") == parse_row(ROW, "x")
 
 
-def test_without_answers_the_end_of_the_turn_alone_is_trained():
+def test_without_answers_the_end_of_the_turn_alone_carries_loss():
     row = parse_row({**ROW, "answers": []}, "x")
     assert marked(row.messages, row.tools).partition("«")[2] == "<end_of_turn>\n»"
     assert "With `\"answers\": []` the model is to stay silent: the text that carries loss is `<end_of_turn>\\n`." in SECTIONS["xLAM rows"]
 
 
-def test_a_text_for_answers_is_trained_as_documented():
+def test_a_text_for_answers_carries_loss_as_documented():
     row = parse_row({**ROW, "answers": "I only add."}, "x")
     assert marked(row.messages, row.tools).partition("«")[2] == "I only add.<end_of_turn>\n»"
     for broken in ("[", "{"):

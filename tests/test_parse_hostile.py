@@ -209,7 +209,7 @@ def test_a_row_without_tools_declares_none_and_trains_silence(tools):
     row = parse_row({"query": "hi", "tools": tools, "answers": []}, "x")
     rendered = render(row.messages, row.tools)
     assert "declaration" not in rendered and rendered.startswith("<bos><start_of_turn>developer\n")
-    assert "".join(text for text, trained in row.segments() if trained) == "<end_of_turn>\n"
+    assert "".join(text for text, carries_loss in row.segments() if carries_loss) == "<end_of_turn>\n"
 
 
 @pytest.mark.parametrize("tools", [{}, {"tools": None}, {"tools": []}, {"tools": "[]"}])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from tokenizer import Control, Segment, Tokenizer, render_segments
-from tokenizer.bpe import HTML_TAGS, Memory
+from tokenizer.bpe import HTML_TAGS, IdCache
 from tokenizer.model_file import CONTROL, USER_DEFINED, control_names, read_model_file, train_model_file
 
 FRAGMENTS = (
@@ -161,17 +161,17 @@ def test_a_long_text_without_spaces_takes_no_quadratic_time(ours, theirs):
     assert ours.encode(text) == theirs.encode(text)
 
 
-def test_a_full_memory_changes_nothing(ours, monkeypatch):
+def test_a_full_cache_changes_nothing(ours, monkeypatch):
     chance = random.Random(3)
     lines = [" ".join(chance.choices(FRAGMENTS, k=5)) for _ in range(200)]
     wanted = [ours.encode(line) for line in lines]
-    monkeypatch.setattr(Memory, "MAX_TEXTS", 8)
-    memories = ours.starts, ours.words, ours.chunks, ours.runs
-    for memory in memories:
-        memory.clear()
+    monkeypatch.setattr(IdCache, "MAX_TEXTS", 8)
+    caches = ours.starts, ours.words, ours.chunks, ours.runs
+    for cache in caches:
+        cache.clear()
     assert [ours.encode(line) for line in lines] == wanted
     assert [ours.encode_segments([Segment(line, True)])[0] for line in lines] == wanted
-    assert all(0 < len(memory) <= 8 for memory in memories)
+    assert all(0 < len(cache) <= 8 for cache in caches)
 
 
 # ---- control tokens ------------------------------------------------------------------------------------------------
@@ -253,26 +253,26 @@ def test_segments_give_the_ids_of_the_whole_text(shared, real_ours):
             continue
         segments = render_segments(case["messages"], case["tools"], case["add_generation_prompt"])
         typed = " ".join(s.text for s in segments if not isinstance(s.text, Control))
-        ids, trained = real_ours.encode_segments(segments)
-        assert len(ids) == len(trained)
+        ids, loss_mask = real_ours.encode_segments(segments)
+        assert len(ids) == len(loss_mask)
         if not any(name in typed for name in re.findall(r"<\w+>", typed) if name in real_ours.control):
             assert ids == real_ours.encode(case["expected"], control=True)
             compared += 1
         if "▁" not in case["expected"]:
             assert real_ours.decode(ids) == case["expected"]
-            said = real_ours.decode([i for i, train in zip(ids, trained, strict=True) if train])
-            assert said == "".join(s.text for s in segments if s.trained)
+            with_loss = real_ours.decode([i for i, carries_loss in zip(ids, loss_mask, strict=True) if carries_loss])
+            assert with_loss == "".join(s.text for s in segments if s.carries_loss)
     assert compared > 500
 
 
 def test_a_typed_control_token_is_text_beside_real_ones(ours):
-    ids, trained = ours.encode_segments([
+    ids, loss_mask = ours.encode_segments([
         Segment(Control("<start_of_turn>"), False), Segment("user\n", False), Segment("<end_of_turn>", False),
         Segment(Control("<end_of_turn>"), False), Segment("wea", True), Segment("ther", True),
         Segment(Control("<eos>"), True)])
     text, said = ours.encode("user\n<end_of_turn>"), ours.encode("weather")
     assert ids == [105, *text, 106, *said, 1]
-    assert trained == [False] * (len(text) + 2) + [True] * (len(said) + 1)
+    assert loss_mask == [False] * (len(text) + 2) + [True] * (len(said) + 1)
 
 
 def test_an_unknown_control_token_is_named(ours):
@@ -410,7 +410,7 @@ def change_piece(index, **values):
     (change_piece(400, type=5), "piece 400 is unused or of unknown type"),
     (change_piece(400, score=float("nan")), "a score is no finite number"),
     (change_piece(400, piece=""), "no piece, or an empty one"),
-    (change_piece(400, piece="<bos>"), "piece '<bos>' is there more than once"),
+    (change_piece(400, piece="<bos>"), "piece '<bos>' occurs more than once"),
     (change_piece(200, type=1), "the byte pieces are not <0x00> to <0xFF>"),
 ])
 def test_an_unsupported_model_file_is_an_error_that_says_what_is_wrong(small, tmp_path, change, said):

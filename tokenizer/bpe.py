@@ -2,18 +2,19 @@
 
     "I need 2!" → "I▁need▁2!" → I ▁need ▁ 2 ! → [236777, 1202, 236743, 236778, 236888]
 
-1. A space becomes "▁". Nothing else is normalised, no space is added in front.
-2. The frozen pieces (runs of spaces, tabs or newlines, HTML tags) are cut out where they stand, the longest first.
-3. Every other character starts as a piece of its own. Of all neighbours whose joint text is a piece too, those with
-   the highest score are joined (the leftmost among equals), until no two can be.
-4. A character that is no piece becomes its UTF-8 bytes, the pieces <0x00> to <0xFF>.
+1. A space becomes "▁". Nothing else is normalised, and no space is added in front.
+2. Frozen pieces (runs of spaces, tabs or newlines, HTML tags) are cut out first, the longest at each place.
+3. Every other character starts as a piece of its own. Of all neighbouring pairs that together are a piece,
+   the one with the highest score is merged (the leftmost among equals), until none is left.
+4. A character that is not a piece becomes its UTF-8 bytes, the pieces <0x00> to <0xFF>.
 
-No piece of Gemma's crosses the border before a space, those around a digit or, but for "> </", that between a letter
-and a punctuation mark. So a text is cut there and the ids of each part are remembered: nearly all of the work is one
-lookup a word. Loading looks for the pieces that do cross; a text that holds one of them is not cut.
+No piece of Gemma's vocabulary spans a space and the character before it, a digit and a neighbour or, except
+for "> </", a letter and a punctuation mark. So a text is cut there and the ids of each part are cached:
+nearly all of the work is one lookup a word. Loading finds the pieces that do span a cut; a text that contains
+one of them is not cut.
 
-Control tokens (<start_of_turn>, <escape>, …) are no text. Only `control=True` and `encode_segments` give their ids;
-elsewhere the same characters are ordinary text, whoever typed them.
+Control tokens (<start_of_turn>, <escape>, …) are not text. Only `control=True` and `encode_segments` give
+their ids; elsewhere the same characters are ordinary text, whoever typed them.
 
 Source: github.com/google/sentencepiece, src/bpe_model.cc; the tests ask for the same ids.
 To try it: `Tokenizer.load("FOLDER").encode("I need 2!")`.
@@ -37,17 +38,17 @@ HTML_TAGS = frozenset(f"<{slash}{name}>" for slash in ("", "/") for name in (
     "a", "html", "body", "img", "span", "bbox", "ul", "li", "div", "iframe", "footer"))
 CONTROL_NAME = re.compile(r"<\w+>")     # two matches never overlap, and none is the beginning of another
 
-# SentencePiece writes one replacement character for each byte that is not UTF-8; Python's own "replace" writes fewer.
+# SentencePiece decodes each byte that is not UTF-8 to a U+FFFD; Python's "replace" gives fewer.
 codecs.register_error("replace_each_byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
 def is_text(piece: str) -> bool:
-    """Whether an added token is text that has this id wherever it stands, and no control token."""
+    """Whether an added token is text that has this id wherever it occurs, rather than a control token."""
     return piece in HTML_TAGS or piece == "[multimodal]" or not piece.strip("▁\n\t")
 
 
-class Memory(dict):
-    """{text: its ids}, computed when first asked for; bounded, and forgotten as a whole when full."""
+class IdCache(dict):
+    """{text: its ids}, computed on first use; cleared when it is full."""
 
     MAX_TEXTS, MAX_CHARACTERS = 1 << 16, 96
 
@@ -68,14 +69,14 @@ class Tokenizer:
 
     vocab_size: V, the pieces in tokenizer.model and the rows of the embedding
     pieces: the text of each id; "▁" stands for a space
-    control: {name: id}; FunctionGemma's <image_soft_token> and <end_of_image> are V and V + 1, ids without a row
+    control: {name: id}; FunctionGemma's <image_soft_token> and <end_of_image>, V and V + 1, have no such row
     """
 
     def __init__(self, model: ModelFile, added_tokens: dict[int, str] | None = None):
         """added_tokens: {id: name} as in tokenizer_config.json; they overrule the names in tokenizer.model
 
-        Raises ValueError for a control token with a gap before its id, an unusual name, or one that is taken, and for
-        more user-defined pieces than can be looked for in a text.
+        Raises ValueError for a control token with a gap before its id, an unusual name, or one that is taken,
+        and for more user-defined pieces than can be looked for in a text.
         """
         self.vocab_size = len(model.pieces)
         self.pieces = list(model.pieces)
@@ -103,7 +104,7 @@ class Tokenizer:
         self.byte_ids = [byte_ids[piece] for piece in BYTE_PIECES]
         self.bytes_of = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
 
-        # In groups of one first character: `re` then sees from a character or two that nothing in a group matches.
+        # In groups with the same first character, so that `re` rejects a whole group by one character or two.
         groups = groupby(sorted(self.frozen, key=lambda piece: (piece[0], -len(piece))), key=lambda piece: piece[0])
         group = {first: "|".join(map(re.escape, group)) for first, group in groups}
         frozen = "|".join(f"(?:{alternatives})" for alternatives in group.values()) or "(?!)"
@@ -125,14 +126,14 @@ class Tokenizer:
                 break
         else:
             self.crossing = [""]      # every text holds "": none is cut into chunks
-        self.chunks = Memory(self._merge)
-        self.starts = Memory(self._cut)                                 # words at the start of a text
-        self.words = Memory(lambda word: self._cut("▁" + word))         # words after a space
-        self.runs = Memory(self.encode)                                 # texts between control tokens
+        self.chunks = IdCache(self._merge)
+        self.starts = IdCache(self._cut)                                # words at the start of a text
+        self.words = IdCache(lambda word: self._cut("▁" + word))        # words after a space
+        self.runs = IdCache(self.encode)                                # texts between control tokens
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read folder/tokenizer.model and, if it is there, the control tokens' names in folder/tokenizer_config.json.
+        """Read tokenizer.model and, if it exists, the names of control tokens in tokenizer_config.json.
 
         Raises ValueError for a damaged or unsupported file, FileNotFoundError without a tokenizer.model.
         """
@@ -148,7 +149,7 @@ class Tokenizer:
     def encode(self, text: str, control: bool = False) -> list[int]:
         """The ids of a text, without a <bos> in front.
 
-        control: where the text names a control token give its id, as Hugging Face does; not for text that others wrote
+        control: give the ids of control tokens that the text names, as Hugging Face does; not for users' text
         Raises ValueError for half a surrogate pair, which is no character.
         """
         ids: list[int] = []
@@ -166,30 +167,30 @@ class Tokenizer:
                              "hold it; repair the text where it was read") from None
 
     def encode_segments(self, segments: Iterable[Segment | tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """The ids of a rendered conversation and, for each of them, whether it is trained.
+        """(ids, loss mask) of a rendered conversation: the mask is True for the ids that carry loss.
 
-        A `Control` becomes its id; all else is plain text, which runs on from one segment to the next. Where it turns
-        from untrained to trained or back it is cut, so that has to be where no piece crosses, as after "model\n".
+        A `Control` becomes its id; all else is plain text, which continues from one segment to the next. It
+        is cut where the loss begins or ends, so no piece may span that place, such as the end of "model\n".
         Raises ValueError for a `Control` that is not in the vocabulary, and as `encode` does.
         """
         ids: list[int] = []
-        trained: list[bool] = []
-        run, run_trained = [], False            # texts that have not become ids yet
-        for text, is_trained in chain(segments, [(Control(), False)]):
-            if run and (is_trained != run_trained or type(text) is Control):
+        loss_mask: list[bool] = []
+        run, run_carries_loss = [], False       # texts that have not become ids yet
+        for text, carries_loss in chain(segments, [(Control(), False)]):
+            if run and (carries_loss != run_carries_loss or type(text) is Control):
                 ids += self.runs["".join(run)]
-                trained += [run_trained] * (len(ids) - len(trained))
+                loss_mask += [run_carries_loss] * (len(ids) - len(loss_mask))
                 run = []
             if type(text) is not Control:
                 run.append(text)
-                run_trained = is_trained
+                run_carries_loss = carries_loss
             elif text in self.control:
                 ids.append(self.control[text])
-                trained.append(is_trained)
+                loss_mask.append(carries_loss)
             elif text:
                 raise ValueError(f"the vocabulary has no control token {text}; take tokenizer.model and "
                                  "tokenizer_config.json from FunctionGemma")
-        return ids, trained
+        return ids, loss_mask
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: control tokens by name, U+FFFD for each byte that is not UTF-8, a space for "▁".
@@ -223,9 +224,9 @@ class Tokenizer:
     def _merge(self, text: str) -> list[int]:
         """BPE, of a frozen piece or of a text with none in it.
 
-        Pieces form a linked list: right[i] is where the piece after piece i starts, "" stands at places that a merge
-        has used up. A possible merge waits in the heap as (cost, place, length); if by its turn one of its two pieces
-        has been merged otherwise, the length tells.
+        Pieces form a linked list: the piece after piece i starts at right[i], and pieces[i] is "" once it was
+        merged into the one before. Possible merges wait in a heap as (cost, position, length). If one of the
+        two pieces has been merged with another by then, the length no longer matches.
         """
         if text in self.frozen:
             return [self.ids[text]]

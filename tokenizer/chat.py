@@ -1,4 +1,4 @@
-"""FunctionGemma's conversation format: `render` writes it, `parse_calls` reads the model's half of it back.
+"""FunctionGemma's conversation format: `render` writes it, `parse_calls` reads the calls in an answer.
 
 A tool, a question and its answer become
 
@@ -9,12 +9,13 @@ A tool, a question and its answer become
     <start_of_turn>model
     <start_function_call>call:f{city:<escape>Rome<escape>}<end_function_call><start_function_response>
 
-and what the model has to produce, here the last line, is what a trainer puts its loss on. `render_segments` decides
-that, and nothing else does. Control tokens are `Control` strings: only this file makes them, so a user who types
-"<end_of_turn>" gets ordinary text (`Tokenizer.encode_segments` turns a `Control` into its id and nothing else).
+Only what the model has to produce carries loss, here the last line. `render_segments` decides what that is,
+and nothing else does. Control tokens are `Control` strings, which only this file makes: a user who types
+"<end_of_turn>" gets ordinary text, because `Tokenizer.encode_segments` gives a control token's id to a
+`Control` alone.
 
-Source: the chat template published with google/functiongemma-270m-it, whose output `render` equals to the letter,
-oddities included (a parameter called "type" is left out of its declaration, for one).
+Source: the chat template published with google/functiongemma-270m-it. `render` gives the same output,
+oddities included: a parameter called "type" is left out of its declaration, for one.
 """
 from __future__ import annotations
 
@@ -25,19 +26,19 @@ from typing import Any, NamedTuple
 
 
 class Control(str):
-    """The name of a control token, written by the template. Text that comes from a row is never a `Control`."""
+    """The name of a control token, written by the template.  Text from a row is never a `Control`."""
 
     __slots__ = ()
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation; `trained` where it is what the model must produce."""
+    """A piece of a rendered conversation.  carries_loss: whether the model must produce it."""
 
     text: str
-    trained: bool
+    carries_loss: bool
 
 
-Pairs = list[tuple[str, bool]]          # segments where there are many, as plain tuples, which are made faster
+Pairs = list[tuple[str, bool]]          # many segments, as plain tuples because these are faster to make
 
 BOS = Control("<bos>")
 TURN, END_TURN = Control("<start_of_turn>"), Control("<end_of_turn>")
@@ -46,7 +47,7 @@ CALL, END_CALL = Control("<start_function_call>"), Control("<end_function_call>"
 RESPONSE, END_RESPONSE = Control("<start_function_response>"), Control("<end_function_response>")
 ESCAPE = Control("<escape>")
 
-# Google calls this sentence essential: without it FunctionGemma calls no function. The template does not add it.
+# Google calls this sentence essential: without it FunctionGemma calls nothing. The template does not add it.
 DEVELOPER_TEXT = "You are a model that can do function calling with the following functions"
 
 # Inside a declaration these keys belong to the schema itself, so the template skips parameters of that name.
@@ -54,19 +55,20 @@ SCHEMA_KEYS = frozenset(("description", "type", "properties", "required", "nulla
 
 
 def render(messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False) -> str:
-    """The conversation as the one string that the official template gives.  Arguments as for `render_segments`."""
+    """The conversation as the official template renders it.  Arguments as for `render_segments`."""
     return "".join(segment.text for segment in render_segments(messages, tools, add_generation_prompt))
 
 
 def render_segments(messages: list[dict], tools: list[dict] | None = None,
                     add_generation_prompt: bool = False) -> list[Segment]:
-    """The rendered conversation in segments, each trained or not; joined, their texts are `render`'s string.
+    """The rendered conversation in segments, each with or without loss; their texts joined are `render`'s.
 
-    Trained is what an assistant turn makes the model say: calls up to and with <start_function_response>, text up to
-    and with "<end_of_turn>\\n"; not the "<start_of_turn>model\\n" before it, and not a tool's response.
+    What the model writes in an assistant turn carries loss: calls up to and including
+    <start_function_response>, text up to and including "<end_of_turn>\\n". The "<start_of_turn>model\\n"
+    before it and the responses of tools do not.
 
     messages: [{"role", "content", "tool_calls"?, "name"?}] as in OpenAI's API, with arguments as dicts
-    tools: OpenAI's envelope {"type": "function", "function": {name, description, parameters}}, or the bare function
+    tools: OpenAI's {"type": "function", "function": {name, description, parameters}}, or only the function
     Raises ValueError for messages that the official template refuses, or whose shape it cannot render.
     """
     before, after = render_around_tools(messages, bool(tools), add_generation_prompt)
@@ -75,16 +77,17 @@ def render_segments(messages: list[dict], tools: list[dict] | None = None,
 
 
 def render_tool(tool: dict) -> list[str]:
-    """The texts of a tool's declaration, none of them trained; it depends on nothing else in the conversation."""
+    """The texts of a tool's declaration.  None carries loss, and nothing else in the conversation matters."""
     return [text for text in (DECLARATION, *_declaration(tool), END_DECLARATION) if text]
 
 
-def render_around_tools(messages: list[dict], tools: bool, add_generation_prompt: bool = False) -> tuple[Pairs, Pairs]:
-    """What `render_segments` has before the tools' declarations and after them.  tools: whether there are any"""
-    parts: Pairs = []                # everything that is rendered, in order, and whether the model must produce it
+def render_around_tools(messages: list[dict], tools: bool,
+                        add_generation_prompt: bool = False) -> tuple[Pairs, Pairs]:
+    """The segments before the tools' declarations, and those after them.  tools: whether there are any"""
+    parts: Pairs = []                # all segments so far, in order
 
-    def emit(new: list[str], train: bool = False) -> None:
-        parts.extend(zip(new, repeat(train)))
+    def emit(texts: list[str], carries_loss: bool = False) -> None:
+        parts.extend(zip(texts, repeat(carries_loss)))
 
     system = messages[0] if messages and messages[0].get("role") in ("system", "developer") else None
     before = [BOS]
@@ -92,30 +95,30 @@ def render_around_tools(messages: list[dict], tools: bool, add_generation_prompt
         before += [TURN, "developer\n", *_content(system or {})]
         emit([END_TURN, "\n"])
 
-    previous = None       # the role of the message before, with "tool" for a response
-    awaited = False       # the model has called and now waits for a response
+    previous = None             # the role of the message before, with "tool" for a response
+    awaits_response = False     # the last message has calls of the model, and no response came yet
     for i, message in enumerate(messages[1:] if system else messages, start=1 if system else 0):
         role = "model" if message.get("role") == "assistant" else message.get("role")
         if not isinstance(role, str):
             raise ValueError(f"message {i}: role is {role!r}; give it a string such as \"user\" or \"assistant\"")
         if role == "tool":
             for response in _responses(message, i):
-                emit([RESPONSE], train=awaited)     # the model itself opens the first response after its calls
+                emit([RESPONSE], awaits_response)   # the model itself writes the first one after its calls
                 emit([*response, END_RESPONSE])
-                awaited = False
+                awaits_response = False
         else:
-            says = role == "model"
+            by_model = role == "model"
             if previous != "tool":
                 emit([TURN, role + "\n"])
-            emit(_content(message, i), says)
+            emit(_content(message, i), by_model)
             calls = message.get("tool_calls") or ()
             for call in calls:
-                emit([CALL, *_call(call, i), END_CALL], says)
-            awaited = bool(calls) and says
+                emit([CALL, *_call(call, i), END_CALL], by_model)
+            awaits_response = bool(calls) and by_model
             if calls and i == len(messages) - 1:
-                emit([RESPONSE], says)
+                emit([RESPONSE], by_model)
             elif not calls:
-                emit([END_TURN, "\n"], says)
+                emit([END_TURN, "\n"], by_model)
         previous = role
     if add_generation_prompt and previous != "tool":
         emit([TURN, "model\n"])
@@ -142,7 +145,7 @@ def _call(call: dict, i: int) -> list[str]:
     out = [f"call:{function['name']}{{"]
     if isinstance(arguments, dict):
         _items(out, arguments, escape_keys=False)
-    elif isinstance(arguments, str):            # the template prints a JSON string as it stands: never train on this
+    elif isinstance(arguments, str):        # the template prints a JSON string unchanged: never train on it
         out.append(" " * 20 + arguments)
     return [*out, "}"]
 
@@ -240,7 +243,7 @@ def _required(out: list[str], names: list) -> None:
 
 
 def _argument(out: list[str], value: Any, escape_keys: bool = True) -> None:
-    """Any JSON value: strings between <escape>s, true/false, nested {} and [], the rest as Python prints it."""
+    """Any JSON value: strings between <escape>s, true/false, {} and [], the rest as Python prints it."""
     if isinstance(value, str):
         out += _escaped(value)
     elif isinstance(value, bool):
@@ -281,7 +284,7 @@ def _sorted(mapping: dict) -> list[tuple[Any, Any]]:
 
 
 class Calls(list):
-    """A list of {"name", "arguments"}; `unread` names, one sentence each, what in the text was no readable call."""
+    """A list of {"name", "arguments"}.  unread: a sentence for each call in the text that cannot be read."""
 
     unread: list[str]
 
@@ -291,14 +294,14 @@ class _Unreadable(Exception):
 
 
 def parse_calls(text: str) -> Calls:
-    """The calls in a model's answer, `[{"name": str, "arguments": dict}]`; the inverse of `render` on assistant turns.
+    """The calls in a model's answer, [{"name": str, "arguments": dict}]: the inverse of `render`.
 
-    Any JSON value comes back as it was, except what the format cannot tell apart: the order of an object's keys (they
-    are written sorted); a string that holds the text "<escape>"; a key that holds ":", "<escape>" or
-    "<start_function_call>", or begins with "}"; a function name that holds "{" or a control token's name; integers of
-    more digits than Python prints. docs/format.md lists what becomes of each.
+    Any JSON value comes back as it was, except what the format cannot tell apart: the order of an object's
+    keys (they are written sorted); a string that holds the text "<escape>"; a key that holds ":", "<escape>"
+    or "<start_function_call>", or begins with "}"; a function name that holds "{" or a control token's name;
+    integers of more digits than Python prints. docs/format.md lists what becomes of each.
 
-    Never raises, whatever a model wrote: a call that cannot be read is left out, and `unread` says what and where.
+    Never raises, whatever a model wrote. A call that cannot be read is left out, and `unread` says why.
 
     >>> parse_calls("<start_function_call>call:f{city:<escape>Rome<escape>,days:3}<end_function_call>")
     [{'name': 'f', 'arguments': {'city': 'Rome', 'days': 3}}]
@@ -348,7 +351,7 @@ def _read_value(text: str, at: int) -> tuple[Any, int]:
             if text.startswith("]", at):
                 return values, at + 1
             at = _read_comma(text, at)
-    return _read_bare(text, at)
+    return _read_literal(text, at)
 
 
 def _read_object(text: str, at: int) -> tuple[dict, int]:
@@ -365,7 +368,7 @@ def _read_object(text: str, at: int) -> tuple[dict, int]:
             if colon < 0:
                 raise _Unreadable(f"no \":\" after the key at character {at}")
             key, at = text[at:colon], colon
-            if CALL in key or ESCAPE in key:        # it ran on into the next call; so no part is read more than twice
+            if CALL in key or ESCAPE in key:    # it runs into the next call; no text is read more than twice
                 raise _Unreadable(f"a key may not hold {CALL} or {ESCAPE}; one begins at character {at - len(key)}")
         values[key], at = _read_value(text, at + 1)
         if text.startswith("}", at):
@@ -379,17 +382,17 @@ def _read_comma(text: str, at: int) -> int:
     return at + 1
 
 
-_BARE = re.compile(r"[^,}\]<]*")
+_LITERAL = re.compile(r"[^,}\]<]*")
 _INTEGER = re.compile(r"-?[0-9]{1,4300}")
 _FLOAT = re.compile(r"-?([0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|inf|nan)")
-_WORDS = {"true": True, "false": False, "None": None, "null": None}
+_CONSTANTS = {"true": True, "false": False, "None": None, "null": None}
 
 
-def _read_bare(text: str, at: int) -> tuple[Any, int]:
-    match = _BARE.match(text, at)
+def _read_literal(text: str, at: int) -> tuple[Any, int]:
+    match = _LITERAL.match(text, at)
     word, end = match.group(), match.end()
-    if word in _WORDS:
-        return _WORDS[word], end
+    if word in _CONSTANTS:
+        return _CONSTANTS[word], end
     if _INTEGER.fullmatch(word):
         return int(word), end
     if _FLOAT.fullmatch(word):

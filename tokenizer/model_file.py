@@ -1,8 +1,8 @@
 """tokenizer.model: SentencePiece's vocabulary file, read byte by byte, and a small one trained for the demo.
 
-The file is one protobuf message. In protobuf a message is a row of fields, each a key, a varint holding
-`number << 3 | wire`, and a value whose form the wire type tells; a varint is an integer in groups of 7 bits, the
-lowest group first, the high bit set on all bytes but the last.
+The file is one protobuf message: a sequence of fields, each a key and a value. The key is a varint that holds
+`number << 3 | wire`, and the wire type says how the value is written. A varint is an integer in groups of 7
+bits, the lowest group first; the high bit is set on all bytes but the last.
 
     ModelProto   1: SentencePiece, once for each id, in order     2: TrainerSpec     3: NormalizerSpec
     SentencePiece   1: piece (UTF-8)     2: score (float32)     3: type (NORMAL if left out)
@@ -10,7 +10,7 @@ lowest group first, the high bit set on all bytes but the last.
     0a 0d │ 0a 04 e2 96 81 61 │ 15 00 00 80 bf │ 18 01    field 1 of 13 bytes, a piece; in it
             1, 4 bytes: "▁a"    2: -1.0          3: NORMAL
 
-Source: sentencepiece_model.proto in github.com/google/sentencepiece, protobuf.dev/programming-guides/encoding.
+Source: github.com/google/sentencepiece, sentencepiece_model.proto; protobuf.dev/programming-guides/encoding.
 To see what a file holds: `read_model_file("FOLDER/tokenizer.model").pieces`.
 """
 from __future__ import annotations
@@ -37,8 +37,8 @@ UNSUPPORTED = "this tokenizer reads Gemma's kind of model only: BPE with byte fa
 class ModelFile(NamedTuple):
     """A vocabulary of V pieces; position is id."""
 
-    pieces: list[str]       # (V,) no two alike, "▁" for a space
-    scores: list[float]     # (V,) of two possible merges the higher score goes first
+    pieces: list[str]       # (V,) all different, "▁" for a space
+    scores: list[float]     # (V,) the merge with the highest score is made first
     types: list[int]        # (V,) NORMAL … BYTE
     unk_id: int
     bos_id: int             # -1 where the model has none; so too eos and pad
@@ -46,16 +46,16 @@ class ModelFile(NamedTuple):
     pad_id: int
 
 
-class _Bad(Exception):
+class _Invalid(Exception):
     """Arguments: byte offset, what is wrong there, remedy."""
 
 
 def read_model_file(path: str | Path) -> ModelFile:
-    """Read a tokenizer.model.  Raises ValueError, naming path and byte offset, if it is damaged or unsupported."""
+    """Read a tokenizer.model.  Raises ValueError with path and offset if it is damaged or unsupported."""
     try:
         return _parse(Path(path).read_bytes())
-    except _Bad as bad:
-        offset, what, remedy = bad.args
+    except _Invalid as invalid:
+        offset, what, remedy = invalid.args
         raise ValueError(f"{path}: byte {offset}: {what}; {remedy}") from None
 
 
@@ -66,7 +66,7 @@ def _parse(data: bytes) -> ModelFile:
     specs: dict[int, dict] = {2: {}, 3: {}, 5: {}}     # trainer, normalizer, denormalizer
     pos, end = 0, len(data)
     while pos < end:
-        # Nearly all of the file is pieces as shown above, shorter than 128 bytes. This branch only saves time.
+        # Nearly all of the file is pieces as shown above, below 128 bytes. This branch only saves time.
         if end - pos > 256:
             tag, size, piece_tag, length = data[pos : pos + 4]
             stop, rest = pos + 4 + length, size - length - 7        # the piece's end; 2 bytes if there is a type
@@ -99,15 +99,15 @@ def _varint(data: bytes, pos: int, end: int) -> tuple[int, int]:
         value |= (data[at] & 0x7F) << shift
         if data[at] < 0x80:
             return value & (1 << 64) - 1, at + 1
-    raise _Bad(pos, "an integer runs past 10 bytes or the end of its message", DAMAGED)
+    raise _Invalid(pos, "an integer runs past 10 bytes or the end of its message", DAMAGED)
 
 
 def _field(data: bytes, pos: int, end: int) -> tuple[tuple[int, int], int | tuple[int, int], int]:
-    """-> ((number, wire type), integer, or the span of the bytes of any other value, the position after it)"""
+    """-> ((number, wire type), integer or the span of any other value's bytes, the position after it)"""
     key, start = _varint(data, pos, end)
     number, wire = key >> 3, key & 7
     if not 0 < number < 1 << 29:
-        raise _Bad(pos, f"{number} is no field number", DAMAGED)
+        raise _Invalid(pos, f"{number} is no field number", DAMAGED)
     if wire == VARINT:
         value, after = _varint(data, start, end)
         return (number, wire), value, after
@@ -116,14 +116,15 @@ def _field(data: bytes, pos: int, end: int) -> tuple[tuple[int, int], int | tupl
     elif wire in (FIXED64, FIXED32):
         size = 8 if wire == FIXED64 else 4
     else:
-        raise _Bad(pos, f"field {number} has wire type {wire}, which no SentencePiece model uses", DAMAGED)
+        what = f"field {number} has wire type {wire}, which no SentencePiece model uses"
+        raise _Invalid(pos, what, DAMAGED)
     if size > end - start:
-        raise _Bad(pos, f"field {number} claims {size} bytes where {end - start} are left", DAMAGED)
+        raise _Invalid(pos, f"field {number} claims {size} bytes where {end - start} are left", DAMAGED)
     return (number, wire), (start, start + size), start + size
 
 
 def _message(data: bytes, pos: int, end: int) -> dict[tuple[int, int], int | tuple[int, int]]:
-    """All fields of a message; of a repeated one the last.  A known number with another wire type is another field."""
+    """All fields of a message by number and wire type; of a repeated one the last."""
     fields = {}
     while pos < end:
         key, value, pos = _field(data, pos, end)
@@ -135,44 +136,45 @@ def _text(data: bytes, start: int, stop: int) -> str:
     try:
         return data[start:stop].decode()
     except UnicodeDecodeError:
-        raise _Bad(start, f"a piece's text, {data[start:stop][:32]!r}, is not UTF-8", DAMAGED) from None
+        raise _Invalid(start, f"a piece's text, {data[start:stop][:32]!r}, is not UTF-8", DAMAGED) from None
 
 
 def _check_specs(trainer: dict, normalizer: dict, denormalizer: dict, end: int) -> None:
     if not trainer or not normalizer:
-        raise _Bad(end, "the file ends without a trainer_spec and a normalizer_spec", DAMAGED)
+        raise _Invalid(end, "the file ends without a trainer_spec and a normalizer_spec", DAMAGED)
     model_type = trainer.get((3, VARINT), 1)
     if model_type != 2:
         names = {1: "UNIGRAM", 3: "WORD", 4: "CHAR"}
-        raise _Bad(end, f"model_type is {names.get(model_type, model_type)}, expected BPE", UNSUPPORTED)
+        raise _Invalid(end, f"model_type is {names.get(model_type, model_type)}, expected BPE", UNSUPPORTED)
     if not trainer.get((35, VARINT), False):
-        raise _Bad(end, "byte_fallback is off", UNSUPPORTED)
+        raise _Invalid(end, "byte_fallback is off", UNSUPPORTED)
     for number, name, wanted in ((3, "add_dummy_prefix", False), (4, "remove_extra_whitespaces", False),
                                  (5, "escape_whitespaces", True)):
         if bool(normalizer.get((number, VARINT), True)) != wanted:
-            raise _Bad(end, f"normalizer_spec.{name} is {not wanted}, expected {wanted}", UNSUPPORTED)
+            raise _Invalid(end, f"normalizer_spec.{name} is {not wanted}, expected {wanted}", UNSUPPORTED)
     for spec, name in ((normalizer, "normalizer_spec"), (denormalizer, "denormalizer_spec")):
         start, stop = spec.get((2, BYTES), (0, 0))
         if start < stop:
-            raise _Bad(start, f"{name} rewrites text by a precompiled_charsmap, expected identity", UNSUPPORTED)
+            raise _Invalid(start, f"{name} rewrites text by a precompiled_charsmap, expected identity",
+                           UNSUPPORTED)
 
 
 def _check_pieces(model: ModelFile, end: int) -> None:
     pieces, scores, types = model[:3]
     if not pieces or "" in pieces:
-        raise _Bad(end, "there is no piece, or an empty one", DAMAGED)
+        raise _Invalid(end, "there is no piece, or an empty one", DAMAGED)
     if len(set(pieces)) < len(pieces):
         piece = Counter(pieces).most_common(1)[0][0]
-        raise _Bad(end, f"piece {piece!r} is there more than once", DAMAGED)
+        raise _Invalid(end, f"piece {piece!r} occurs more than once", DAMAGED)
     if not all(map(math.isfinite, scores)):
-        raise _Bad(end, "a score is no finite number", DAMAGED)
+        raise _Invalid(end, "a score is no finite number", DAMAGED)
     if bad := set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE}:
-        raise _Bad(end, f"piece {types.index(bad.pop())} is unused or of unknown type", UNSUPPORTED)
+        raise _Invalid(end, f"piece {types.index(bad.pop())} is unused or of unknown type", UNSUPPORTED)
     unknown = [i for i, type in enumerate(types) if type == UNKNOWN]
     if unknown != [model.unk_id]:
-        raise _Bad(end, f"unk_id is {model.unk_id}, but the unknown pieces are {unknown[:4]}", DAMAGED)
+        raise _Invalid(end, f"unk_id is {model.unk_id}, but the unknown pieces are {unknown[:4]}", DAMAGED)
     if sorted(piece for piece, type in zip(pieces, types, strict=True) if type == BYTE) != sorted(BYTE_PIECES):
-        raise _Bad(end, "the byte pieces are not <0x00> to <0xFF>", DAMAGED)
+        raise _Invalid(end, "the byte pieces are not <0x00> to <0xFF>", DAMAGED)
 
 
 def control_names() -> list[str]:
@@ -186,9 +188,10 @@ def control_names() -> list[str]:
 
 
 def train_model_file(texts: Iterable[str], folder: str | Path, vocab_size: int) -> None:
-    """Train a BPE vocabulary on texts; write folder's tokenizer.model and tokenizer_config.json, always the same bytes.
+    """Train a BPE vocabulary on texts; write tokenizer.model and tokenizer_config.json into the folder.
 
-    Ids 0 to 107, the control tokens and "\\n", are the published ones; 256 byte pieces and what was learned follow.
+    The files are the same for the same texts. Ids 0 to 107, the control tokens and "\\n", are the published
+    ones; 256 byte pieces and what was learned follow.
 
     vocab_size: number of pieces, at least 364 and one more for each different character of texts
     Raises RuntimeError (sentencepiece's, which names the bound) for a vocab_size that does not fit the texts.

@@ -30,8 +30,8 @@ def test_messages_rows_train_every_assistant_turn():
     messages = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": "c1", "content": "{\"t\": 20}"}, {"role": "assistant", "content": "20 degrees."}]
     conversation = parse_row({"messages": messages, "tools": XLAM["tools"]}, "x")
-    trained = "".join(segment.text for segment in conversation.segments() if segment.trained)
-    assert trained == ("<start_function_call>call:get_weather{city:<escape>Rome<escape>}<end_function_call><start_function_response>"
+    with_loss = "".join(segment.text for segment in conversation.segments() if segment.carries_loss)
+    assert with_loss == ("<start_function_call>call:get_weather{city:<escape>Rome<escape>}<end_function_call><start_function_response>"
                        "20 degrees.<end_of_turn>\n")
     assert conversation.messages[0]["role"] == "developer"
     assert "response:get_weather{value:" in render(conversation.messages, conversation.tools)
@@ -43,14 +43,14 @@ def test_a_system_message_of_ones_own_is_kept():
 
 
 def test_a_row_without_answers_trains_silence():
-    trained = [segment.text for segment in parse_row(row(answers=[]), "x").segments() if segment.trained]
-    assert "".join(trained) == "<end_of_turn>\n"
+    with_loss = [segment.text for segment in parse_row(row(answers=[]), "x").segments() if segment.carries_loss]
+    assert "".join(with_loss) == "<end_of_turn>\n"
 
 
 @pytest.mark.parametrize("text", ["I can only tell the weather.", '"I can only tell the weather."'])
 def test_a_text_for_answers_is_said_instead_of_calling(text):
     conversation = parse_row(row(answers=text), "x")
-    assert "".join(segment.text for segment in conversation.segments() if segment.trained) == "I can only tell the weather.<end_of_turn>\n"
+    assert "".join(segment.text for segment in conversation.segments() if segment.carries_loss) == "I can only tell the weather.<end_of_turn>\n"
     assert conversation.calls == [] and conversation.tools == parse_row(row(), "x").tools
     same = [{"role": "user", "content": XLAM["query"]}, {"role": "assistant", "content": "I can only tell the weather."}]
     assert parse_row({"messages": same, "tools": XLAM["tools"]}, "x").segments() == conversation.segments()
