@@ -9,7 +9,7 @@ from conftest import GPU, INTERPRETED, INTERPRETER, NEEDS_CPP
 from ops import attention as module
 from ops import attention_tables
 from ops.attention import attention, attention_reference
-from ops.attention_tables import plan, tables, tile
+from ops.attention_tables import Tables, plan, tables, tile
 from ops.triton_utils import triton
 
 
@@ -273,7 +273,10 @@ def test_a_plan_for_other_documents_is_refused(queries, keys, values, backend):
 def test_a_broken_kernel_is_caught(sound, broken, where, generator, poisoned, mutant):
     of_tables = sound in inspect.getsource(attention_tables)
     broken_module = mutant(attention_tables if of_tables else module, sound, broken)
-    changed = {"tables": broken_module.tables} if of_tables else {"attention": broken_module.attention}
+    if of_tables:
+        changed = {"tables": lambda *of, **more: Tables(**vars(broken_module.tables(*of, **more)))}
+    else:
+        changed = {"attention": broken_module.attention}
     found = {name for layout in ("shared", "long", "many") for name in
              kernel_faults(*LAYOUTS[layout], 50, "cpu", torch.float32, generator, **changed)}
     assert where <= found
