@@ -231,7 +231,8 @@ def linear_with_adapter(model: Gemma3, batch: Batch) -> str:
     return f"""## 7. A linear with its adapter
 
 {where(wrap)} freezes the model and gives each linear an adapter. Each adapted layer computes
-y = x Wᵀ + s (x Aᵀ) Bᵀ with s = alpha / R = {adapter.config.scale:g}: {where(lora_linear_reference)} is the definition, and
+y = x Wᵀ + s (x Aᵀ) Bᵀ with s = alpha / R = {adapter.config.scale:g}. {where(lora_linear_reference)}
+is the definition, and
 {where(lora_linears)} computes the same faster, q, k and v together. The shapes of
 `{LINEAR}`:
 
