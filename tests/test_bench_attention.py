@@ -25,6 +25,7 @@ def case(bench, generator):
     return case, given, exact
 
 
+@pytest.mark.slow
 @INTERPRETED
 def test_every_way_that_can_run_here_is_right_and_timed(bench, tmp_path, monkeypatch):
     subprocess.run([sys.executable, PROGRAM, "--device", "cpu", "--tiny", "--out", tmp_path], env=os.environ | {"TRITON_INTERPRET": "1"},

@@ -24,6 +24,7 @@ def case(bench):
     return make(bench.Draw(torch.device("cpu"), torch.float16), bench.TINY)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_as_accurate_as_its_definition(bench, tmp_path):
     made = subprocess.run([sys.executable, PROGRAM, "--device", "cpu", "--tiny", "--out", tmp_path],
                           env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -143,6 +143,7 @@ def test_gpu_and_gpu_tests_install_nothing():
         assert "python3 " in said and "pip" not in said and "venv" not in said, said
 
 
+@pytest.mark.slow
 @INTERPRETED
 def test_every_part_runs_on_a_cpu(tmp_path):
     """The parts that other tests do not run from end to end."""

@@ -20,6 +20,7 @@ def bench():
     return load(PROGRAM, "bench_lora")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton is None, reason="no Triton for this platform")
 @pytest.mark.parametrize("interpreted", ["1", "0"])
 def test_every_way_that_can_run_here_is_right_and_timed(interpreted, bench, tmp_path):

@@ -20,6 +20,7 @@ def bench():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
+@pytest.mark.slow
 def test_the_ladder_and_the_peers_run_and_agree(tmp_path):
     subprocess.run([sys.executable, PROGRAM, *FLAGS, "--out", tmp_path], check=True, capture_output=True)
     made = json.loads((tmp_path / "cpu_step.json").read_text())

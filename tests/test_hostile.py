@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 fuzz = settings(max_examples=100, deadline=None, derandomize=True)
 
 
+@pytest.mark.slow
 def test_every_hostile_input_gives_what_docs_hostile_md_says_within_its_time_and_memory():
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "hostile_inputs.py"), "--json"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

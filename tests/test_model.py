@@ -41,6 +41,7 @@ def both(real_model):
     return ours, theirs, torch.tensor([[2, *Tokenizer.load(real_model).encode(text)]])
 
 
+@pytest.mark.slow
 def test_logits_equal_transformers_beyond_the_window(both):
     ours, theirs, ids = both
     ids = ids[:, :1600]

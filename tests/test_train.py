@@ -486,6 +486,7 @@ def test_a_shared_prefix_is_computed_once_to_the_same_losses_and_gradients(demo,
 # Kernels
 
 
+@pytest.mark.slow
 @INTERPRETED
 @pytest.mark.parametrize("flags", [LORA, ("--lora-targets", "q_proj,up_proj", "--lora-rank", 3)], ids=["all", "some"])
 def test_training_by_kernels_gives_the_losses_of_training_by_pytorch(demo, tmp_path, flags):
@@ -520,6 +521,7 @@ def losses_of(demo, steps, full, choice, backends):
     return seen
 
 
+@pytest.mark.slow
 @INTERPRETED
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_all_kernels_together_give_the_losses_of_pytorch(demo, full):

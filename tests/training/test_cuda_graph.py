@@ -130,6 +130,7 @@ def test_rows_that_carry_no_loss_give_none_and_no_gradient(device, generator, re
         torch.testing.assert_close(every, those, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [INTERPRETER, GPU])
 @pytest.mark.parametrize("mode, max_tokens", [("lora", 16), ("full", 16), ("lora", 30)])   # 30: one is full
 def test_recorded_passes_add_the_gradients_of_plain_ones(demo, batches, monkeypatch, mode, max_tokens, device):

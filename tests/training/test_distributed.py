@@ -152,6 +152,7 @@ def test_each_start_under_one_torchrun_has_keys_of_its_own(monkeypatch):
 # The benchmark, and the document
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_way(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--device", "cpu", "--tiny", "--tokens", "1000", "--steps", "1", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
