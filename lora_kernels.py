@@ -186,10 +186,10 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
         sums = tl.dot(x_tile, w_tile, sums, input_precision=PRECISION)
         low_rank = tl.dot(dropped, a_tile, low_rank, input_precision=PRECISION)
         if GEGLU:
-            w_tile = load_tile(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :], EVEN_I
-                               and EVEN_O)
-            a_tile = load_tile(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :], EVEN_I
-                               and R == BLOCK_R)
+            w_tile = load_tile(w_tiles + O0 * I + i, inside[:, None] & (outs < last)[None, :],
+                               EVEN_I and EVEN_O)
+            a_tile = load_tile(a_tiles + R * I + i, inside[:, None] & (ranks < R)[None, :],
+                               EVEN_I and R == BLOCK_R)
             up_sums = tl.dot(x_tile, w_tile, up_sums, input_precision=PRECISION)
             up_low_rank = tl.dot(dropped, a_tile, up_low_rank, input_precision=PRECISION)
 
@@ -203,8 +203,8 @@ def _forward_kernel(x, w, a, b, y, s, h, scale, tokens, features, threshold, M, 
     tl.store(y + rows[:, None] * O + outs[None, :], sums, mask=mask)
     if GEGLU:
         up_low_rank = (up_low_rank * scale).to(dtype)
-        b_tile = load_tile(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :], R == BLOCK_R
-                           and EVEN_O)
+        b_tile = load_tile(b_tiles + O0 * R, (ranks < R)[:, None] & (outs < last)[None, :],
+                           R == BLOCK_R and EVEN_O)
         up_sums = tl.dot(up_low_rank, b_tile, up_sums, input_precision=PRECISION).to(dtype)
         if tile == 0:
             _store_low_rank(s, up_low_rank, rows, ranks, 1, M, R, P)
