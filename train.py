@@ -361,6 +361,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         packing_started = time.perf_counter()
         next_step = next(steps, None)
         packing_seconds = time.perf_counter() - packing_started
+        step_flops = sum(flops(model, batch) for batch in micro_batches)
         numbers = torch.stack([optimizer.found_inf, loss, grad_norm, *totals])
         is_bad, loss, grad_norm, stopping, computed_tokens = numbers.tolist()
         if is_bad:
@@ -371,7 +372,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         # Log, evaluate, save.
         now = time.perf_counter()
         seconds, tokens = now - step_ended, sum(examples.lengths[row] for row in step.rows)
-        tflops = sum(flops(model, batch) for batch in micro_batches) / seconds / 1e12
+        tflops = step_flops / seconds / 1e12
         record = {
             "step": run.step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
             "computed_tokens": round(computed_tokens), "trained_tokens": step.loss_tokens, "seconds": seconds,

@@ -29,3 +29,15 @@ def rows_with_prefixes(*groups, loss_tokens=2, seed=1):
             ids = np.concatenate((prefix, rng.integers(100, 200, n + 1 - common))).astype(np.int32)
             made.append(Example(ids, np.arange(n + 1) > n - loss_tokens, f"f:{len(made)}"))
     return made
+
+# The tools of evaluation's tests: one with a parameter of every type, and one without any.
+BOOKING_TOOLS = [{"type": "function", "function": {"name": "book", "description": "", "parameters": {
+    "type": "object", "required": ["city"],
+    "properties": {"city": {"type": "string"}, "nights": {"type": "integer"}, "price": {"type": "number"}, "pets": {"type": "boolean"},
+                   "tags": {"type": "array", "items": {"type": "string"}}, "area": {"type": "array", "items": {"type": "number"}},
+                   "guest": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "number"}}}}}}},
+         {"type": "function", "function": {"name": "cancel", "description": "", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def call(name="book", /, **arguments):
+    return {"name": name, "arguments": arguments}

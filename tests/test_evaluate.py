@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import torchrun
+from sample_rows import BOOKING_TOOLS as TOOLS
+from sample_rows import call
 
 import evaluate as module
 import train
@@ -12,17 +14,6 @@ from dataset.rows import parse_row, read_rows
 from evaluate import evaluate
 from storage.pretrained import load_model
 from tokenizer import Tokenizer, render
-
-TOOLS = [{"type": "function", "function": {"name": "book", "description": "", "parameters": {
-    "type": "object", "required": ["city"],
-    "properties": {"city": {"type": "string"}, "nights": {"type": "integer"}, "price": {"type": "number"}, "pets": {"type": "boolean"},
-                   "tags": {"type": "array", "items": {"type": "string"}}, "area": {"type": "array", "items": {"type": "number"}},
-                   "guest": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "number"}}}}}}},
-         {"type": "function", "function": {"name": "cancel", "description": "", "parameters": {"type": "object", "properties": {}}}}]
-
-
-def call(name="book", /, **arguments):
-    return {"name": name, "arguments": arguments}
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 import math
 
 import pytest
+from sample_rows import BOOKING_TOOLS as TOOLS
+from sample_rows import call
 
 from dataset.rows import parse_row
 from inference.scoring import (
@@ -14,17 +16,6 @@ from inference.scoring import (
     value_matches,
 )
 from tokenizer import parse_calls, render
-
-TOOLS = [{"type": "function", "function": {"name": "book", "description": "", "parameters": {
-    "type": "object", "required": ["city"],
-    "properties": {"city": {"type": "string"}, "nights": {"type": "integer"}, "price": {"type": "number"}, "pets": {"type": "boolean"},
-                   "tags": {"type": "array", "items": {"type": "string"}}, "area": {"type": "array", "items": {"type": "number"}},
-                   "guest": {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "number"}}}}}}},
-         {"type": "function", "function": {"name": "cancel", "description": "", "parameters": {"type": "object", "properties": {}}}}]
-
-
-def call(name="book", /, **arguments):
-    return {"name": name, "arguments": arguments}
 
 
 def judged(wanted, given, unread=()):
